@@ -1,0 +1,1 @@
+"""What every script shares: flags, processes, loading, sharding, data, optimizers, checkpoints and metrics."""

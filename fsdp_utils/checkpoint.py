@@ -1,0 +1,172 @@
+"""Saving: what is trainable is what is saved, gathered tensor by tensor, in formats that stock libraries load."""
+
+import os
+import shutil
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fsdp_utils.distributed import barrier, is_main, world_size
+from fsdp_utils.flags import as_dict
+from fsdp_utils.loading import resolve_model, write_json
+from fsdp_utils.safetensors_io import INDEX_NAME, StreamingWriter, model_folder
+from methods.errors import UserError
+from methods.llama_pro import EXPANDED_LAYERS_FILE
+from methods.quantizers.linear import QuantizedLinear, weight_rows
+from methods.rows import gather
+
+RUN_FILE = "run.json"
+PACKAGES = ("torch", "transformers", "bitsandbytes", "hqq", "peft", "accelerate", "datasets", "safetensors")
+OWN_FILES = {RUN_FILE, "metrics.jsonl"}  # what a run without --save_model leaves behind
+
+
+def check_output(config) -> None:
+    """Refuses an output folder that holds a result, before anything is read or written.
+
+    Raises:
+        UserError: naming the folder and the way out.
+    """
+    folder = Path(config.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir {folder}: is a file; choose another name")
+    held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if held - (set() if config.save_model else OWN_FILES) and not config.overwrite:
+        raise UserError(f"--output_dir {folder}: exists and is not empty; choose another or pass --overwrite true")
+
+
+def write_run(config, *, base_fingerprint: str, quantizer, finished: bool) -> None:
+    """Writes `run.json`: every flag, the versions, which base it was. `finished` is the mark of a complete folder."""
+    if not is_main():
+        return
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = dict(
+        finished=finished,
+        saved=config.save_model and finished,
+        base_fingerprint=base_fingerprint,
+        quantizer=asdict(quantizer) if quantizer else None,
+        processes=world_size(),
+        flags=as_dict(config),
+        versions={name: _version(name) for name in PACKAGES},
+    )
+    temporary = folder / f".{RUN_FILE}"
+    write_json(temporary, content)
+    os.replace(temporary, folder / RUN_FILE)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def save(model: nn.Module, tokenizer, method, config) -> None:
+    """Writes the result into the output folder. Collective; process 0 writes, into a temporary folder first."""
+    folder = Path(config.output_dir)
+    temporary = folder / ".saving"
+    if is_main():
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        tokenizer.save_pretrained(temporary)
+    _SAVERS[method.saves](model, method, config, temporary)
+    if is_main():
+        _move_in(temporary, folder)
+    barrier()
+
+
+def _move_in(temporary: Path, folder: Path) -> None:
+    """Replaces an older result: its weights must not lie beside the new ones."""
+    for stale in [*folder.glob("*.safetensors"), folder / INDEX_NAME, folder / "adapter_config.json", folder / "config.json"]:
+        stale.unlink(missing_ok=True)
+    for path in temporary.iterdir():
+        os.replace(path, folder / path.name)
+    temporary.rmdir()
+
+
+def _write_tensors(folder: Path, tensors: dict[str, tuple[torch.dtype, tuple]], whole, *, single_name=None) -> None:
+    """Streams `whole(name)` (collective) for each name into safetensors files in `folder`."""
+    writer = StreamingWriter(folder, tensors) if is_main() else None
+    for name, (dtype, _) in tensors.items():
+        tensor = whole(name).detach().to(dtype)
+        if writer:
+            writer.write(name, tensor)
+    if writer:
+        writer.finish()
+        if single_name:
+            os.replace(folder / "model.safetensors", folder / single_name)
+
+
+def _save_adapter(model, method, config, folder: Path) -> None:
+    tensors = {f"base_model.model.{key}": tensor for key, tensor in method.adapter_tensors(model)}
+    specs = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+    _write_tensors(folder, specs, lambda key: gather(tensors[key]), single_name="adapter_model.safetensors")
+    if is_main():
+        write_json(folder / "adapter_config.json", adapter_config(model, method, config))
+
+
+def adapter_config(model, method, config) -> dict:
+    """PEFT's description of the adapter."""
+    paths = list(method.layers(model))
+    names = {path.split(".")[-1] for path in paths}
+    matched = {path for path, _ in model.named_modules() if path.split(".")[-1] in names}
+    return dict(
+        peft_type="LORA",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=resolve_model(config.model_name),
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        bias="none",
+        # names where they say exactly which modules have adapters, else full paths
+        target_modules=sorted(names) if matched == set(paths) else paths,
+        use_dora=config.method == "dora",
+        inference_mode=True,
+    )
+
+
+def dense_tensors(model: nn.Module) -> dict[str, object]:
+    """Checkpoint name of every weight of a model without adapters, and the parameter or packed linear behind it."""
+    found, seen = {}, set()
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        if isinstance(module, QuantizedLinear):
+            found[f"{prefix}weight"] = module
+        for name, parameter in module.named_parameters(recurse=False):
+            if name not in getattr(module, "packed_names", ()) and id(parameter) not in seen:
+                seen.add(id(parameter))
+                found[prefix + name] = parameter
+    return found
+
+
+def _save_model(model, method, config, folder: Path) -> None:
+    """A Hugging Face folder. A quantized base is written dequantized: what the trained blocks were trained on."""
+    sources = dense_tensors(model)
+    dtype = model.dtype
+    specs = {
+        name: (dtype, (s.out_features, s.in_features) if isinstance(s, QuantizedLinear) else tuple(s.shape))
+        for name, s in sources.items()
+    }
+
+    def whole(name):
+        source = sources[name]
+        return weight_rows(source, gather, dtype=dtype) if isinstance(source, QuantizedLinear) else gather(source)
+
+    _write_tensors(folder, specs, whole)
+    if not is_main():
+        return
+    model.config.save_pretrained(folder)
+    source = model_folder(resolve_model(config.source)) if _has_files(config) else None
+    for name in ("generation_config.json", EXPANDED_LAYERS_FILE):
+        if source and (source / name).exists():
+            shutil.copy(source / name, folder / name)
+
+
+def _has_files(config) -> bool:
+    return config.load_format != "dummy"
+
+
+_SAVERS = {"adapter": _save_adapter, "model": _save_model}

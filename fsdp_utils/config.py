@@ -1,0 +1,144 @@
+"""Every flag of train.py, declared once: name, default, help and check side by side."""
+
+from dataclasses import dataclass, field
+
+from fsdp_utils.flags import flag, section
+from methods import TRAIN_TYPES, quantizer_of
+
+PRECISIONS = ("bf16", "fp32", "fp16_autocast", "bf16_autocast", "bf16_buffers_autocast")
+SHARDING_STRATEGIES = ("full_shard", "shard_grad_op", "ddp", "hybrid_full_shard", "hybrid_shard_grad_op")
+OPTIMIZERS = ("adamw", "adam", "sgd", "adadelta", "fused_adamw", "fused_adam", "adamw_8bit")
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclass
+class TrainConfig:
+    """The settings of one run; see `python train.py --help`."""
+
+    _method: str = section("what is trained")
+    train_type: str = flag("qlora", "how the model is adapted, and on which base", choices=tuple(TRAIN_TYPES))
+    model_name: str = flag("meta-llama/Llama-2-7b-hf", "hub name or local folder; `demo` is the built-in model")
+    llama_pro_path: str | None = flag(None, "folder of a block-expanded model (*_llama_pro)")
+    lora_rank: int = flag(64, "rank r of the adapters", minimum=1)
+    lora_alpha: int = flag(16, "adapters are scaled by alpha / r", above=0)
+    lora_dropout: float = flag(0.1, "dropout before the adapters", minimum=0.0, maximum=0.99)
+    lora_target_modules: str = flag(
+        "all", "`all` (q,k,v,gate,up,down or their like), `all_linear`, `default` (PEFT's choice), or names: q_proj,v_proj"
+    )
+    n_bits: int = flag(4, "bits of the quantized base: 4 for bnb; 8, 4, 3, 2 or 1 for hqq")
+    quant_type: str = flag("nf4", "4-bit code of bitsandbytes", choices=("nf4", "fp4"))
+    quant_group_size: int = flag(64, "weights that share one scale", choices=(32, 64, 128, 256))
+    quant_scales: str = flag(
+        "auto",
+        "how scales are stored: bf16 (half the bytes, lossless for bf16 weights), fp32, double (8-bit scales), "
+        "or auto: bf16 where lossless",
+        choices=("auto", "bf16", "fp32", "double"),
+    )
+
+    _data: str = section("data")
+    dataset: str = flag("alpaca_sample", "name (see docs/data.md) or local .jsonl, .json, .parquet file or dataset folder")
+    dataset_samples: int = flag(512, "samples used of alpaca_sample, dummy, orca_math; of others only when passed", minimum=1)
+    context_length: int = flag(512, "longest sample in tokens; longer ones are cut", minimum=2)
+    packing: bool = flag(False, "fill rows of context_length with several samples that do not see each other")
+
+    _training: str = section("training")
+    batch_size: int = flag(1, "rows per process and forward pass", minimum=1)
+    gradient_accumulation_steps: int = flag(1, "forward passes per optimizer step", minimum=1)
+    num_epochs: int = flag(1, "passes over the data", minimum=1)
+    max_steps: int = flag(-1, "stop after this many optimizer steps; -1: at the end of the epochs", minimum=-1)
+    lr: float = flag(1e-5, "peak learning rate", above=0.0)
+    lr_scheduler: str = flag("constant", "linear and cosine warm up first", choices=SCHEDULES)
+    lr_warmup_ratio: float = flag(0.1, "share of the steps that warm up (linear, cosine)", minimum=0.0, maximum=1.0)
+    optimizer: str = flag("adamw", "adamw_8bit needs bitsandbytes", choices=OPTIMIZERS)
+    wd: float = flag(0.1, "weight decay", minimum=0.0)
+    apply_gradient_clipping: bool = flag(False, "clip the global gradient norm")
+    grad_norm: float = flag(0.3, "the norm clipped to", above=0.0)
+    precision: str = flag("bf16", "storage and compute precision", choices=PRECISIONS)
+    seed: int = flag(42, "seeds adapters, data order and dropout", minimum=0)
+
+    _sharding: str = section("sharding and memory")
+    world_size: int = flag(-1, "processes when started by plain `python`; -1: one per visible GPU", minimum=-1)
+    device: str = flag("auto", "where to compute", choices=("auto", "cuda", "cpu"))
+    sharding_strategy: str = flag("full_shard", "what is sharded, over whom", choices=SHARDING_STRATEGIES)
+    hybrid_shard_size: int = flag(-1, "processes that share one copy (hybrid_*); -1: those of a node", minimum=-1)
+    use_cpu_offload: bool = flag(True, "keep parameters in host memory between uses")
+    use_gradient_checkpointing: bool = flag(True, "recompute decoder blocks in backward")
+    reentrant_checkpointing: bool = flag(False, "use re-entrant checkpointing")
+    use_activation_cpu_offload: bool = flag(False, "keep checkpointed block inputs in host memory")
+    no_sync: bool = flag(False, "reduce gradients only at the last accumulation step")
+    compile: bool = flag(True, "compile decoder blocks (CUDA with Triton; ignored elsewhere)")
+    fused_loss: bool = flag(True, "never build the full logits")
+    load_format: str = flag("safetensors", "dummy: random weights, no files", choices=("safetensors", "dummy"))
+    attn_implementation: str = flag("auto", "attention of transformers: sdpa, eager, flash_attention_2, …")
+    low_memory: bool = flag(True, "accepted for old commands; loading is always sharded")
+    loading_workers: int = flag(-1, "accepted for old commands; every process streams its own rows")
+
+    _output: str = section("output and logging")
+    save_model: bool = flag(False, "write adapters or the model to output_dir")
+    output_dir: str = flag("output", "where the result, metrics.jsonl and run.json go")
+    overwrite: bool = flag(False, "replace a non-empty output_dir")
+    log_to: str = flag("tqdm", "where metrics are shown", choices=("tqdm", "stdout", "wandb"))
+    project_name: str = flag("fsdp_qlora", "wandb project")
+    name: str | None = flag(None, "wandb run name")
+    group: str | None = flag(None, "wandb group")
+    entity: str | None = flag(None, "wandb entity")
+    verbose: bool = flag(False, "print every flag and the sharded model")
+
+    _launch: str = section("launch without torchrun")
+    master_addr: str = flag("localhost", "address of process 0")
+    master_port: str = flag("12355", "port of process 0")
+
+    _profiling: str = section("profiling")
+    profile_memory: bool = flag(False, "log allocated and reserved memory at every step")
+    profile: bool = flag(False, "run torch.profiler")
+    profiling_output: str = flag("profiles", "folder of the profiles")
+    with_stack: bool = flag(False, "record Python stacks")
+    with_shapes: bool = flag(False, "record tensor shapes")
+    export_trace: bool = flag(True, "write a Chrome trace")
+    export_memory_timeline: bool = flag(False, "write a memory timeline")
+    wait_steps: int = flag(0, "profiler schedule: steps skipped", minimum=0)
+    warmup_steps: int = flag(0, "profiler schedule: steps to warm up", minimum=0)
+    active_steps: int = flag(2, "profiler schedule: steps recorded", minimum=1)
+    repeat: int = flag(0, "profiler schedule: cycles; 0: until the end", minimum=0)
+    profiling_frequency: int = flag(10, "profile every this many steps", minimum=1)
+
+    explicit_flags: frozenset = field(default=frozenset(), init=False, repr=False)
+
+    @property
+    def quantizer(self) -> str:
+        return TRAIN_TYPES[self.train_type].quantizer
+
+    @property
+    def method(self) -> str:
+        return TRAIN_TYPES[self.train_type].method
+
+    @property
+    def source(self) -> str:
+        """Where the base weights are: the expanded model's folder for Llama-Pro."""
+        return self.llama_pro_path or self.model_name
+
+    def errors(self) -> list[str]:
+        """One line for each flag that cannot work beside the others."""
+        found = quantizer_of(self.train_type).flag_errors(self)
+        if self.method == "llama_pro" and not self.llama_pro_path:
+            found.append(f"--llama_pro_path: {self.train_type} needs the folder that scripts/block_expansion.py wrote")
+        if self.llama_pro_path and self.method != "llama_pro":
+            found.append(f"--llama_pro_path: has no meaning for --train_type {self.train_type}; use bnb_llama_pro or its like")
+        if self.use_activation_cpu_offload and not self.use_gradient_checkpointing:
+            found.append("--use_activation_cpu_offload true: offloads checkpointed inputs; add --use_gradient_checkpointing true")
+        return found
+
+    def notes(self) -> list[str]:
+        """What the user asked for that has no effect here, or that was changed, said once at start."""
+        said = []
+        for name, why in (
+            ("low_memory", "every process loads only its own rows"),
+            ("loading_workers", "every process streams its own rows"),
+        ):
+            if name in self.explicit_flags:
+                said.append(f"--{name} has no effect: {why}")
+        if self.use_cpu_offload and self.gradient_accumulation_steps > 1 and not self.no_sync:
+            said.append("--no_sync false with CPU offload: gradients go to the host at every accumulation step")
+        if self.no_sync and self.gradient_accumulation_steps == 1:
+            said.append("--no_sync has no effect with --gradient_accumulation_steps 1")
+        return said

@@ -1,0 +1,178 @@
+"""Processes: how they start, which device they own, the mesh they form, and how they end together."""
+
+import os
+import re
+import sys
+import traceback
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from methods.errors import UserError
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def say(*words, sep: str = " ") -> None:
+    """Prints on process 0 only."""
+    if is_main():
+        print(*words, sep=sep, flush=True)
+
+
+def barrier() -> None:
+    """Waits for all processes; does nothing in a single one."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce_sum(value: float, device: torch.device) -> float:
+    """The sum of a number over all processes."""
+    if not dist.is_initialized():
+        return value
+    total = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.item()
+
+
+def first_host(node_list: str) -> str:
+    """The first host of a SLURM node list such as `gpu[03-05,9],login1`."""
+    match = re.match(r"([^\[,]+)(?:\[(\d+))?", node_list)
+    return match.group(1) + (match.group(2) or "")
+
+
+def read_slurm_environment(master_addr: str, master_port: str) -> None:
+    """Sets torchrun's variables from srun's. Values that are already set win."""
+    env = os.environ
+    if "RANK" in env or "SLURM_PROCID" not in env or int(env.get("SLURM_NTASKS", 1)) < 2:
+        return
+    per_node = re.match(r"\d+", env.get("SLURM_NTASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "1"))).group()
+    if master_addr == "localhost":
+        master_addr = first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "localhost")))
+    env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"], LOCAL_RANK=env.get("SLURM_LOCALID", "0"))
+    for name, value in (("LOCAL_WORLD_SIZE", per_node), ("MASTER_ADDR", master_addr), ("MASTER_PORT", master_port)):
+        env.setdefault(name, value)
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The device of this process.
+
+    Raises:
+        UserError: CUDA was asked for and is missing, or there are more processes than GPUs.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device is visible; use --device cpu")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank() >= torch.cuda.device_count():
+        count = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+        raise UserError(
+            f"--nproc_per_node {count}: {count} processes but {torch.cuda.device_count()} visible GPU(s); "
+            "start one process per GPU or pass --device cpu"
+        )
+    device = torch.device("cuda", local_rank())
+    torch.cuda.set_device(device)
+    return device
+
+
+def start(device: torch.device, *, alone: bool = False) -> None:
+    """Joins the process group when there are several processes; gloo serves tensors in host memory.
+
+    A single process makes a group of its own if `alone`: FSDP2's CPU offload needs one.
+    """
+    if dist.is_initialized() or (world_size() == 1 and not alone):
+        return
+    on_gpu = device.type == "cuda"
+    store = dict(store=dist.HashStore(), rank=0, world_size=1) if world_size() == 1 else {}
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", device_id=device if on_gpu else None, **store)
+
+
+def make_mesh(strategy: str, device: torch.device, *, hybrid_shard_size: int = -1) -> DeviceMesh:
+    """The mesh to shard over: 1-D for full_shard and shard_grad_op, (replicas, shards) for the others.
+
+    `ddp` is the mesh whose shard dimension has one member.
+
+    Raises:
+        UserError: the shard size does not divide the number of processes.
+    """
+    total = world_size()
+    if strategy in ("full_shard", "shard_grad_op"):
+        return init_device_mesh(device.type, (total,), mesh_dim_names=("shard",))
+    size = 1
+    if strategy != "ddp":
+        size = hybrid_shard_size if hybrid_shard_size > 0 else int(os.environ.get("LOCAL_WORLD_SIZE", total))
+    if total % size:
+        raise UserError(f"--hybrid_shard_size {size}: does not divide {total} processes")
+    return init_device_mesh(device.type, (total // size, size), mesh_dim_names=("replicate", "shard"))
+
+
+def shard_group(mesh: DeviceMesh):
+    """The processes that together hold one copy of the model."""
+    return (mesh["shard"] if mesh.ndim > 1 else mesh).get_group()
+
+
+def _spawned(index: int, function, count: int, config) -> None:
+    os.environ.update(RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
+    run(function, config)
+
+
+def launch(function, config) -> None:
+    """Runs `function(config)` once in each process of the run, however it was started.
+
+    Under torchrun or srun this process is one of them. Under plain `python` it starts one per visible GPU, or
+    `config.world_size` of them; one on a CPU.
+    """
+    read_slurm_environment(config.master_addr, config.master_port)
+    on_gpu = config.device != "cpu" and torch.cuda.is_available()
+    count = 1 if "RANK" in os.environ else config.world_size
+    if count < 1:
+        count = max(torch.cuda.device_count(), 1) if on_gpu else 1
+    if on_gpu and "RANK" not in os.environ and count > torch.cuda.device_count():
+        fail(UserError(f"--world_size {count}: only {torch.cuda.device_count()} GPU(s) are visible"))
+    if count == 1:
+        run(function, config)
+        return
+    os.environ.setdefault("MASTER_ADDR", config.master_addr)
+    os.environ.setdefault("MASTER_PORT", config.master_port)
+    try:
+        torch.multiprocessing.spawn(_spawned, args=(function, count, config), nprocs=count)
+    except torch.multiprocessing.ProcessExitedException as error:
+        sys.exit(error.exit_code or 1)  # the process has already said why
+
+
+def fail(error: UserError) -> None:
+    """Shows bad input as its message alone, once per node, and exits with 2."""
+    if local_rank() == 0:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    # not sys.exit: leaving through a process group that waits for another process can hang
+    os._exit(2)
+
+
+def run(function, config) -> None:
+    """Runs `function(config)` in this process; any exception ends the process at once, so that the others end too."""
+    try:
+        function(config)
+    except UserError as error:
+        fail(error)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    if dist.is_initialized():
+        dist.destroy_process_group()

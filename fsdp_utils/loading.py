@@ -1,0 +1,257 @@
+"""From a folder of safetensors to a sharded, quantized model: built on meta, then streamed row by row."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.initialization import no_init_weights
+
+from fsdp_utils.distributed import is_main
+from fsdp_utils.safetensors_io import CheckpointError, CheckpointReader, model_folder
+from methods.errors import UserError
+from methods.quantizers.linear import QuantizedLinear
+from methods.rows import local, row_range
+from methods.targets import replace_module
+
+DEMO_MODEL = Path(__file__).parent.parent / "demo" / "model"
+
+
+def resolve_model(name: str) -> str:
+    """The folder behind a model name: `demo` is the built-in model."""
+    return str(DEMO_MODEL) if name == "demo" else name
+
+
+def read_model_config(name: str, *, attn_implementation: str = "auto"):
+    """The model's configuration, from a local folder or the hub.
+
+    Raises:
+        UserError: there is none, or it is not a causal language model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(resolve_model(name))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model_name {name}: {str(error).splitlines()[0]}") from None
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UserError(f"--model_name {name}: {config.model_type} is not a causal language model")
+    if getattr(config, "quantization_config", None):
+        raise UserError(f"--model_name {name}: its weights are quantized already; give the 16-bit model")
+    if attn_implementation != "auto":
+        config._attn_implementation = attn_implementation
+    config.use_cache = False
+    return config
+
+
+def read_tokenizer(name: str):
+    """The model's tokenizer.
+
+    Raises:
+        UserError: the folder or hub repository has none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(resolve_model(name))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model_name {name}: no tokenizer ({str(error).splitlines()[0]})") from None
+
+
+def build_on_meta(model_config, *, dtype: torch.dtype) -> nn.Module:
+    """The frozen model, parameters on meta, buffers (rotary frequencies, scales) real and on the CPU."""
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+    model.tie_weights()  # no_init_weights also skips this
+    return model.requires_grad_(False)
+
+
+def quantize_on_meta(model: nn.Module, paths: list[str], quantizer) -> None:
+    """Replaces the linears at `paths` by `QuantizedLinear`s without values.
+
+    Raises:
+        UserError: the group size does not divide a row, so groups would cross rows and could not be sharded.
+    """
+    for path in paths:
+        linear = model.get_submodule(path)
+        if linear.in_features % quantizer.group_size:
+            raise UserError(
+                f"--quant_group_size {quantizer.group_size}: does not divide in_features {linear.in_features} of {path}"
+            )
+        replace_module(model, path, QuantizedLinear(linear, quantizer))
+
+
+def materialize(model: nn.Module, *, device: torch.device, buffer_device: torch.device) -> None:
+    """Gives every parameter (sharded ones: this process's rows) memory without values, and moves the buffers."""
+    buffers = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    # swapping keeps each Parameter object: tied weights stay tied, and FSDP2 keeps pointing at what it sharded
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.to_empty(device=device)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+    for module, name, buffer in buffers:
+        module._buffers[name] = buffer.to(buffer_device)
+
+
+class DummyWeights:
+    """Random weights without files, for speed and memory measurements; the same for any number of processes."""
+
+    folder = "dummy weights"
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], *, dtype: torch.dtype, device: torch.device, seed: int):
+        self.shapes, self._dtype, self.device, self.seed = shapes, dtype, device, seed
+
+    def names(self) -> list[str]:
+        return list(self.shapes)
+
+    def __contains__(self, name) -> bool:
+        return name in self.shapes
+
+    def shape(self, name) -> tuple[int, ...]:
+        return self.shapes[name]
+
+    def dtype(self, name) -> torch.dtype:
+        return self._dtype
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        shape = self.shapes[name]
+        if len(shape) < 2:  # norms and biases
+            return torch.full((stop - start,), float(not name.endswith("bias")), dtype=self._dtype, device=self.device)
+        seed = int.from_bytes(hashlib.sha256(f"{self.seed}:{name}".encode()).digest()[:7], "big")
+        generator = torch.Generator(self.device).manual_seed(seed)
+        whole = torch.empty(shape, dtype=self._dtype, device=self.device).normal_(0, 0.02, generator=generator)
+        return whole[start:stop]
+
+
+def open_weights(model: nn.Module, name: str, *, load_format: str, dtype: torch.dtype, device: torch.device, seed: int):
+    """Where the weights come from: a reader of the checkpoint, or dummies shaped like `model` (before quantization)."""
+    if load_format == "dummy":
+        shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+        return DummyWeights(shapes, dtype=dtype, device=device, seed=seed)
+    return CheckpointReader(model_folder(resolve_model(name)))
+
+
+def checkpoint_dtype(weights) -> torch.dtype:
+    """The dtype most of the checkpoint is in: that of its first matrix."""
+    matrices = [n for n in weights.names() if len(weights.shape(n)) == 2]
+    if not matrices:
+        raise CheckpointError(f"{weights.folder}: holds no weight matrix")
+    return weights.dtype(matrices[0])
+
+
+def fingerprint(weights) -> str:
+    """A hash that tells one checkpoint from another: every tensor's name, dtype, shape and up to 16 samples of its rows.
+
+    It reads a few kilobytes per tensor; a checkpoint that differs only between the samples would pass.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(weights.names()):
+        shape = weights.shape(name)
+        digest.update(f"{name} {weights.dtype(name)} {shape}".encode())
+        rows = shape[0] if shape else 0
+        for row in sorted({i * rows // 16 for i in range(16)} if rows else ()):
+            sample = weights.rows(name, row, row + 1).reshape(-1)[:512].contiguous()
+            digest.update(sample.view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _sources(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None, torch.Tensor]]:
+    """`(checkpoint name, module, parameter name, parameter whose rows say which rows to read)`.
+
+    The parameter name is None for a packed weight. Parameters that a method added are left out; tied ones come once.
+    """
+    seen = set()
+    for path, module in model.named_modules():
+        prefix = f"{path}.".replace(".base_layer.", ".") if path else ""
+        if isinstance(module, QuantizedLinear):
+            yield f"{prefix}weight", module, None, module.packed()[0]
+        skipped = {*getattr(module, "own_parameters", ()), *getattr(module, "packed_names", ())}
+        for name, parameter in module.named_parameters(recurse=False):
+            adapter = ".lora_" in f".{path}."  # PEFT keeps its weights in linears of their own
+            if name not in skipped and not adapter and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield f"{prefix}{name}", module, name, parameter
+
+
+def _stored_name(weights, name: str, model: nn.Module) -> str:
+    """The name a checkpoint uses for a parameter: some are saved without the base model's prefix."""
+    prefix = f"{model.base_model_prefix}."
+    for candidate in (name, name.removeprefix(prefix), prefix + name):
+        if candidate in weights:
+            return candidate
+    raise CheckpointError(f"{weights.folder}: no tensor for {name}, which {type(model).__name__} needs")
+
+
+def _plan(model, weights) -> list[tuple[str, nn.Module, str | None, int, int]]:
+    """What to read for this process: `(stored name, module, parameter name, first row, end row)`.
+
+    Raises:
+        CheckpointError: a parameter without tensor, a tensor without parameter, or a shape that differs.
+    """
+    plan = []
+    for name, module, parameter_name, parameter in _sources(model):
+        stored = _stored_name(weights, name, model)
+        expected = tuple(parameter.shape)
+        if parameter_name is None:
+            expected = (module.out_features, module.in_features)
+        if weights.shape(stored) != expected:
+            raise CheckpointError(f"{weights.folder}: {stored} has shape {weights.shape(stored)}, the model wants {expected}")
+        plan.append((stored, module, parameter_name, *row_range(parameter)))
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    ignorable = tied | {n for n in weights.names() if n.endswith("inv_freq")}
+    unused = set(weights.names()) - {step[0] for step in plan} - ignorable
+    if unused:
+        raise CheckpointError(f"{weights.folder}: {sorted(unused)[0]} (of {len(unused)}) loads into nothing in this model")
+    return plan
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, weights, *, device: torch.device) -> None:
+    """Fills this process's rows of every base parameter: reads them, quantizes them on `device`, drops them.
+
+    One thread reads ahead by one tensor, so that reading and quantizing overlap.
+
+    Raises:
+        CheckpointError: naming the file and the tensor that is missing, superfluous or of another shape.
+    """
+    plan = _plan(model, weights)
+
+    def read(step):
+        stored, _, _, start, stop = step
+        return weights.rows(stored, start, stop).to(device)
+
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        ahead = reader.submit(read, plan[0])
+        bar = tqdm(plan, desc="loading", unit="tensor", disable=not is_main())
+        for i, (_, module, parameter_name, _, _) in enumerate(bar):
+            rows = ahead.result()
+            if i + 1 < len(plan):
+                ahead = reader.submit(read, plan[i + 1])
+            if parameter_name is not None:
+                local(getattr(module, parameter_name)).copy_(rows)
+                continue
+            for parameter, packed in zip(module.packed(), module.quantizer.quantize(rows), strict=True):
+                target = local(parameter)
+                target.view(torch.uint8).copy_(packed.view(torch.uint8))
+
+
+def check_loaded(model: nn.Module) -> None:
+    """Raises if a parameter stayed on meta: it would train as noise."""
+    left = [name for name, p in model.named_parameters() if local(p).is_meta]
+    if left:
+        raise RuntimeError(f"{left[0]} (of {len(left)}) was never loaded")
+
+
+def base_bytes(model: nn.Module) -> tuple[int, int]:
+    """Bytes of the frozen parameters: `(in this process, of the whole model)`."""
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    return sum(local(p).nbytes for p in frozen), sum(p.numel() * p.element_size() for p in frozen)
+
+
+def write_json(path: str | Path, content) -> None:
+    """Writes readable JSON with a final newline."""
+    Path(path).write_text(json.dumps(content, indent=2, default=str) + "\n")

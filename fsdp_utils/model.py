@@ -1,0 +1,91 @@
+"""Puts a model together: meta → quantized layers → method → checkpointing, compile, FSDP2 → weights."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fsdp_utils import loading, sharding
+from methods import method_of, quantizer_of
+from methods.base import Method
+from methods.errors import UserError
+from methods.rows import local
+from methods.targets import decoder_blocks, refuse_experts
+
+# storage dtype of what is not quantized, autocast dtype
+PRECISIONS = {
+    "bf16": (torch.bfloat16, None),
+    "fp32": (torch.float32, None),
+    "fp16_autocast": (torch.float32, torch.float16),
+    "bf16_autocast": (torch.float32, torch.bfloat16),
+    "bf16_buffers_autocast": (torch.bfloat16, torch.bfloat16),
+}
+
+
+@dataclass
+class Plan:
+    """A model on meta with everything that can be wrong about it checked; no weight has been read."""
+
+    model: nn.Module
+    method: Method
+    quantizer: object | None
+    weights: object
+    dtype: torch.dtype
+    base_fingerprint: str
+
+
+def plan(config, *, device: torch.device) -> Plan:
+    """Builds the model on meta, with quantized layers and adapters.
+
+    Raises:
+        UserError: anything about model, checkpoint, targets or group size that cannot work.
+    """
+    dtype, _ = PRECISIONS[config.precision]
+    if torch.bfloat16 in PRECISIONS[config.precision] and device.type == "cuda" and not _has_bf16():
+        raise UserError(f"--precision {config.precision}: this GPU has no bf16; use fp16_autocast or fp32")
+    model_config = loading.read_model_config(config.source, attn_implementation=config.attn_implementation)
+    model = loading.build_on_meta(model_config, dtype=dtype)
+    refuse_experts(model)
+    weights = loading.open_weights(
+        model, config.source, load_format=config.load_format, dtype=dtype, device=device, seed=config.seed
+    )
+    fingerprint = loading.fingerprint(weights) if config.load_format != "dummy" else "dummy"
+    quantizer = quantizer_of(config.train_type).from_config(config, checkpoint_dtype=loading.checkpoint_dtype(weights))
+    method = method_of(config.train_type)(config)
+    if quantizer:
+        loading.quantize_on_meta(model, method.to_quantize(model), quantizer)
+    method.attach(model, dtype=dtype)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise RuntimeError(f"{config.train_type} left no parameter to train")
+    return Plan(model, method, quantizer, weights, dtype, fingerprint)
+
+
+def _has_bf16() -> bool:
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def load(planned: Plan, config, *, mesh, device: torch.device, compile_block: Callable | None = None) -> nn.Module:
+    """Shards the planned model over `mesh` (None: one process holds it) and fills it."""
+    model = planned.model
+    blocks = decoder_blocks(model)
+    sharding.prepare_blocks(model, blocks, config, compile_block=compile_block)
+    sharding.shard(model, blocks, config, mesh=mesh, dtype=planned.dtype)
+    host = mesh is not None and config.use_cpu_offload
+    loading.materialize(model, device=torch.device("cpu") if host else device, buffer_device=device)
+    loading.load_weights(model, planned.weights, device=device)
+    planned.method.initialize(model, device=device)
+    loading.check_loaded(model)
+    return model
+
+
+def size_report(model: nn.Module, quantizer) -> list[str]:
+    """What the model weighs, in lines for the start of a run."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    count = sum(p.numel() for p in trained)
+    mine, total = loading.base_bytes(model)
+    return [
+        f"trained parameters: {count:,} ({sum(local(p).nbytes for p in trained) / 2**30:.3f} GiB in this process)",
+        f"frozen base: {total / 2**30:.3f} GiB, {mine / 2**30:.3f} GiB in this process"
+        + (f" ({quantizer})" if quantizer else ""),
+    ]

@@ -1,0 +1,98 @@
+"""Optimizers and schedules, one row each; optimizers step on the rows that this process holds."""
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from methods.rows import local
+
+
+def _adamw_8bit(params, lr, wd):
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(params, lr=lr, weight_decay=wd)
+
+
+OPTIMIZERS = {
+    "adamw": lambda params, lr, wd: torch.optim.AdamW(params, lr=lr, weight_decay=wd),
+    "adam": lambda params, lr, wd: torch.optim.Adam(params, lr=lr, weight_decay=wd),
+    "sgd": lambda params, lr, wd: torch.optim.SGD(params, lr=lr, weight_decay=wd),
+    "adadelta": lambda params, lr, wd: torch.optim.Adadelta(params, lr=lr, weight_decay=wd),
+    "fused_adamw": lambda params, lr, wd: torch.optim.AdamW(params, lr=lr, weight_decay=wd, fused=True),
+    "fused_adam": lambda params, lr, wd: torch.optim.Adam(params, lr=lr, weight_decay=wd, fused=True),
+    "adamw_8bit": _adamw_8bit,
+}
+
+# factor of the peak learning rate at a share of the steps after warm-up
+SCHEDULES = {
+    "constant": lambda share: 1.0,
+    "linear": lambda share: 1.0 - share,
+    "cosine": lambda share: 0.1 + 0.45 * (1 + math.cos(math.pi * share)),  # ends at a tenth, as the 2024 script did
+}
+
+
+def schedule_factor(name: str, step: int, *, total: int, warmup_ratio: float) -> float:
+    """The factor of the peak learning rate for 0-based optimizer step `step` of `total`."""
+    warmup = 0 if name == "constant" else int(total * warmup_ratio)
+    if step < warmup:
+        return (step + 1) / warmup
+    return SCHEDULES[name]((step - warmup) / max(total - warmup, 1))
+
+
+class LocalParameters:
+    """The trained parameters as plain tensors that share the memory of this process's rows.
+
+    Every optimizer offered works element by element, so it never needs to know that a parameter is sharded;
+    bitsandbytes' refuse sharded ones, and torch's are slower on them.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.sharded = [p for p in model.parameters() if p.requires_grad and local(p).numel()]
+        self.plain = [nn.Parameter(local(p).detach()) for p in self.sharded]
+
+    def collect_gradients(self) -> list[torch.Tensor]:
+        """Points the plain tensors at today's rows and gradients; returns the gradients."""
+        for sharded, plain in zip(self.sharded, self.plain, strict=True):
+            plain.data = local(sharded).detach()  # FSDP2 moves rows once, before the first forward (pinning, padding)
+            plain.grad = None if sharded.grad is None else local(sharded.grad)
+        return [p.grad for p in self.plain if p.grad is not None]
+
+    def zero_grad(self) -> None:
+        for sharded, plain in zip(self.sharded, self.plain, strict=True):
+            sharded.grad = plain.grad = None
+
+
+def global_norm(gradients: list[torch.Tensor], *, group, device: torch.device) -> torch.Tensor:
+    """The 2-norm over all rows of all processes, fp32 scalar; `group` together holds each row once."""
+    squared = torch.zeros((), device=device)
+    if gradients:
+        norms = torch._foreach_norm([g.float() if g.dtype == torch.float16 else g for g in gradients])
+        squared = torch.stack([n.float() for n in norms]).square().sum().to(device)
+    if group is not None:
+        dist.all_reduce(squared, group=group)
+    return squared.sqrt()
+
+
+class LossScaler:
+    """Scales the loss so that small fp16 gradients survive; skips steps that overflow. Every process decides alike,
+    because it looks at the global norm."""
+
+    def __init__(self, enabled: bool, *, start: float = 2.0**15, growth_interval: int = 1000):
+        self.scale = start if enabled else 1.0
+        self.enabled, self.growth_interval, self.good_steps = enabled, growth_interval, 0
+
+    def unscale_(self, gradients: list[torch.Tensor]) -> None:
+        if self.enabled and gradients:
+            torch._foreach_mul_(gradients, 1 / self.scale)
+
+    def update(self, finite: bool) -> None:
+        """Halves the scale after an overflow, doubles it after `growth_interval` good steps."""
+        if not self.enabled:
+            return
+        self.good_steps = self.good_steps + 1 if finite else 0
+        if not finite:
+            self.scale = max(self.scale / 2, 1.0)
+        elif self.good_steps == self.growth_interval:
+            self.scale, self.good_steps = self.scale * 2, 0

@@ -1,0 +1,437 @@
+"""What a folder is (base, model, adapter, Llama-Pro, stock-quantized), and how to open it for inference or export."""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from fsdp_utils import loading, model
+from fsdp_utils.checkpoint import RUN_FILE
+from fsdp_utils.config import TrainConfig
+from fsdp_utils.flags import flags
+from fsdp_utils.safetensors_io import CheckpointError, CheckpointReader, model_folder, read_header
+from methods import TRAIN_TYPES, method_of, quantizer_of
+from methods.errors import UserError
+from methods.llama_pro import EXPANDED_LAYERS_FILE
+from methods.rows import fill
+from methods.targets import block_linears
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_FOLDER = "adapter"  # where an exported model folder keeps the adapter that belongs to it
+KEY_PREFIX = "base_model.model."
+MAGNITUDE = "lora_magnitude_vector"
+
+# how the base is stored, what is on it; None: what the run did
+EVAL_TYPES = (
+    "full",
+    "full_post_quantized",
+    "qlora",
+    "bnb_dora",
+    "hqq_lora",
+    "hqq_dora",
+    "bnb_llama_pro",
+    "hqq_llama_pro",
+)
+PRECISION_OF = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+# what PEFT offers and our adapter layers do not compute
+PEFT_DEFAULTS = {
+    "peft_type": "LORA",
+    "bias": "none",
+    "use_rslora": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "modules_to_save": None,
+    "layer_replication": None,
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known of a folder without reading a weight.
+
+    Args:
+        folder: the folder itself (of a hub name: its snapshot).
+        kind: "base" (no run.json), "model" (full fine-tune), "llama_pro", "adapter",
+            "stock" (quantized in a format that transformers reads) or "stock_adapter" (PEFT adapter on one of those).
+        base: folder or hub name of the weights under an adapter; of the other kinds the folder.
+        config: the flags it was trained with, `model_name` being `base`; None without run.json.
+        quantizer: fields of the quantizer it was trained with; None if there was none or it is not known.
+        base_fingerprint: `loading.fingerprint` of the base it was trained on; None without run.json.
+        adapter: content of adapter_config.json; None unless it is an adapter.
+        adapter_folder: where adapter_config.json lies; None unless it is an adapter.
+    """
+
+    folder: Path
+    kind: str
+    base: Path
+    config: TrainConfig | None = None
+    quantizer: dict | None = None
+    base_fingerprint: str | None = None
+    adapter: dict | None = None
+    adapter_folder: Path | None = None
+
+    @property
+    def train_type(self) -> str | None:
+        return self.config.train_type if self.config else None
+
+    @property
+    def rank(self) -> int:
+        return self.adapter["r"]
+
+    @property
+    def scaling(self) -> float:
+        """alpha / r, the factor of `B A`."""
+        return self.adapter["lora_alpha"] / self.adapter["r"]
+
+    @property
+    def dora(self) -> bool:
+        return bool(self.adapter and self.adapter.get("use_dora"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a folder is
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def describe(name: str | Path) -> Run:
+    """Says what a folder, a hub name or `demo` is; reads headers and JSON files, no weights.
+
+    Raises:
+        UserError: no model in it, a run that did not finish or saved nothing, an adapter without its base or weights,
+            tensors that do not fit adapter_config.json, a Llama-Pro folder without the ids of its new blocks.
+    """
+    folder = model_folder(loading.resolve_model(str(name)))
+    record = _read_run(folder)
+    if (folder / ADAPTER_CONFIG).exists():
+        return _describe_adapter(folder, record)
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder}: holds neither a model (config.json) nor an adapter ({ADAPTER_CONFIG})")
+    if (folder / ADAPTER_FOLDER / ADAPTER_CONFIG).exists():
+        adapter = _read_adapter_config(folder / ADAPTER_FOLDER)
+        return Run(folder, "stock_adapter", folder, adapter=adapter, adapter_folder=folder / ADAPTER_FOLDER)
+    if _is_quantized(folder):
+        return Run(folder, "stock", folder)
+    return Run(folder, _model_kind(folder, record), folder, **_known_from(record, base=None))
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); the file is damaged") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected an object, found {type(content).__name__}; the file is damaged")
+    return content
+
+
+def _read_run(folder: Path) -> dict | None:
+    """run.json of a finished run; None if there is no such file."""
+    path = folder / RUN_FILE
+    if not path.exists():
+        return None
+    record = _read_json(path)
+    if not record.get("finished"):
+        raise UserError(f"{folder}: its training did not finish ({RUN_FILE}); train it again with --overwrite true")
+    if not record.get("saved"):
+        raise UserError(f"{folder}: was trained without --save_model true and holds no weights")
+    if record.get("flags", {}).get("train_type") not in TRAIN_TYPES:
+        raise UserError(f"{path}: names no known train_type; the file is damaged or of another version")
+    return record
+
+
+def _known_from(record: dict | None, *, base: Path | None) -> dict:
+    """The fields of `Run` that run.json knows."""
+    if record is None:
+        return {}
+    names = {f.name for f in flags(TrainConfig)}
+    config = TrainConfig(**{name: value for name, value in record["flags"].items() if name in names})
+    if base is not None:
+        config = replace(config, model_name=str(base))
+    return dict(config=config, quantizer=record.get("quantizer"), base_fingerprint=record.get("base_fingerprint"))
+
+
+def _model_kind(folder: Path, record: dict | None) -> str:
+    has_ids = (folder / EXPANDED_LAYERS_FILE).exists()
+    if record and TRAIN_TYPES[record["flags"]["train_type"]].method == "llama_pro" and not has_ids:
+        source = record["flags"].get("llama_pro_path")
+        raise UserError(f"{folder}: no {EXPANDED_LAYERS_FILE}, so its new blocks are not known; copy it from {source}")
+    return "llama_pro" if has_ids else "model" if record else "base"
+
+
+def _is_quantized(folder: Path) -> bool:
+    path = folder / "config.json"
+    return path.exists() and bool(_read_json(path).get("quantization_config"))
+
+
+def _describe_adapter(folder: Path, record: dict | None) -> Run:
+    adapter = _read_adapter_config(folder)
+    base = _find_base(folder, adapter, record)
+    kind = "stock_adapter" if _is_quantized(base) else "adapter"
+    return Run(folder, kind, base, **_known_from(record, base=base), adapter=adapter, adapter_folder=folder)
+
+
+def _read_adapter_config(folder: Path) -> dict:
+    """adapter_config.json, checked against the shapes of the tensors beside it.
+
+    Raises:
+        UserError: no tensors, features of PEFT that we do not compute, or tensors of another rank or kind.
+    """
+    path = folder / ADAPTER_CONFIG
+    config = _read_json(path)
+    for key, default in PEFT_DEFAULTS.items():
+        if (config.get(key) or default) != default:
+            raise UserError(f"{path}: {key} {config[key]} is not supported; load and merge it with PEFT")
+    if not config.get("r") or "lora_alpha" not in config:
+        raise UserError(f"{path}: names no r and lora_alpha; the file is damaged")
+    if not (folder / ADAPTER_WEIGHTS).exists():
+        raise UserError(f"{folder}: {ADAPTER_CONFIG} without {ADAPTER_WEIGHTS}; the folder is incomplete")
+    header = read_header(folder / ADAPTER_WEIGHTS)
+    for name, entry in header.items():
+        ranks = {"lora_A.weight": entry["shape"][:1], "lora_B.weight": entry["shape"][-1:]}
+        for suffix, found in ranks.items():
+            if name.endswith(suffix) and found != [config["r"]]:
+                says = f"{ADAPTER_CONFIG} says r = {config['r']}"
+                raise UserError(f"{folder}: {name} has shape {entry['shape']}, but {says}")
+    if not any(name.endswith("lora_A.weight") for name in header):
+        raise UserError(f"{folder / ADAPTER_WEIGHTS}: holds no LoRA weights")
+    if any(name.endswith(MAGNITUDE) for name in header) != bool(config.get("use_dora")):
+        raise UserError(f"{folder}: use_dora {config.get('use_dora', False)} does not fit its tensors")
+    return config
+
+
+def _find_base(folder: Path, adapter: dict, record: dict | None) -> Path:
+    """The base's folder: as adapter_config.json names it, beside the adapter, as the run named it, or on the hub.
+
+    Raises:
+        UserError: none of these exists.
+    """
+    name = str(adapter.get("base_model_name_or_path") or "")
+    trained_on = loading.resolve_model(record["flags"]["model_name"]) if record else name
+    for candidate in (Path(name), folder / name, Path(trained_on)):
+        if name and candidate.is_dir():
+            return candidate
+    try:
+        if name.count("/") > 1 or name.startswith((".", "/")) or not name:
+            raise CheckpointError("no such folder")
+        return model_folder(name)
+    except CheckpointError:
+        raise UserError(
+            f"{folder}: its base {name or '(not named)'} is gone; put it back, "
+            f"or write its place into base_model_name_or_path of {ADAPTER_CONFIG}"
+        ) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For export: the pieces of a run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def quantizer_object(run: Run):
+    """The quantizer that the base was trained under, exactly as it was; None for an unquantized base."""
+    return quantizer_of(run.train_type)(**run.quantizer) if run.quantizer else None
+
+
+def adapter_tensors(run: Run) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter on the CPU, `<module path>.lora_A.weight` and so on, without PEFT's prefix."""
+    stored = load_file(run.adapter_folder / ADAPTER_WEIGHTS)
+    return {name.removeprefix(KEY_PREFIX): tensor for name, tensor in stored.items()}
+
+
+def check_base(run: Run, fingerprint: str) -> None:
+    """Refuses weights that are not those the run was trained on: the result would be quietly wrong (peft#2321).
+
+    Raises:
+        UserError: naming both folders and the way out.
+    """
+    if run.base_fingerprint and fingerprint != run.base_fingerprint:
+        raise UserError(
+            f"{run.folder}: {run.base} is not the base it was trained on (fingerprint {fingerprint[:12]}, "
+            f"trained on {run.base_fingerprint[:12]}); put the original back"
+        )
+
+
+def open_base(run: Run) -> CheckpointReader:
+    """A reader of the weights under an adapter, or of the model itself; the base of an adapter is checked.
+
+    Raises:
+        UserError: another base than the run was trained on.
+    """
+    weights = CheckpointReader(run.base)
+    if run.kind == "adapter":
+        check_base(run, loading.fingerprint(weights))
+    return weights
+
+
+def read_tokenizer(run: Run):
+    """The tokenizer saved with the run, else that of its base."""
+    own = any((run.folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+    return loading.read_tokenizer(str(run.folder if own else run.base))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For inference: the whole model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_for_inference(
+    run: Run, *, device: torch.device, dtype: torch.dtype | None = None, eval_type: str | None = None
+) -> nn.Module:
+    """The model of a run in eval mode, frozen, on one device.
+
+    Adapters stay unmerged over the quantized base they were trained on. A Llama-Pro run was saved dequantized and
+    loads densely; it is then what was trained.
+
+    Args:
+        dtype: bfloat16 or float32; None: what it was trained in, else that of its checkpoint.
+        eval_type: one of EVAL_TYPES, to read the folder as something other than what it says it is.
+
+    Raises:
+        UserError: as `describe`; eval_type or dtype that does not fit the folder; another base than in training.
+    """
+    check_eval_type(run, eval_type)
+    dtype = dtype or default_dtype(run)
+    if run.kind.startswith("stock"):
+        return _load_stock(run, device=device, dtype=dtype)
+    load = _load_adapter if run.kind == "adapter" else _load_model
+    return load(run, device=device, dtype=dtype, eval_type=eval_type).requires_grad_(False).eval()
+
+
+def default_dtype(run: Run) -> torch.dtype:
+    """What the run computed in; without run.json bfloat16, or float32 where the checkpoint is."""
+    if run.config:
+        return model.PRECISIONS[run.config.precision][0]
+    if run.kind.startswith("stock"):
+        return torch.bfloat16
+    stored = loading.checkpoint_dtype(CheckpointReader(run.base))
+    return stored if stored in PRECISION_OF else torch.bfloat16
+
+
+def check_eval_type(run: Run, eval_type: str | None) -> None:
+    """Raises UserError if the folder cannot be read as `eval_type`."""
+    if eval_type is None or eval_type == run.train_type:
+        return
+    wanted = "model" if eval_type.startswith("full") else TRAIN_TYPES[eval_type].method
+    found = "dora" if run.dora else "lora" if run.adapter else run.kind
+    fits = {
+        "model": found in ("base", "model", "llama_pro"),
+        "llama_pro": found == "llama_pro",
+        "dora": found == "dora",
+    }.get(wanted, found == "lora")
+    if not fits or run.kind.startswith("stock"):
+        raise UserError(f"--eval_type {eval_type}: {run.folder} holds {found} ({run.kind}); leave --eval_type away")
+
+
+def _load_model(run: Run, *, device, dtype, eval_type) -> nn.Module:
+    """A dense model, or one whose linears are quantized while they are read."""
+    built = loading.build_on_meta(loading.read_model_config(str(run.base)), dtype=dtype)
+    weights = CheckpointReader(run.base)
+    quantized = eval_type not in (None, "full", run.train_type)
+    if quantized:
+        train_type = "qlora" if eval_type == "full_post_quantized" else eval_type
+        config = _config_for(run, train_type=train_type)
+        quantizer = quantizer_of(train_type).from_config(config, checkpoint_dtype=loading.checkpoint_dtype(weights))
+        new_blocks_stay = run.kind == "llama_pro" and eval_type != "full_post_quantized"
+        paths = method_of(train_type)(config).to_quantize(built) if new_blocks_stay else list(block_linears(built))
+        loading.quantize_on_meta(built, paths, quantizer)
+    loading.materialize(built, device=device, buffer_device=device)
+    loading.load_weights(built, weights, device=device)
+    loading.check_loaded(built)
+    return built
+
+
+def _config_for(run: Run, *, train_type: str) -> TrainConfig:
+    """The run's flags with another train type; the defaults where the run is not ours."""
+    is_pro = TRAIN_TYPES[train_type].method == "llama_pro"
+    return replace(
+        run.config or TrainConfig(), train_type=train_type, llama_pro_path=str(run.folder) if is_pro else None
+    )
+
+
+def inference_config(run: Run, *, dtype: torch.dtype, eval_type: str | None = None) -> TrainConfig:
+    """The flags that build an adapter run's model again, without what only training needs.
+
+    Raises:
+        UserError: a dtype that models are not built in.
+    """
+    if dtype not in PRECISION_OF:
+        raise UserError(f"--dtype {dtype}: choose from bf16, fp32")
+    config = run.config or _foreign_config(run)
+    if eval_type:
+        config = replace(config, train_type=eval_type)
+    return replace(config, precision=PRECISION_OF[dtype], use_gradient_checkpointing=False)
+
+
+def _foreign_config(run: Run) -> TrainConfig:
+    """The flags that would have made a PEFT adapter that was trained elsewhere."""
+    paths = {n.rpartition(".lora_")[0] for n in adapter_tensors(run)}
+    return TrainConfig(
+        train_type="dora" if run.dora else "custom_lora",
+        model_name=str(run.base),
+        lora_rank=run.rank,
+        lora_alpha=run.adapter["lora_alpha"],
+        lora_target_modules=",".join(sorted(paths)),
+    )
+
+
+def _load_adapter(run: Run, *, device, dtype, eval_type) -> nn.Module:
+    """Our model, quantized again from the same base with the same settings, and the saved adapter in it."""
+    config = inference_config(run, dtype=dtype, eval_type=eval_type)
+    planned = model.plan(config, device=device)
+    check_base(run, planned.base_fingerprint)
+    as_trained = eval_type in (None, run.train_type)
+    built = asdict(planned.quantizer) if planned.quantizer else None
+    if run.config and as_trained and built != run.quantizer:
+        raise UserError(f"{run.folder}: trained on a base quantized as {run.quantizer}, this version makes {built}")
+    stored = adapter_tensors(run)
+    _check_adapter(run, stored, dict(planned.method.adapter_tensors(planned.model)))
+    loaded = model.load(planned, config, mesh=None, device=device)
+    fill_adapter(loaded, planned.method, stored, device=device)
+    return loaded
+
+
+def _check_adapter(run: Run, stored: dict, expected: dict) -> None:
+    """Raises UserError for a tensor that is missing, of another shape, or has no place in the model."""
+    for name in sorted(expected.keys() | stored.keys()):
+        if name not in stored:
+            raise UserError(f"{run.folder}: {name} is missing from {ADAPTER_WEIGHTS}")
+        if name not in expected:
+            raise UserError(f"{run.folder}: {name} of {ADAPTER_WEIGHTS} has no place in {run.base}")
+        if stored[name].shape != expected[name].shape:
+            shapes = f"{tuple(stored[name].shape)}, the model wants {tuple(expected[name].shape)}"
+            raise UserError(f"{run.folder}: {name} has shape {shapes}")
+
+
+@torch.no_grad()
+def fill_adapter(loaded: nn.Module, method, stored: dict[str, torch.Tensor], *, device: torch.device) -> None:
+    """Copies saved adapter tensors (named as by `adapter_tensors`) into a loaded model."""
+    for name, tensor in method.adapter_tensors(loaded):
+        path, _, suffix = name.rpartition(".")
+        if suffix == MAGNITUDE:  # kept as its difference from the base's norm
+            layer = loaded.get_submodule(path)
+            fill(layer.magnitude_delta, stored[name].to(device) - layer.weight_norm)
+        else:
+            fill(tensor, stored[name])
+    method.after_step(loaded, device=device)  # the norm of the adapted rows, which DoRA divides by
+
+
+def _load_stock(run: Run, *, device, dtype) -> nn.Module:
+    """A folder in a format that transformers reads (bitsandbytes, compressed-tensors), with PEFT's adapter on it.
+
+    Raises:
+        UserError: the library that reads the format is missing, or transformers cannot read the folder.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(run.base, dtype=dtype, device_map={"": device})
+    except (ImportError, OSError, ValueError) as error:
+        raise UserError(f"{run.base}: transformers cannot load it ({str(error).splitlines()[0]})") from None
+    if run.adapter:
+        from peft import PeftModel
+
+        loaded = PeftModel.from_pretrained(loaded, run.adapter_folder)
+    return loaded.requires_grad_(False).eval()

@@ -1,0 +1,114 @@
+"""Finds the answer in a text, says whether two answers are the same, and how sure a score is."""
+
+import math
+import re
+import unicodedata
+from fractions import Fraction
+from functools import reduce
+
+SPACES = ",\u00a0\u2009\u202f"  # between thousands: comma, no-break, thin and narrow no-break space
+CURRENCY = r"(?:US|R|A|C)?[$€£¥₹₩¢]|USD|EUR|GBP|INR|Rs\.?"
+PLAIN = rf"\d{{1,3}}(?:[{SPACES}]\d{{2,3}})*[{SPACES}]\d{{3}}(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?(?:[eE][-+]?\d+)?|\.\d+"
+# 3:4, 1 1/2, 3/4, 1,234.5 and the like. Not the 2 of cm2, cm^2 or x^{2}, and no minus in 10-5
+NUMBER = re.compile(
+    rf"""
+    (?<![\w^.])(?<!\^\{{)
+    (?P<sign>(?<![\w)\]}}])[-+\u2212])?
+    (?:{CURRENCY})?\ ?
+    (?P<inner>[-\u2212])?
+    (?:
+        (?P<ratio>\d+(?:\.\d+)?(?:\ ?:\ ?\d+(?:\.\d+)?)+)
+        | (?:(?P<whole>\d+)\ (?:and\ )?)?(?P<top>\d+)\ ?/\ ?(?P<bottom>\d+)(?![\d/])
+        | (?P<plain>{PLAIN})
+    )
+    """,
+    re.VERBOSE,
+)
+LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}")
+NEXT_PROMPT = re.compile(r"###\s?(?:Question|Context|Instruction)")
+
+Answer = Fraction | tuple | str
+
+
+def cut_at_next_prompt(text: str) -> str:
+    """The answer alone: a model that was not taught to stop goes on with a question of its own."""
+    return NEXT_PROMPT.split(text, maxsplit=1)[0].strip()
+
+
+def _readable(text: str) -> str:
+    """LaTeX and Unicode fractions as `a/b`, LaTeX's thousands separators as commas."""
+    text = LATEX_FRACTION.sub(r" \1/\2", text).replace("{,}", ",").replace("\\,", "")
+    vulgar = {c for c in text if unicodedata.decomposition(c).startswith("<fraction>")}
+    for character in vulgar:
+        text = text.replace(character, " " + unicodedata.normalize("NFKC", character).replace("\u2044", "/"))
+    return text
+
+
+def extract(text: str) -> Answer | None:
+    """The last number of a text: an exact fraction, or of a ratio its terms; None where there is no number.
+
+    Currency and percent signs, thousands separators and trailing zeros do not matter. `6:8` is `3:4`, but a ratio is
+    never the same as a number.
+    """
+    last = None
+    for last in NUMBER.finditer(_readable(text)):  # noqa: B007
+        pass
+    return _value(last) if last else None
+
+
+def _value(match: re.Match) -> Answer:
+    negative = (match["sign"] or "") in "-\u2212" and bool(match["sign"]) or bool(match["inner"])
+    if match["ratio"]:
+        return _lowest_terms([Fraction(term.strip()) for term in match["ratio"].split(":")])
+    if match["plain"]:
+        value = Fraction(re.sub(f"[{SPACES}]", "", match["plain"]))
+    elif int(match["bottom"]) == 0:
+        return match[0].strip()
+    else:
+        value = Fraction(match["whole"] or 0) + Fraction(int(match["top"]), int(match["bottom"]))
+    return -value if negative else value
+
+
+def _lowest_terms(terms: list[Fraction]) -> tuple[int, ...]:
+    scale = math.lcm(*(term.denominator for term in terms))
+    whole = [int(term * scale) for term in terms]
+    divisor = reduce(math.gcd, whole) or 1
+    return tuple(term // divisor for term in whole)
+
+
+def plain(text: str) -> str:
+    """A text without what does not make another answer: case, spacing, final punctuation."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(".!")
+
+
+def compare(prediction: str, answer: str) -> tuple[str | None, str, bool]:
+    """What was found in the prediction, what in the answer, and whether they are the same.
+
+    An answer without any number is compared as text.
+    """
+    expected = extract(answer)
+    if expected is None:
+        found, expected = plain(prediction), plain(answer)
+    else:
+        found = extract(prediction)
+    return show(found), show(expected), found == expected
+
+
+def show(answer: Answer | None) -> str | None:
+    """An extracted answer as text: `51`, `1.5`, `1/3`, `3:4`."""
+    if isinstance(answer, tuple):
+        return ":".join(map(str, answer))
+    if isinstance(answer, Fraction) and 10**12 % answer.denominator == 0 and answer.denominator > 1:
+        return str(float(answer))
+    return None if answer is None else str(answer)
+
+
+def wilson_interval(correct: int, total: int, *, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % confidence interval of a share (Wilson 1927); unlike the normal one it stays within 0 and 1."""
+    if total == 0:
+        return 0.0, 1.0
+    share = correct / total
+    center = share + z * z / (2 * total)
+    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    scale = 1 + z * z / total
+    return max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)

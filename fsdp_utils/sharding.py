@@ -1,0 +1,83 @@
+"""Activation checkpointing, compilation and FSDP2, in the one order in which they work together."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from fsdp_utils.offload import offload_block_inputs
+
+RESHARD_AFTER_FORWARD = {
+    "full_shard": True,
+    "hybrid_full_shard": True,
+    "shard_grad_op": False,
+    "hybrid_shard_grad_op": False,
+    "ddp": False,
+}
+
+
+def checkpoint_block(block: nn.Module, *, reentrant: bool, offload: bool, preserve_rng: bool) -> None:
+    """Makes a block keep only its input and run forward again in backward.
+
+    It wraps `forward`, not the module: FSDP2's hooks stay outside the recomputed region, and names do not change.
+    """
+    forward = block.forward
+
+    def checkpointed(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        run = partial(forward, **kwargs)  # re-entrant checkpointing takes no keyword arguments
+        with offload_block_inputs(offload):
+            return checkpoint(run, *args, use_reentrant=reentrant, preserve_rng_state=preserve_rng)
+
+    block.forward = checkpointed
+
+
+def require_input_gradients(model: nn.Module) -> None:
+    """Re-entrant checkpointing of a frozen model loses every gradient unless a block's input requires one."""
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+
+
+def prepare_blocks(model: nn.Module, blocks: dict[str, nn.Module], config, *, compile_block: Callable | None) -> None:
+    """Compiles, then checkpoints each decoder block. Compiled code is inside the recomputed region, FSDP2 outside."""
+    for block in blocks.values():
+        if compile_block:
+            block.forward = compile_block(block.forward)
+        if config.use_gradient_checkpointing:
+            checkpoint_block(
+                block,
+                reentrant=config.reentrant_checkpointing,
+                offload=config.use_activation_cpu_offload,
+                preserve_rng=config.lora_dropout > 0,
+            )
+    if config.use_gradient_checkpointing and config.reentrant_checkpointing:
+        require_input_gradients(model)
+
+
+def shard(model: nn.Module, blocks: dict[str, nn.Module], config, *, mesh, dtype: torch.dtype) -> None:
+    """Applies fully_shard to each block and to the rest (embedding, final norm and head in the root group).
+
+    Must come after the blocks were found and wrapped: fully_shard renames classes. `mesh` None shards nothing.
+    """
+    if mesh is None:
+        return
+    pin = torch.cuda.is_available() and mesh.device_type == "cuda"
+    settings = dict(
+        mesh=mesh,
+        reshard_after_forward=RESHARD_AFTER_FORWARD[config.sharding_strategy],
+        # no param_dtype: it would cast fp32 scales and norms to 16 bits in the all-gather
+        mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32 if dtype == torch.bfloat16 else None),
+        offload_policy=CPUOffloadPolicy(pin_memory=pin) if config.use_cpu_offload else OffloadPolicy(),
+    )
+    for block in blocks.values():
+        fully_shard(block, **settings)
+    fully_shard(model, **settings)
+
+
+def set_gradient_sync(model: nn.Module, sync: bool) -> None:
+    """Whether the next backward reduces gradients over the processes."""
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(sync)

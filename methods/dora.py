@@ -1,0 +1,90 @@
+"""DoRA (arXiv:2402.09353) around any base linear: trained row magnitudes on top of LoRA.
+
+    V = W + alpha/r * B A      n = row norms of V (no gradient)      y = m / n * (V x) + bias
+
+The magnitude is kept as `m = weight_norm + magnitude_delta`. The delta starts at zero, so small steps are not rounded
+away in bf16 as they would be beside a norm near one, and weight decay pulls towards the base instead of towards zero.
+`n` changes only when the optimizer steps; it is refreshed then, each process for its own rows.
+"""
+
+import torch
+from torch import nn
+
+from methods.lora import LoRA, LoRALinear
+from methods.quantizers.linear import compute_dtype, matmul, weight_rows
+from methods.rows import fill, gather, local
+
+
+class DoRALinear(LoRALinear):
+    """A LoRA layer with a magnitude per output row. `weight_norm` and `adapted_norm` are frozen fp32 `[out]`."""
+
+    own_parameters = ("lora_A", "lora_B", "magnitude_delta", "weight_norm", "adapted_norm")
+
+    def __init__(self, base, *, rank, alpha, dropout, dtype):
+        super().__init__(base, rank=rank, alpha=alpha, dropout=dropout, dtype=dtype)
+        new = lambda dtype: torch.empty(self.out_features, dtype=dtype, device="meta")  # noqa: E731
+        self.magnitude_delta = nn.Parameter(new(dtype))
+        self.weight_norm = nn.Parameter(new(torch.float32), requires_grad=False)
+        self.adapted_norm = nn.Parameter(new(torch.float32), requires_grad=False)
+
+    def magnitude_scale(self) -> torch.Tensor:
+        """`m / n`, fp32 `[out]`; a row of zeros gives a finite value (peft#2049)."""
+        magnitude = self.weight_norm + self.magnitude_delta.float()
+        return magnitude / self.adapted_norm.clamp_min(torch.finfo(torch.float32).tiny)
+
+    def forward(self, x):
+        y = (matmul(self.base_layer, x.to(compute_dtype(x))) + self.low_rank(x)) * self.magnitude_scale().to(compute_dtype(x))
+        bias = self.base_layer.bias
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def adapter_tensors(self):
+        magnitude = self.weight_norm.detach() + self.magnitude_delta.detach().float()
+        return {**super().adapter_tensors(), "lora_magnitude_vector": magnitude}
+
+
+def row_norms_dense(weight, lora_a, lora_b, scaling) -> torch.Tensor:
+    """`||W + s B A||` of each row, fp32 `[n]`, from the product itself: the reference for `row_norms`."""
+    return (weight.float() + scaling * (lora_b.float() @ lora_a.float())).norm(dim=1)
+
+
+def row_norms(weight, weight_norm, lora_a, lora_b, scaling) -> torch.Tensor:
+    """`||W + s B A||` of each row, fp32 `[n]`, without building `B A`.
+
+    n^2 = ||W||^2 + 2 s rowsum((W A^T) * B) + s^2 rowsum((B (A A^T)) * B)
+
+    Args:
+        weight: `[n, in]`; weight_norm: fp32 `[n]`; lora_a: `[r, in]`; lora_b: `[n, r]`.
+    """
+    a, b = lora_a.to(weight.dtype), lora_b.float()
+    cross = (weight @ a.T).float()  # [n, r]
+    gram = (lora_a.float() @ lora_a.float().T)  # [r, r]
+    squared = weight_norm.square() + 2 * scaling * (cross * b).sum(1) + scaling**2 * ((b @ gram) * b).sum(1)
+    return squared.clamp_min(0).sqrt()
+
+
+class DoRA(LoRA):
+    """Wraps every target in a `DoRALinear`."""
+
+    layer = DoRALinear
+
+    @torch.no_grad()
+    def initialize(self, model, *, device):
+        super().initialize(model, device=device)
+        for layer in self.layers(model).values():
+            # of the weight that forward uses: the 2024 script took the unquantized one and started off the base
+            norm = weight_rows(layer.base_layer, local, dtype=self._norm_dtype(layer), device=device).float().norm(dim=1)
+            fill(layer.magnitude_delta, torch.zeros(layer.out_features))
+            local(layer.weight_norm).copy_(norm)
+            local(layer.adapted_norm).copy_(norm)
+
+    @torch.no_grad()
+    def after_step(self, model, *, device):
+        for layer in self.layers(model).values():
+            weight = weight_rows(layer.base_layer, local, dtype=self._norm_dtype(layer), device=device)
+            norm, b = local(layer.weight_norm).to(device), local(layer.lora_B).to(device)
+            a = gather(layer.lora_A).to(device)
+            local(layer.adapted_norm).copy_(row_norms(weight, norm, a, b, layer.scaling))
+
+    @staticmethod
+    def _norm_dtype(layer) -> torch.dtype:
+        return layer.lora_A.dtype

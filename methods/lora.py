@@ -1,0 +1,78 @@
+"""LoRA (arXiv:2106.09685) around any base linear: `y = W x + alpha/r * B A dropout(x)`."""
+
+import hashlib
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from methods.base import Method
+from methods.quantizers.linear import compute_dtype
+from methods.rows import fill
+from methods.targets import adapter_targets, replace_module
+
+
+class LoRALinear(nn.Module):
+    """Adds a trained low-rank product to a frozen base linear. A `[r, in]`, B `[out, r]`."""
+
+    own_parameters = ("lora_A", "lora_B")
+
+    def __init__(self, base: nn.Module, *, rank: int, alpha: float, dropout: float, dtype: torch.dtype):
+        super().__init__()
+        self.base_layer = base
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.scaling = alpha / rank
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=dtype, device="meta"))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, dtype=dtype, device="meta"))
+
+    def low_rank(self, x: torch.Tensor) -> torch.Tensor:
+        """`alpha/r * B A dropout(x)`, `[..., in] -> [..., out]`."""
+        x = self.dropout(x)
+        dtype = compute_dtype(x)
+        hidden = F.linear(x.to(dtype), self.lora_A.to(dtype))  # [..., r]
+        return F.linear(hidden, self.lora_B.to(dtype)) * self.scaling
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x) + self.low_rank(x)
+
+    def adapter_tensors(self) -> dict[str, torch.Tensor]:
+        """PEFT's key suffixes and the (sharded) tensors saved under them."""
+        return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
+
+
+def initial_lora_a(shape, *, path: str, seed: int) -> torch.Tensor:
+    """PEFT's start of A, `U(-1/sqrt(in), 1/sqrt(in))`, fp32; the same for any number of processes and device."""
+    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    bound = 1 / math.sqrt(shape[1])
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+class LoRA(Method):
+    """Wraps every target in `layer`."""
+
+    saves = "adapter"
+    layer = LoRALinear
+
+    def attach(self, model, *, dtype):
+        c = self.config
+        for path in adapter_targets(model, c.lora_target_modules):
+            base = model.get_submodule(path)
+            layer = self.layer(base, rank=c.lora_rank, alpha=c.lora_alpha, dropout=c.lora_dropout, dtype=dtype)
+            replace_module(model, path, layer)
+
+    def layers(self, model) -> dict[str, LoRALinear]:
+        """Path and module of every adapted layer."""
+        return {path: m for path, m in model.named_modules() if isinstance(m, self.layer)}
+
+    def adapter_tensors(self, model):
+        for path, layer in self.layers(model).items():
+            for suffix, tensor in layer.adapter_tensors().items():
+                yield f"{path}.{suffix}", tensor
+
+    def initialize(self, model, *, device):
+        for path, layer in self.layers(model).items():
+            fill(layer.lora_A, initial_lora_a(layer.lora_A.shape, path=path, seed=self.config.seed))
+            fill(layer.lora_B, torch.zeros(layer.lora_B.shape))

@@ -1,0 +1,129 @@
+"""A linear layer whose weight is packed codes and scales laid out row by row: ordinary parameters to FSDP2."""
+
+from dataclasses import astuple, fields
+from functools import lru_cache
+from importlib import import_module
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# fully_shard of torch 2.11 refuses frozen integer parameters, so bytes are stored under a 1-byte float dtype.
+# They are only ever viewed as uint8, copied and gathered; no arithmetic touches the float view.
+STORED_BYTES = torch.float8_e4m3fn
+
+
+class Quantizer(Protocol):
+    """What a backend provides. `packed` is a tuple of tensors in the order of `layout`."""
+
+    bits: int
+
+    @staticmethod
+    def flag_errors(config) -> list[str]: ...
+
+    @classmethod
+    def from_config(cls, config, *, checkpoint_dtype: torch.dtype) -> "Quantizer": ...
+
+    def layout(self, out_features: int, in_features: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name, shape and dtype of each parameter; dim 0 is always `out_features`."""
+
+    def quantize(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """`[n, in]` in any float dtype to packed tensors with n rows. Rows must not influence one another."""
+
+    def dequantize(self, packed: tuple[torch.Tensor, ...], *, in_features, dtype, row_factor=None) -> torch.Tensor:
+        """`[n, in_features]` in `dtype`, exactly as the forward pass uses it; row_factor: fp32 `[n]` or None."""
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The uint8 view of stored bytes."""
+    return tensor.view(torch.uint8)
+
+
+@lru_cache
+def parse_quantizer(spec: str) -> Quantizer:
+    """The quantizer that `Quantizer.spec` wrote: its module and class, then its fields."""
+    target, *values = spec.split(":")
+    module, name = target.rsplit(".", 1)
+    cls = getattr(import_module(module), name)
+    return cls(*(field.type(value) for field, value in zip(fields(cls), values, strict=True)))
+
+
+def spec_of(quantizer: Quantizer) -> str:
+    """Inverse of `parse_quantizer`."""
+    cls = type(quantizer)
+    return ":".join([f"{cls.__module__}.{cls.__name__}", *(str(v) for v in astuple(quantizer))])
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype a matrix product of `x` runs in, autocast included."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class _QuantizedMatmul(torch.autograd.Function):
+    """`x @ W.T` that keeps only the packed weight for backward and dequantizes it there again."""
+
+    @staticmethod
+    def forward(ctx, x, quantizer, in_features, *packed):
+        ctx.save_for_backward(*packed)
+        ctx.quantizer, ctx.in_features, ctx.dtype = quantizer, in_features, x.dtype
+        return F.linear(x, quantizer.dequantize(packed, in_features=in_features, dtype=x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        packed = ctx.saved_tensors  # once: each access recomputes under checkpointing
+        weight = ctx.quantizer.dequantize(packed, in_features=ctx.in_features, dtype=ctx.dtype)
+        return (grad @ weight, None, None, *[None] * len(packed))
+
+
+class QuantizedLinear(nn.Module):
+    """Takes the place of an `nn.Linear`; made on meta, filled by the loader row by row.
+
+    The packed parameters are frozen and have `out_features` rows each, so FSDP2 shards all of them on dim 0.
+    """
+
+    own_parameters = ()
+
+    def __init__(self, linear: nn.Linear, quantizer: Quantizer):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.quantizer = quantizer
+        self.packed_names = []
+        for name, (shape, dtype) in quantizer.layout(self.out_features, self.in_features).items():
+            empty = torch.empty(shape, dtype=dtype, device="meta")
+            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+            self.packed_names.append(name)
+        self.bias = linear.bias
+
+    def packed(self) -> tuple[torch.Tensor, ...]:
+        return tuple(getattr(self, name) for name in self.packed_names)
+
+    def matmul(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., in] -> [..., out]` without the bias."""
+        return _QuantizedMatmul.apply(x.to(compute_dtype(x)), self.quantizer, self.in_features, *self.packed())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.matmul(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.quantizer}"
+
+
+def matmul(base: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """`x @ W.T` of a base linear of any kind, without its bias."""
+    return base.matmul(x) if isinstance(base, QuantizedLinear) else F.linear(x, base.weight)
+
+
+def weight_rows(base: nn.Module, rows, *, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
+    """The weight of a base linear as forward uses it, `[n, in]`.
+
+    Args:
+        rows: maps a parameter to the tensor to use: `methods.rows.local` for this process's rows,
+            `methods.rows.gather` for all.
+    """
+    if not isinstance(base, QuantizedLinear):
+        return rows(base.weight).detach().to(device=device, dtype=dtype)
+    packed = tuple(rows(p).detach().to(device) for p in base.packed())
+    return base.quantizer.dequantize(packed, in_features=base.in_features, dtype=dtype)

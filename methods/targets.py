@@ -1,0 +1,98 @@
+"""Which modules of a model are decoder blocks, which linears are quantized, and which get adapters."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from methods.errors import UserError
+from methods.quantizers.linear import QuantizedLinear
+
+ATTENTION_OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
+
+
+def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Path and module of each decoder block, in order, found by the family's own `_no_split_modules`.
+
+    Must run before fully_shard, which renames classes.
+    """
+    names = set(model._no_split_modules or ())
+    blocks = {path: m for path, m in model.named_modules() if type(m).__name__ in names}
+    if not blocks:
+        raise UserError(f"--model_name: {type(model).__name__} names no decoder blocks (_no_split_modules); not supported")
+    return blocks
+
+
+def block_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Path and module of every linear, quantized or not, inside a decoder block; lm_head and embeddings are outside."""
+    return {
+        f"{block_path}.{path}": m
+        for block_path, block in decoder_blocks(model).items()
+        for path, m in block.named_modules()
+        if isinstance(m, (nn.Linear, QuantizedLinear))
+    }
+
+
+def refuse_experts(model: nn.Module) -> None:
+    """Raises UserError for 3-D expert weights: replacing nn.Linear would leave them in 16 bits (bitsandbytes#1849)."""
+    for path, parameter in model.named_parameters():
+        if parameter.dim() == 3:
+            raise UserError(f"--model_name: {path} {tuple(parameter.shape)} holds mixture-of-experts weights; not supported yet")
+
+
+def _is_attention_output(path: str) -> bool:
+    *parents, name = path.split(".")
+    return name in ATTENTION_OUTPUTS and bool(parents) and "attn" in parents[-1] + parents[-1].replace("attention", "attn")
+
+
+def _by_structure(keep: Callable[[str], bool]):
+    return lambda model, linears: [path for path in linears if keep(path)]
+
+
+def _peft_default(model, linears):
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known
+
+    kind = model.config.model_type
+    if kind not in known:
+        raise UserError(f"--lora_target_modules default: PEFT has no default for {kind} models; use all or names")
+    return _named(known[kind], linears)
+
+
+def _named(names, linears):
+    chosen = []
+    for name in names:
+        found = [path for path in linears if path == name or path.endswith("." + name)]
+        if not found:
+            offered = ", ".join(sorted({path.split(".")[-1] for path in linears}))
+            raise UserError(f"--lora_target_modules {name}: matches no linear of a decoder block; there are {offered}")
+        chosen += found
+    return [path for path in linears if path in set(chosen)]
+
+
+# the 2024 script's `all` is q,k,v,gate,up,down: every linear but the attention's output projection
+_RULES = {
+    "all": _by_structure(lambda path: not _is_attention_output(path)),
+    "all_linear": _by_structure(lambda path: True),
+    "default": _peft_default,
+}
+
+
+def adapter_targets(model: nn.Module, spec: str) -> list[str]:
+    """Paths of the linears that get an adapter.
+
+    Args:
+        spec: `all`, `all_linear`, `default`, or module names separated by commas.
+
+    Raises:
+        UserError: a name that matches nothing.
+    """
+    linears = block_linears(model)
+    rule = _RULES.get(spec)
+    if rule:
+        return rule(model, linears)
+    return _named([name.strip() for name in spec.split(",") if name.strip()], linears)
+
+
+def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Puts `module` at `path`."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)

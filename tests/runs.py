@@ -1,0 +1,71 @@
+"""One optimizer step of a real run, in this process: what the parity tests compare."""
+
+import torch
+import torch.distributed as dist
+
+import train
+from fsdp_utils import distributed, loading
+from fsdp_utils.config import TrainConfig
+from fsdp_utils.flags import parse
+from fsdp_utils.model import load, plan
+from methods.rows import gather, local
+
+
+def make_config(**flags) -> TrainConfig:
+    """A parsed command line; defaults suit a tiny model on a CPU."""
+    defaults = dict(precision="fp32", lora_rank=8, lora_dropout=0.0, device="cpu", use_cpu_offload=False, context_length=64)
+    argv = [f"--{name}={value}" for name, value in {**defaults, **flags}.items()]
+    return parse(TrainConfig, argv, prog="train.py")
+
+
+def prepared(config):
+    """`(model, plan, mesh, device)` of a run, loaded and sharded."""
+    device = distributed.pick_device(config.device)
+    distributed.start(device, alone=config.use_cpu_offload)
+    planned = plan(config, device=device)
+    mesh = None
+    if distributed.world_size() > 1 or config.use_cpu_offload:
+        mesh = distributed.make_mesh(config.sharding_strategy, device, hybrid_shard_size=config.hybrid_shard_size)
+    return load(planned, config, mesh=mesh, device=device), planned, mesh, device
+
+
+def perturb(model, seed: int = 1) -> None:
+    """Moves every trained parameter off its start, alike for any number of processes: LoRA's B begins at zero."""
+    from methods.rows import fill
+
+    for i, (_, parameter) in enumerate(sorted(model.named_parameters())):
+        if parameter.requires_grad:
+            generator = torch.Generator().manual_seed(seed * 1000 + i)
+            noise = torch.randn(parameter.shape, generator=generator) * 0.02
+            fill(parameter, (gather(parameter.detach()).cpu().float() + noise).to(parameter.dtype))
+
+
+def first_step(flags: dict, *, perturbed: bool = True) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gathered gradients of the first optimizer step of `make_config(**flags)`."""
+    config = make_config(**flags)
+    model, planned, _, device = prepared(config)
+    if perturbed:
+        perturb(model)
+        planned.method.after_step(model, device=device)
+    tokenizer = loading.read_tokenizer(config.source)
+    tokenized = train.prepare_data(config, tokenizer, model.config)
+    steps = train.steps_of(config, tokenized, tokenizer, total=1)
+    model.train()
+    loss, _ = train.backward(model, next(iter(steps)), config, device=device, scale=1.0)
+    names = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gradients = {name: gather(p.grad).detach().cpu() for name, p in names.items()}
+    return loss, gradients
+
+
+def packed_bytes(flags: dict) -> dict[str, torch.Tensor]:
+    """The gathered bytes of every frozen parameter, and under `*shard` this process's share of all bytes."""
+    model, *_ = prepared(make_config(**flags))
+    frozen = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
+    whole = {name: gather(p).contiguous().view(torch.uint8) for name, p in frozen.items()}
+    whole["*shard"] = torch.tensor(sum(local(p).nbytes for p in frozen.values()))
+    return whole
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()

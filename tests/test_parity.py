@@ -1,0 +1,138 @@
+"""The number of processes, the sharding and the split of the batch do not change what is computed."""
+
+import pytest
+import torch
+from runs import first_step, packed_bytes
+from tiny import FAMILIES
+
+from methods import TRAIN_TYPES
+
+ADAPTED = [name for name, row in TRAIN_TYPES.items() if row.method != "llama_pro"]
+
+
+def assert_close(got, want, *, relative):
+    """Loss and every gradient agree, relative to the largest entry of each."""
+    assert got[0] == pytest.approx(want[0], rel=relative)
+    assert got[1].keys() == want[1].keys() and want[1]
+    for name, gradient in want[1].items():
+        scale = gradient.abs().max().clamp_min(1e-12)
+        assert (got[1][name] - gradient).abs().max() / scale < relative, name
+
+
+def assert_learns(step):
+    """A parity of zeros would prove nothing."""
+    assert all(gradient.abs().max() > 0 for gradient in step[1].values())
+
+
+@pytest.fixture(scope="session")
+def flags(tiny, tiny_data):
+    def make(family="llama", **more):
+        return dict(model_name=tiny(family), dataset=tiny_data, batch_size=8, **more)
+
+    return make
+
+
+@pytest.mark.parametrize("train_type", ADAPTED)
+def test_two_processes_equal_one(pair, flags, train_type):
+    """Every train type, with and without CPU offload: loss and gradients of 2 processes are those of 1."""
+    alone = first_step(flags(train_type=train_type))
+    assert_learns(alone)
+    for offload in (False, True):
+        here = first_step(flags(train_type=train_type, use_cpu_offload=offload))
+        assert_close(here, alone, relative=1e-5)
+        both = pair.run(first_step, {**flags(train_type=train_type, use_cpu_offload=offload), "batch_size": 4})
+        for step in both:
+            assert_close(step, alone, relative=1e-5)
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "llama"])
+@pytest.mark.parametrize("train_type", ["full", "qlora", "bnb_dora", "hqq_lora"])
+def test_families(pair, flags, family, train_type):
+    """Biases, tied heads, fused projections and capped logits shard as plain Llamas do."""
+    alone = first_step(flags(family, train_type=train_type))
+    assert_learns(alone)
+    both = pair.run(first_step, {**flags(family, train_type=train_type), "batch_size": 4})
+    assert_close(both[0], alone, relative=1e-5)
+
+
+@pytest.mark.parametrize("train_type", ["full", "custom_qlora", "bnb_dora", "hqq_dora"])
+def test_bf16(pair, flags, train_type):
+    """The same in bf16, to its own precision."""
+    alone = first_step(flags(train_type=train_type, precision="bf16"))
+    both = pair.run(first_step, {**flags(train_type=train_type, precision="bf16"), "batch_size": 4})
+    assert_close(both[0], alone, relative=3e-2)
+
+
+@pytest.mark.parametrize(
+    "strategy", ["full_shard", "shard_grad_op", "ddp", "hybrid_full_shard", "hybrid_shard_grad_op"]
+)
+@pytest.mark.parametrize("hybrid_shard_size", [-1, 1])
+def test_strategies(pair, flags, strategy, hybrid_shard_size):
+    """Every sharding strategy gives the gradients of one process."""
+    alone = first_step(flags(train_type="bnb_dora"))
+    more = dict(sharding_strategy=strategy, hybrid_shard_size=hybrid_shard_size)
+    both = pair.run(first_step, {**flags(train_type="bnb_dora", **more), "batch_size": 4})
+    assert_close(both[0], alone, relative=1e-5)
+
+
+@pytest.mark.parametrize("train_type", ["full", "bnb_dora"])
+@pytest.mark.parametrize("no_sync", [False, True])
+def test_splits_of_the_global_batch(pair, flags, train_type, no_sync):
+    """1×8, 2×4 and 2×2×(accumulation 2) agree although sample lengths differ widely; so do accumulation 8 and 1×8."""
+    alone = first_step(flags(train_type=train_type))
+    for batch, accumulation in ((4, 1), (2, 2), (1, 4)):
+        more = dict(batch_size=batch, gradient_accumulation_steps=accumulation, no_sync=no_sync)
+        assert_close(pair.run(first_step, {**flags(train_type=train_type), **more})[1], alone, relative=1e-5)
+    more = dict(batch_size=1, gradient_accumulation_steps=8)
+    assert_close(first_step({**flags(train_type=train_type), **more}), alone, relative=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("train_type", ["qlora", "bnb_dora", "hqq_lora", "full"])
+def test_checkpointing(pair, flags, train_type, reentrant):
+    """Recomputing blocks, re-entrant or not, changes no gradient."""
+    alone = first_step(flags(train_type=train_type, use_gradient_checkpointing=False))
+    more = dict(use_gradient_checkpointing=True, reentrant_checkpointing=reentrant)
+    assert_close(first_step(flags(train_type=train_type, **more)), alone, relative=1e-5)
+    both = pair.run(first_step, {**flags(train_type=train_type, **more), "batch_size": 4})
+    assert_close(both[0], alone, relative=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16_autocast", "bf16_buffers_autocast", "fp16_autocast"])
+@pytest.mark.parametrize("train_type", ["qlora", "bnb_dora", "hqq_lora", "dora", "full"])
+def test_autocast(pair, flags, train_type, precision):
+    """Mixed precisions compute what fp32 does, to 16-bit precision, on 1 and 2 processes."""
+    reference = first_step(flags(train_type=train_type))
+    alone = first_step(flags(train_type=train_type, precision=precision))
+    assert alone[0] == pytest.approx(reference[0], rel=1e-2)
+    both = pair.run(first_step, {**flags(train_type=train_type, precision=precision), "batch_size": 4})
+    assert_close(both[0], alone, relative=3e-2)
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        dict(train_type="bnb_dora"),
+        dict(train_type="bnb_dora", quant_type="fp4", quant_scales="bf16"),
+        dict(train_type="custom_qlora", quant_scales="double", quant_group_size=32),
+        *[dict(train_type="hqq_lora", n_bits=bits) for bits in (8, 4, 3, 2, 1)],
+    ],
+    ids=str,
+)
+def test_gathered_bytes_equal_one_process(pair, trio, tiny, quantizer):
+    """Codes, scales and zeros of 2 and 3 processes (uneven rows) are those of one, byte for byte; each holds total/N."""
+    flags = dict(model_name=tiny("llama", intermediate_size=320, vocab_size=301), **quantizer)
+    alone = packed_bytes(flags)
+    for workers, size in ((pair, 2), (trio, 3)):
+        for rank, gathered in enumerate(workers.run(packed_bytes, flags)):
+            assert gathered.keys() == alone.keys()
+            for name in alone.keys() - {"*shard"}:
+                assert torch.equal(gathered[name], alone[name]), (size, rank, name)
+
+
+def test_base_bytes_per_process(pair, tiny):
+    """Each of 2 processes holds half of the frozen base within 1 %."""
+    flags = dict(model_name=tiny("llama"), train_type="bnb_dora")
+    total = int(packed_bytes(flags)["*shard"])
+    for gathered in pair.run(packed_bytes, flags):
+        assert int(gathered["*shard"]) == pytest.approx(total / 2, rel=0.01)

@@ -1,0 +1,226 @@
+"""The checkpoint reader and the streaming writer against the safetensors library."""
+
+import json
+import threading
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fsdp_utils.safetensors_io import (
+    INDEX_NAME,
+    CheckpointError,
+    CheckpointReader,
+    StreamingWriter,
+    new_folder,
+    parse_size,
+)
+from methods.errors import UserError
+
+
+def make_tensors():
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "codes": torch.randint(0, 256, (5, 7), dtype=torch.uint8, generator=generator),
+        "weight": torch.randn(6, 8, generator=generator),
+        "half": torch.randn(9, 3, generator=generator).bfloat16(),
+        "float8": torch.randn(4, 4, generator=generator).to(torch.float8_e4m3fn),
+        "scalar": torch.tensor(3, dtype=torch.int64),
+        "empty": torch.empty(0, 4),
+        "mask": torch.tensor([True, False, True]),
+    }
+
+
+def write(folder, tensors, **options):
+    writer = StreamingWriter(folder, {name: (t.dtype, t.shape) for name, t in tensors.items()}, **options)
+    for name in reversed(tensors):
+        writer.write(name, tensors[name])
+    writer.finish()
+    return writer
+
+
+def same_bytes(a, b):
+    """Equal as bits, NaN patterns included."""
+    bits_a, bits_b = (x.contiguous().reshape(-1).view(torch.uint8) for x in (a, b))
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits_a, bits_b)
+
+
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 150, 1])
+def test_written_files_are_what_safetensors_reads(tmp_path, max_shard_bytes):
+    """The safetensors library and our reader give back every tensor, from one file or many."""
+    tensors = make_tensors()
+    write(tmp_path, tensors, max_shard_bytes=max_shard_bytes)
+    stock = {}
+    for path in tmp_path.glob("*.safetensors"):
+        stock |= load_file(path)
+    reader = CheckpointReader(tmp_path)
+    assert set(stock) == set(reader.names()) == set(tensors)
+    assert (tmp_path / INDEX_NAME).exists() == (max_shard_bytes < 10**9)
+    for name, tensor in tensors.items():
+        assert same_bytes(stock[name], tensor) and same_bytes(reader.tensor(name), tensor)
+        assert reader.shape(name) == tuple(tensor.shape) and reader.dtype(name) == tensor.dtype
+        assert reader.nbytes(name) == tensor.nbytes
+
+
+def test_shards_stay_below_the_limit(tmp_path):
+    """Every shard's data fits max_shard_bytes when each tensor does."""
+    tensors = {f"t{i}": torch.zeros(10 + i) for i in range(20)}
+    writer = write(tmp_path, tensors, max_shard_bytes=300)
+    for shard in set(writer.shard_of.values()):
+        assert sum(tensors[name].nbytes for name, where in writer.shard_of.items() if where == shard) <= 300
+
+
+def test_rows_equal_slices_from_several_threads(tmp_path):
+    """Slices read concurrently equal slices of the whole, empty ones included."""
+    tensors = {f"t{i}": torch.randn(17, 5) for i in range(8)}
+    write(tmp_path, tensors, max_shard_bytes=800)
+    reader, wrong = CheckpointReader(tmp_path), []
+
+    def read(start, stop):
+        wrong.extend(n for n, t in tensors.items() if not torch.equal(reader.rows(n, start, stop), t[start:stop]))
+
+    threads = [threading.Thread(target=read, args=bounds) for bounds in [(0, 6), (6, 12), (12, 17), (17, 17)] * 4]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_writer_wants_each_announced_tensor_once(tmp_path):
+    """A wrong name, shape or dtype, a second write and a missing tensor are errors that name the tensor."""
+    writer = StreamingWriter(tmp_path, {"a": (torch.float32, (2, 3)), "b": (torch.float32, (1,))})
+    with pytest.raises(ValueError, match="c: not among"):
+        writer.write("c", torch.zeros(1))
+    with pytest.raises(ValueError, match="a: .* announced"):
+        writer.write("a", torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="a: .* announced"):
+        writer.write("a", torch.zeros(2, 3).half())
+    writer.write("a", torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="a: written twice"):
+        writer.write("a", torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="never written, such as b"):
+        writer.finish()
+
+
+def break_truncate(folder):
+    path = folder / "model-00002-of-00003.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+def break_header(folder):
+    path = folder / "model-00002-of-00003.safetensors"
+    path.write_bytes(path.read_bytes()[:5])
+
+
+def break_garbage(folder):
+    path = folder / "model-00002-of-00003.safetensors"
+    path.write_bytes((16).to_bytes(8, "little") + b"x" * 80)
+
+
+def break_missing(folder):
+    (folder / "model-00002-of-00003.safetensors").unlink()
+
+
+def break_index(folder):
+    (folder / INDEX_NAME).write_text("{}")
+
+
+def repoint(folder, target):
+    index = json.loads((folder / INDEX_NAME).read_text())
+    index["weight_map"]["t0"] = target
+    (folder / INDEX_NAME).write_text(json.dumps(index))
+
+
+def break_absolute(folder):
+    repoint(folder, str(folder / "model-00001-of-00003.safetensors"))
+
+
+def break_parent(folder):
+    repoint(folder, f"../{folder.name}/model-00001-of-00003.safetensors")
+
+
+def break_wrong_shard(folder):
+    repoint(folder, "model-00003-of-00003.safetensors")
+
+
+def break_symlink(folder):
+    path = folder / "model-00001-of-00003.safetensors"
+    path.rename(folder.parent / "elsewhere.safetensors")
+    path.symlink_to(folder.parent / "elsewhere.safetensors")
+
+
+def break_pickled(folder):
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "pytorch_model.bin").touch()
+
+
+def break_empty(folder):
+    for path in folder.iterdir():
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (break_truncate, "model-00002-of-00003.safetensors: truncated"),
+        (break_header, "model-00002-of-00003.safetensors: truncated"),
+        (break_garbage, "model-00002-of-00003.safetensors: corrupt"),
+        (break_missing, "model-00002-of-00003.safetensors is missing"),
+        (break_index, "not a safetensors index"),
+        (break_absolute, "outside the folder"),
+        (break_parent, "outside the folder"),
+        (break_wrong_shard, "puts t0 in model-00003-of-00003.safetensors"),
+        (break_symlink, "outside the folder"),
+        (break_pickled, "only pickled weights"),
+        (break_empty, "no model.safetensors"),
+    ],
+)
+def test_damaged_folders_are_refused_in_one_line(tmp_path, damage, message):
+    """Each kind of damage is a CheckpointError that names the file, on one line."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write(folder, {f"t{i}": torch.zeros(10) for i in range(3)}, max_shard_bytes=40)
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message) as error:
+        CheckpointReader(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_hub_cache_links_are_followed(tmp_path):
+    """A snapshot's files are links into the blobs folder of its own model, which is not an escape."""
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0123"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    save_file({"a": torch.ones(2)}, blobs / "abc")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/abc")
+    assert torch.equal(CheckpointReader(snapshot).tensor("a"), torch.ones(2))
+
+
+def test_folder_appears_only_when_complete(tmp_path):
+    """A failure inside new_folder leaves nothing behind, and files of an earlier run untouched."""
+    target = tmp_path / "out"
+    with pytest.raises(RuntimeError), new_folder(target) as folder:
+        (folder / "half").touch()
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+    with new_folder(target) as folder:
+        (folder / "first").touch()
+    with pytest.raises(UserError, match="--overwrite true"), new_folder(target):
+        pass
+    with pytest.raises(RuntimeError), new_folder(target, overwrite=True):
+        raise RuntimeError
+    assert [path.name for path in target.iterdir()] == ["first"]
+    with new_folder(target, overwrite=True) as folder:
+        (folder / "second").touch()
+    assert [path.name for path in target.iterdir()] == ["second"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_sizes():
+    """Sizes are powers of ten with an optional unit; anything else is refused."""
+    assert [parse_size(text) for text in ("5GB", "200MB", "1.5kb", 1000)] == [5 * 10**9, 2 * 10**8, 1500, 1000]
+    for text in ("", "0GB", "-1GB", "five", "5XB"):
+        with pytest.raises(ValueError, match="not a size"):
+            parse_size(text)

@@ -1,0 +1,74 @@
+"""Tiny models, a tokenizer and a dataset, made in a second without a network."""
+
+import json
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+SHAPE = dict(
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=300,
+    max_position_embeddings=512,
+    bos_token_id=256,
+    eos_token_id=257,
+    pad_token_id=258,
+)
+FAMILIES = {
+    "llama": lambda **kw: LlamaConfig(**{**SHAPE, "tie_word_embeddings": False, **kw}),
+    "mistral": lambda **kw: MistralConfig(**{**SHAPE, "sliding_window": None, **kw}),
+    "qwen2": lambda **kw: Qwen2Config(**{**SHAPE, "tie_word_embeddings": True, **kw}),  # biases, tied head
+    "gemma": lambda **kw: GemmaConfig(**{**SHAPE, "head_dim": 16, **kw}),  # tied head, scaled embedding
+    "gemma2": lambda **kw: Gemma2Config(**{**SHAPE, "head_dim": 16, **kw}),  # capped logits
+    "phi3": lambda **kw: Phi3Config(**{**SHAPE, **kw}),  # fused projections
+}
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """256 bytes and three special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {symbol: i for i, symbol in enumerate(alphabet)} | {"<s>": 256, "</s>": 257, "<pad>": 258}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def make_model(folder, family: str = "llama", *, dtype=torch.float32, seed: int = 0, **config) -> Path:
+    """Writes a random tiny model and its tokenizer; returns the folder."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family](**config)).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0, 0.1)
+            elif name.endswith("bias"):
+                parameter.normal_(0, 0.1)  # transformers starts biases at zero, which would hide a lost one
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return Path(folder)
+
+
+def make_data(path, *, samples: int = 16, longest: int = 40, seed: int = 0) -> Path:
+    """Writes question/answer lines of very different lengths."""
+    generator = random.Random(seed)
+    letters = "abcdefghij 0123456789"
+    text = lambda n: "".join(generator.choice(letters) for _ in range(n))  # noqa: E731
+    rows = [{"question": text(generator.randint(1, longest)), "answer": text(generator.randint(1, longest))} for _ in range(samples)]
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Path(path)

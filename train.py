@@ -1,0 +1,188 @@
+"""Fine-tune a causal language model that is too big for your GPUs.
+
+    torchrun --nproc_per_node 2 train.py --model_name demo --dataset demo --train_type bnb_dora --save_model true
+    python train.py --help
+
+Every flag is declared in fsdp_utils/config.py, every train type in methods/__init__.py.
+"""
+
+import itertools
+from contextlib import nullcontext
+
+import torch
+
+from fsdp_utils import checkpoint, data, distributed, loading, metrics, sharding
+from fsdp_utils.config import TrainConfig
+from fsdp_utils.distributed import say, world_size
+from fsdp_utils.flags import as_dict, parse
+from fsdp_utils.losses import causal_lm_loss_sum, label_tokens
+from fsdp_utils.model import PRECISIONS, load, plan, size_report
+from fsdp_utils.optim import OPTIMIZERS, LocalParameters, LossScaler, global_norm, schedule_factor
+from fsdp_utils.packing import epoch_steps, steps_per_epoch
+from methods.errors import UserError
+
+
+def prepare_data(config, tokenizer, model_config) -> data.TokenizedData:
+    """The tokenized training set; every rank returns the same one.
+
+    Raises:
+        UserError: too few samples for one global batch, or token ids that the embedding has no row for.
+    """
+    tokenized = data.prepare_dataset(config, tokenizer)
+    data.check_global_batch(tokenized, config, world_size=world_size())
+    rows = model_config.get_text_config().vocab_size
+    if tokenized.report.max_token_id >= rows:
+        raise UserError(
+            f"--model_name {config.source}: the tokenizer yields id {tokenized.report.max_token_id}, "
+            f"but the vocabulary of the embedding has {rows} rows; use the model's own tokenizer or resize the embedding"
+        )
+    return tokenized
+
+
+def batch_arithmetic(config, tokenized, *, steps: int) -> str:
+    """How samples become optimizer steps, in one line."""
+    rows = config.batch_size * config.gradient_accumulation_steps * world_size()
+    return (
+        f"global batch: {config.batch_size} rows x {world_size()} processes x {config.gradient_accumulation_steps} "
+        f"accumulation = {rows} {'packs' if config.packing else 'samples'}; {len(tokenized)} samples, {steps} steps"
+    )
+
+
+def steps_of(config, tokenized, tokenizer, *, total: int):
+    """Exactly `total` optimizer steps, epoch after epoch, each a list of this process's micro-batches."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+
+    def endless():
+        for epoch in itertools.count():
+            yield from epoch_steps(
+                tokenized,
+                batch_size=config.batch_size,
+                gradient_accumulation_steps=config.gradient_accumulation_steps,
+                rank=distributed.rank(),
+                world_size=world_size(),
+                seed=config.seed,
+                epoch=epoch,
+                pad_token_id=pad,
+                context_length=config.context_length,
+                packing=config.packing,
+            )
+
+    return itertools.islice(endless(), total)
+
+
+def backward(model, micro_batches, config, *, device, scale: float) -> tuple[float, int]:
+    """Gradients of one optimizer step. Returns the mean loss and the number of label tokens of the global batch."""
+    _, autocast = PRECISIONS[config.precision]
+    compute = torch.autocast(device.type, autocast) if autocast else nullcontext()
+    tokens = int(distributed.all_reduce_sum(sum(map(label_tokens, micro_batches)), device))
+    total = torch.zeros((), device=device)
+    for i, batch in enumerate(micro_batches, 1):
+        sharding.set_gradient_sync(model, i == len(micro_batches) or not config.no_sync)
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        with compute:
+            loss_sum = causal_lm_loss_sum(model, batch)
+        # gradient = d/dp (sum over ranks and micro-batches of loss_sum) / tokens; FSDP2 divides by world_size
+        (loss_sum * (scale * world_size() / max(tokens, 1))).backward()
+        total += loss_sum.detach()
+    return distributed.all_reduce_sum(total.item(), device) / max(tokens, 1), tokens
+
+
+def train(model, method, tokenized, tokenizer, config, *, mesh, device) -> None:
+    """The loop: one pass over `micro_batches` per optimizer step, metrics after each."""
+    per_epoch = steps_per_epoch(
+        tokenized,
+        batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        world_size=world_size(),
+        packing=config.packing,
+        seed=config.seed,
+        context_length=config.context_length,
+    )
+    total = config.max_steps if config.max_steps > 0 else per_epoch * config.num_epochs
+    say(batch_arithmetic(config, tokenized, steps=total))
+    trained = LocalParameters(model)
+    optimizer = OPTIMIZERS[config.optimizer](trained.plain, config.lr, config.wd)
+    scaler = LossScaler(config.precision == "fp16_autocast")
+    group = distributed.shard_group(mesh) if mesh is not None else None
+    logger = metrics.make_logger(config, total=total)
+    clock = metrics.Clock(device)
+    model.train()
+    with metrics.make_profiler(config, device) or nullcontext() as profiler:
+        for step, micro_batches in enumerate(steps_of(config, tokenized, tokenizer, total=total)):
+            clock.begin()
+            loss, tokens = backward(model, micro_batches, config, device=device, scale=scaler.scale)
+            gradients = trained.collect_gradients()
+            scaler.unscale_(gradients)
+            norm = global_norm(gradients, group=group, device=device).item()
+            if not (scaler.enabled or torch.isfinite(torch.tensor([loss, norm])).all()):
+                raise FloatingPointError(f"step {step + 1}: loss {loss}, gradient norm {norm}; lower --lr or check the data")
+            finite = norm < float("inf")
+            lr = config.lr * schedule_factor(config.lr_scheduler, step, total=total, warmup_ratio=config.lr_warmup_ratio)
+            if finite:
+                if config.apply_gradient_clipping and norm > config.grad_norm:
+                    torch._foreach_mul_(gradients, config.grad_norm / norm)
+                for param_group in optimizer.param_groups:
+                    param_group["lr"] = lr
+                optimizer.step()
+                method.after_step(model, device=device)
+            scaler.update(finite)
+            trained.zero_grad()
+            logger.log(
+                dict(
+                    step=step + 1,
+                    loss=loss,
+                    lr=lr,
+                    grad_norm=norm,
+                    tokens=tokens,
+                    tokens_per_s=clock.step(sum(b["input_ids"].numel() for b in micro_batches) * world_size()),
+                    memory_gib=metrics.peak_memory_gib(device),
+                )
+            )
+            if profiler:
+                profiler.step()
+    logger.close()
+    say(f"tokens/s: {clock.mean():.0f} ({clock.mean() / world_size():.0f} per process), peak {metrics.peak_memory_gib(device):.2f} GiB")
+
+
+def main(config: TrainConfig) -> None:
+    """The story of a run; every check comes before the first weight is read."""
+    device = distributed.pick_device(config.device)
+    checkpoint.check_output(config)
+    distributed.start(device, alone=config.use_cpu_offload)
+    for note in config.notes():
+        say(f"note: {note}")
+    if config.verbose:
+        say(as_dict(config))
+    torch.manual_seed(config.seed + distributed.rank())  # dropout differs between processes, as between samples
+    model_config = loading.read_model_config(config.source)
+    tokenizer = loading.read_tokenizer(config.source)
+    tokenized = prepare_data(config, tokenizer, model_config)
+    say(tokenized.report)
+    planned = plan(config, device=device)
+    mesh = None
+    if world_size() > 1 or config.use_cpu_offload:
+        mesh = distributed.make_mesh(config.sharding_strategy, device, hybrid_shard_size=config.hybrid_shard_size)
+    run = dict(base_fingerprint=planned.base_fingerprint, quantizer=planned.quantizer)
+    checkpoint.write_run(config, **run, finished=False)
+    model = load(planned, config, mesh=mesh, device=device)
+    say(*size_report(model, planned.quantizer), sep="\n")
+    if config.verbose:
+        say(model)
+    train(model, planned.method, tokenized, tokenizer, config, mesh=mesh, device=device)
+    if config.save_model:
+        checkpoint.save(model, tokenizer, planned.method, config)
+        say(f"saved to {config.output_dir}")
+    checkpoint.write_run(config, **run, finished=True)
+
+
+def cli() -> None:
+    """Parses the flags; a wrong one ends every process with one line and exit code 2."""
+    try:
+        config = parse(TrainConfig, prog="train.py", description=__doc__)
+    except UserError as error:
+        distributed.fail(error)
+    distributed.launch(main, config)
+
+
+if __name__ == "__main__":
+    cli()
