@@ -15,7 +15,7 @@ from fsdp_utils import checkpoint, data, distributed, loading, metrics, sharding
 from fsdp_utils.config import TrainConfig
 from fsdp_utils.distributed import say, world_size
 from fsdp_utils.flags import as_dict, parse
-from fsdp_utils.losses import causal_lm_loss_sum, label_tokens
+from fsdp_utils.losses import CausalLMLoss, with_targets
 from fsdp_utils.model import PRECISIONS, load, plan, size_report
 from fsdp_utils.optim import OPTIMIZERS, LocalParameters, LossScaler, global_norm, schedule_factor
 from fsdp_utils.packing import epoch_steps, steps_per_epoch
@@ -70,17 +70,18 @@ def steps_of(config, tokenized, tokenizer, *, total: int):
     return itertools.islice(endless(), total)
 
 
-def backward(model, micro_batches, config, *, device, scale: float) -> tuple[float, int]:
+def backward(model, loss_sum_of, micro_batches, config, *, device, scale: float) -> tuple[float, int]:
     """Gradients of one optimizer step. Returns the mean loss and the number of label tokens of the global batch."""
     _, autocast = PRECISIONS[config.precision]
     compute = torch.autocast(device.type, autocast) if autocast else nullcontext()
-    tokens = int(distributed.all_reduce_sum(sum(map(label_tokens, micro_batches)), device))
+    micro_batches = [with_targets(batch) for batch in micro_batches]
+    tokens = int(distributed.all_reduce_sum(sum(len(batch["targets"]) for batch in micro_batches), device))
     total = torch.zeros((), device=device)
     for i, batch in enumerate(micro_batches, 1):
         sharding.set_gradient_sync(model, i == len(micro_batches) or not config.no_sync)
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         with compute:
-            loss_sum = causal_lm_loss_sum(model, batch)
+            loss_sum = loss_sum_of(batch)
         # gradient = d/dp (sum over ranks and micro-batches of loss_sum) / tokens; FSDP2 divides by world_size
         (loss_sum * (scale * world_size() / max(tokens, 1))).backward()
         total += loss_sum.detach()
@@ -106,18 +107,23 @@ def train(model, method, tokenized, tokenizer, config, *, mesh, device) -> None:
     group = distributed.shard_group(mesh) if mesh is not None else None
     logger = metrics.make_logger(config, total=total)
     clock = metrics.Clock(device)
+    loss_sum_of = CausalLMLoss(model, fused=config.fused_loss)
     model.train()
     with metrics.make_profiler(config, device) or nullcontext() as profiler:
         for step, micro_batches in enumerate(steps_of(config, tokenized, tokenizer, total=total)):
             clock.begin()
-            loss, tokens = backward(model, micro_batches, config, device=device, scale=scaler.scale)
+            loss, tokens = backward(model, loss_sum_of, micro_batches, config, device=device, scale=scaler.scale)
             gradients = trained.collect_gradients()
             scaler.unscale_(gradients)
             norm = global_norm(gradients, group=group, device=device).item()
             if not (scaler.enabled or torch.isfinite(torch.tensor([loss, norm])).all()):
-                raise FloatingPointError(f"step {step + 1}: loss {loss}, gradient norm {norm}; lower --lr or check the data")
+                raise FloatingPointError(
+                    f"step {step + 1}: loss {loss}, gradient norm {norm}; lower --lr or check the data"
+                )
             finite = norm < float("inf")
-            lr = config.lr * schedule_factor(config.lr_scheduler, step, total=total, warmup_ratio=config.lr_warmup_ratio)
+            lr = config.lr * schedule_factor(
+                config.lr_scheduler, step, total=total, warmup_ratio=config.lr_warmup_ratio
+            )
             if finite:
                 if config.apply_gradient_clipping and norm > config.grad_norm:
                     torch._foreach_mul_(gradients, config.grad_norm / norm)
@@ -141,7 +147,9 @@ def train(model, method, tokenized, tokenizer, config, *, mesh, device) -> None:
             if profiler:
                 profiler.step()
     logger.close()
-    say(f"tokens/s: {clock.mean():.0f} ({clock.mean() / world_size():.0f} per process), peak {metrics.peak_memory_gib(device):.2f} GiB")
+    say(
+        f"tokens/s: {clock.mean():.0f} ({clock.mean() / world_size():.0f} per process), peak {metrics.peak_memory_gib(device):.2f} GiB"
+    )
 
 
 def main(config: TrainConfig) -> None:

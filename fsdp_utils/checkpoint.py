@@ -80,7 +80,12 @@ def save(model: nn.Module, tokenizer, method, config) -> None:
 
 def _move_in(temporary: Path, folder: Path) -> None:
     """Replaces an older result: its weights must not lie beside the new ones."""
-    for stale in [*folder.glob("*.safetensors"), folder / INDEX_NAME, folder / "adapter_config.json", folder / "config.json"]:
+    for stale in [
+        *folder.glob("*.safetensors"),
+        folder / INDEX_NAME,
+        folder / "adapter_config.json",
+        folder / "config.json",
+    ]:
         stale.unlink(missing_ok=True)
     for path in temporary.iterdir():
         os.replace(path, folder / path.name)

@@ -23,7 +23,8 @@ class TrainConfig:
     lora_alpha: int = flag(16, "adapters are scaled by alpha / r", above=0)
     lora_dropout: float = flag(0.1, "dropout before the adapters", minimum=0.0, maximum=0.99)
     lora_target_modules: str = flag(
-        "all", "`all` (q,k,v,gate,up,down or their like), `all_linear`, `default` (PEFT's choice), or names: q_proj,v_proj"
+        "all",
+        "`all` (q,k,v,gate,up,down or their like), `all_linear`, `default` (PEFT's choice), or names: q_proj,v_proj",
     )
     n_bits: int = flag(4, "bits of the quantized base: 4 for bnb; 8, 4, 3, 2 or 1 for hqq")
     quant_type: str = flag("nf4", "4-bit code of bitsandbytes", choices=("nf4", "fp4"))
@@ -36,8 +37,12 @@ class TrainConfig:
     )
 
     _data: str = section("data")
-    dataset: str = flag("alpaca_sample", "name (see docs/data.md) or local .jsonl, .json, .parquet file or dataset folder")
-    dataset_samples: int = flag(512, "samples used of alpaca_sample, dummy, orca_math; of others only when passed", minimum=1)
+    dataset: str = flag(
+        "alpaca_sample", "name (see docs/data.md) or local .jsonl, .json, .parquet file or dataset folder"
+    )
+    dataset_samples: int = flag(
+        512, "samples used of alpaca_sample, dummy, orca_math; of others only when passed", minimum=1
+    )
     context_length: int = flag(512, "longest sample in tokens; longer ones are cut", minimum=2)
     packing: bool = flag(False, "fill rows of context_length with several samples that do not see each other")
 
@@ -67,7 +72,8 @@ class TrainConfig:
     use_activation_cpu_offload: bool = flag(False, "keep checkpointed block inputs in host memory")
     no_sync: bool = flag(False, "reduce gradients only at the last accumulation step")
     compile: bool = flag(True, "compile decoder blocks (CUDA with Triton; ignored elsewhere)")
-    fused_loss: bool = flag(True, "never build the full logits")
+    fused_kernels: bool = flag(True, "base product and adapter in one operator; false: the plain definition")
+    fused_loss: bool = flag(True, "never build the full logits; false: the plain definition")
     load_format: str = flag("safetensors", "dummy: random weights, no files", choices=("safetensors", "dummy"))
     attn_implementation: str = flag("auto", "attention of transformers: sdpa, eager, flash_attention_2, …")
     low_memory: bool = flag(True, "accepted for old commands; loading is always sharded")
@@ -123,9 +129,13 @@ class TrainConfig:
         if self.method == "llama_pro" and not self.llama_pro_path:
             found.append(f"--llama_pro_path: {self.train_type} needs the folder that scripts/block_expansion.py wrote")
         if self.llama_pro_path and self.method != "llama_pro":
-            found.append(f"--llama_pro_path: has no meaning for --train_type {self.train_type}; use bnb_llama_pro or its like")
+            found.append(
+                f"--llama_pro_path: has no meaning for --train_type {self.train_type}; use bnb_llama_pro or its like"
+            )
         if self.use_activation_cpu_offload and not self.use_gradient_checkpointing:
-            found.append("--use_activation_cpu_offload true: offloads checkpointed inputs; add --use_gradient_checkpointing true")
+            found.append(
+                "--use_activation_cpu_offload true: offloads checkpointed inputs; add --use_gradient_checkpointing true"
+            )
         return found
 
     def notes(self) -> list[str]:

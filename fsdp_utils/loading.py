@@ -144,7 +144,7 @@ def checkpoint_dtype(weights) -> torch.dtype:
 
 
 def fingerprint(weights) -> str:
-    """A hash that tells one checkpoint from another: every tensor's name, dtype, shape and up to 16 samples of its rows.
+    """A hash that tells one checkpoint from another: each tensor's name, dtype, shape and up to 16 samples.
 
     It reads a few kilobytes per tensor; a checkpoint that differs only between the samples would pass.
     """
@@ -199,13 +199,17 @@ def _plan(model, weights) -> list[tuple[str, nn.Module, str | None, int, int]]:
         if parameter_name is None:
             expected = (module.out_features, module.in_features)
         if weights.shape(stored) != expected:
-            raise CheckpointError(f"{weights.folder}: {stored} has shape {weights.shape(stored)}, the model wants {expected}")
+            raise CheckpointError(
+                f"{weights.folder}: {stored} has shape {weights.shape(stored)}, the model wants {expected}"
+            )
         plan.append((stored, module, parameter_name, *row_range(parameter)))
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     ignorable = tied | {n for n in weights.names() if n.endswith("inv_freq")}
     unused = set(weights.names()) - {step[0] for step in plan} - ignorable
     if unused:
-        raise CheckpointError(f"{weights.folder}: {sorted(unused)[0]} (of {len(unused)}) loads into nothing in this model")
+        raise CheckpointError(
+            f"{weights.folder}: {sorted(unused)[0]} (of {len(unused)}) loads into nothing in this model"
+        )
     return plan
 
 

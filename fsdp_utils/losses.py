@@ -1,29 +1,68 @@
-"""The causal-language-model loss, summed over this process's unmasked tokens."""
+"""The causal-language-model loss: which tokens count, and their summed cross entropy."""
+
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+from methods.kernels.cross_entropy import linear_cross_entropy
+from methods.quantizers.linear import compute_dtype
 
 IGNORED = -100
 
 
-def label_tokens(batch: dict[str, torch.Tensor]) -> int:
-    """How many predictions of a batch count: each label predicts from the token before it."""
-    return int((batch["labels"][:, 1:] != IGNORED).sum())
+def with_targets(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Replaces `labels` `[b, L]` by `positions` and `targets` `[n]`: the flat places that predict, and what.
 
-
-def shifted(labels: torch.Tensor) -> torch.Tensor:
-    """`[b, L]` labels moved so that position i holds the token that follows it; the last one has none."""
-    return F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
-
-
-def causal_lm_loss_sum(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Sum of the cross entropies of a batch, fp32 scalar.
-
-    Args:
-        batch: `input_ids`, `labels` `[b, L]` and either `attention_mask` or, for packed rows, `position_ids`.
+    Runs on the CPU, before the batch moves: finding the places on a GPU would make the host wait for it. A causal model
+    needs no attention mask for padding on the right, and without one attention takes its fast kernels.
     """
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    # use_cache=True would make transformers ignore the sequence boundaries in position_ids
-    logits = model(**inputs, use_cache=False).logits  # [b, L, vocabulary]
-    labels = shifted(batch["labels"])
-    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    shifted = F.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:].flatten()  # the last token predicts nothing
+    positions = (shifted != IGNORED).nonzero()[:, 0]
+    inputs = {name: t for name, t in batch.items() if name not in ("labels", "attention_mask")}
+    return {**inputs, "positions": positions, "targets": shifted[positions]}
+
+
+class CausalLMLoss:
+    """Sums the cross entropies of a batch from `with_targets`; fp32 scalar.
+
+    With `fused`, the head computes the loss itself where the model calls it: there FSDP2 holds its whole weight.
+    """
+
+    def __init__(self, model: nn.Module, *, fused: bool):
+        self.model, self.fused = model, fused
+        self.pending = SimpleNamespace(positions=None, targets=None, loss=None)
+        if fused:
+            self._install(model.get_output_embeddings())
+
+    def _install(self, head: nn.Linear) -> None:
+        plain, pending = head.forward, self.pending
+
+        def forward(hidden):  # [b, L, h]
+            if pending.targets is None:
+                return plain(hidden)
+            dtype = compute_dtype(hidden)
+            chosen = hidden.flatten(0, 1)[pending.positions].to(dtype)
+            bias = None if head.bias is None else head.bias.to(dtype)
+            loss = linear_cross_entropy(chosen, head.weight.to(dtype), bias, pending.targets)
+            pending.loss = loss * loss.new_ones(1, 1, 1)  # shaped like logits; not a view, which FSDP2's hooks forbid
+            return pending.loss
+
+        head.forward = forward
+
+    def __call__(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        inputs = {name: t for name, t in batch.items() if name not in ("positions", "targets")}
+        if self.fused:
+            self.pending.positions, self.pending.targets = batch["positions"], batch["targets"]
+            try:
+                out = self.model(**inputs, use_cache=False).logits
+            finally:
+                self.pending.positions = self.pending.targets = None
+            if out is self.pending.loss:
+                self.pending.loss = None
+                return out.sum()
+            self.fused = False  # this family changes its logits after the head (capping, scaling)
+        # use_cache=True would make transformers ignore the sequence boundaries in position_ids
+        logits = self.model(**inputs, use_cache=False).logits.flatten(0, 1)  # [b*L, vocabulary]
+        return F.cross_entropy(logits[batch["positions"]].float(), batch["targets"], reduction="sum")

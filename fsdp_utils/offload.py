@@ -1,34 +1,31 @@
 """Keeps the inputs of checkpointed blocks in host memory between forward and backward."""
 
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 
 
-@contextmanager
-def offload_block_inputs(enabled: bool):
-    """Inside, tensors saved for backward that carry a gradient (the hidden states) move to host memory.
+def _pack(tensor: torch.Tensor):
+    """Hidden states go to pinned host memory; weights, masks and position embeddings (shared by all blocks) stay."""
+    if tensor.grad_fn is None or tensor.device.type == "cpu":
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor.detach(), non_blocking=True)
+    return tensor.device, host
 
-    Masks and position embeddings are shared by all blocks and stay where they are.
-    """
-    if not enabled:
-        yield
-        return
 
-    def pack(tensor):
-        if not tensor.requires_grad or isinstance(tensor, torch.nn.Parameter):
-            return tensor
-        if tensor.device.type == "cpu":
-            return tensor
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        host.copy_(tensor.detach(), non_blocking=True)
-        return tensor.device, host
+def _unpack(saved):
+    if isinstance(saved, torch.Tensor):
+        return saved
+    device, host = saved
+    return host.to(device, non_blocking=True)
 
-    def unpack(saved):
-        if isinstance(saved, torch.Tensor):
-            return saved
-        device, host = saved
-        return host.to(device, non_blocking=True)
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield
+def offload_inputs(forward: Callable) -> Callable:
+    """Wraps a checkpointed block's forward: what it saves for backward waits in host memory."""
+
+    def offloaded(*args, **kwargs):
+        with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
+            return forward(*args, **kwargs)
+
+    return offloaded

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import GenerationConfig
 
 from fsdp_utils import loading, model
 from fsdp_utils.checkpoint import RUN_FILE
@@ -266,10 +267,15 @@ def open_base(run: Run) -> CheckpointReader:
     return weights
 
 
+def tokenizer_folder(run: Run) -> Path:
+    """The run's folder if a tokenizer was saved in it, else its base's."""
+    own = any((run.folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+    return run.folder if own else run.base
+
+
 def read_tokenizer(run: Run):
     """The tokenizer saved with the run, else that of its base."""
-    own = any((run.folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
-    return loading.read_tokenizer(str(run.folder if own else run.base))
+    return loading.read_tokenizer(str(tokenizer_folder(run)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -297,7 +303,10 @@ def load_for_inference(
     if run.kind.startswith("stock"):
         return _load_stock(run, device=device, dtype=dtype)
     load = _load_adapter if run.kind == "adapter" else _load_model
-    return load(run, device=device, dtype=dtype, eval_type=eval_type).requires_grad_(False).eval()
+    loaded = load(run, device=device, dtype=dtype, eval_type=eval_type).requires_grad_(False).eval()
+    if (run.base / "generation_config.json").exists():  # names end-of-turn tokens that config.json may lack
+        loaded.generation_config = GenerationConfig.from_pretrained(run.base)
+    return loaded
 
 
 def default_dtype(run: Run) -> torch.dtype:

@@ -8,13 +8,14 @@ from functools import reduce
 
 SPACES = ",\u00a0\u2009\u202f"  # between thousands: comma, no-break, thin and narrow no-break space
 CURRENCY = r"(?:US|R|A|C)?[$€£¥₹₩¢]|USD|EUR|GBP|INR|Rs\.?"
-PLAIN = rf"\d{{1,3}}(?:[{SPACES}]\d{{2,3}})*[{SPACES}]\d{{3}}(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?(?:[eE][-+]?\d+)?|\.\d+"
+THOUSANDS = rf"\d{{1,3}}(?:[{SPACES}]\d{{2,3}})*[{SPACES}]\d{{3}}(?!\d)(?:\.\d+)?"  # 1,234.5, but also 1,00,000
+PLAIN = rf"{THOUSANDS}|\d+(?:\.\d+)?(?:[eE][-+]?\d+)?|(?<![\w.])\.\d+"
 # 3:4, 1 1/2, 3/4, 1,234.5 and the like. Not the 2 of cm2, cm^2 or x^{2}, and no minus in 10-5
 NUMBER = re.compile(
     rf"""
-    (?<![\w^.])(?<!\^\{{)
+    (?<![\w^])(?<!\d\.)(?<!\^\{{)
     (?P<sign>(?<![\w)\]}}])[-+\u2212])?
-    (?:{CURRENCY})?\ ?
+    (?:(?:{CURRENCY})\ ?)?
     (?P<inner>[-\u2212])?
     (?:
         (?P<ratio>\d+(?:\.\d+)?(?:\ ?:\ ?\d+(?:\.\d+)?)+)
@@ -37,7 +38,8 @@ def cut_at_next_prompt(text: str) -> str:
 
 def _readable(text: str) -> str:
     """LaTeX and Unicode fractions as `a/b`, LaTeX's thousands separators as commas."""
-    text = LATEX_FRACTION.sub(r" \1/\2", text).replace("{,}", ",").replace("\\,", "")
+    text = re.sub(r"(?<=\d)\s*(?=\\[dt]?frac)", " ", text)  # 2\frac{1}{2} is a mixed number
+    text = LATEX_FRACTION.sub(r"\1/\2", text).replace("{,}", ",").replace("\\,", "")
     vulgar = {c for c in text if unicodedata.decomposition(c).startswith("<fraction>")}
     for character in vulgar:
         text = text.replace(character, " " + unicodedata.normalize("NFKC", character).replace("\u2044", "/"))
@@ -57,7 +59,7 @@ def extract(text: str) -> Answer | None:
 
 
 def _value(match: re.Match) -> Answer:
-    negative = (match["sign"] or "") in "-\u2212" and bool(match["sign"]) or bool(match["inner"])
+    negative = match["sign"] in ("-", "\u2212") or match["inner"] is not None
     if match["ratio"]:
         return _lowest_terms([Fraction(term.strip()) for term in match["ratio"].split(":")])
     if match["plain"]:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from fsdp_utils.offload import offload_block_inputs
+from fsdp_utils.offload import offload_inputs
 
 RESHARD_AFTER_FORWARD = {
     "full_shard": True,
@@ -19,7 +19,7 @@ RESHARD_AFTER_FORWARD = {
 }
 
 
-def checkpoint_block(block: nn.Module, *, reentrant: bool, offload: bool, preserve_rng: bool) -> None:
+def checkpoint_block(block: nn.Module, *, reentrant: bool, preserve_rng: bool) -> None:
     """Makes a block keep only its input and run forward again in backward.
 
     It wraps `forward`, not the module: FSDP2's hooks stay outside the recomputed region, and names do not change.
@@ -30,8 +30,7 @@ def checkpoint_block(block: nn.Module, *, reentrant: bool, offload: bool, preser
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         run = partial(forward, **kwargs)  # re-entrant checkpointing takes no keyword arguments
-        with offload_block_inputs(offload):
-            return checkpoint(run, *args, use_reentrant=reentrant, preserve_rng_state=preserve_rng)
+        return checkpoint(run, *args, use_reentrant=reentrant, preserve_rng_state=preserve_rng)
 
     block.forward = checkpointed
 
@@ -42,17 +41,18 @@ def require_input_gradients(model: nn.Module) -> None:
 
 
 def prepare_blocks(model: nn.Module, blocks: dict[str, nn.Module], config, *, compile_block: Callable | None) -> None:
-    """Compiles, then checkpoints each decoder block. Compiled code is inside the recomputed region, FSDP2 outside."""
+    """Checkpoints, then compiles each decoder block.
+
+    The recomputation is inside the compiled region, so that what backward does not need of it is never run; FSDP2 and
+    the offload of block inputs are outside.
+    """
     for block in blocks.values():
+        if config.use_gradient_checkpointing:
+            checkpoint_block(block, reentrant=config.reentrant_checkpointing, preserve_rng=config.lora_dropout > 0)
         if compile_block:
             block.forward = compile_block(block.forward)
-        if config.use_gradient_checkpointing:
-            checkpoint_block(
-                block,
-                reentrant=config.reentrant_checkpointing,
-                offload=config.use_activation_cpu_offload,
-                preserve_rng=config.lora_dropout > 0,
-            )
+        if config.use_activation_cpu_offload:
+            block.forward = offload_inputs(block.forward)
     if config.use_gradient_checkpointing and config.reentrant_checkpointing:
         require_input_gradients(model)
 

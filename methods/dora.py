@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from methods.lora import LoRA, LoRALinear
-from methods.quantizers.linear import compute_dtype, matmul, weight_rows
+from methods.quantizers.linear import weight_rows
 from methods.rows import fill, gather, local
 
 
@@ -20,22 +20,17 @@ class DoRALinear(LoRALinear):
 
     own_parameters = ("lora_A", "lora_B", "magnitude_delta", "weight_norm", "adapted_norm")
 
-    def __init__(self, base, *, rank, alpha, dropout, dtype):
-        super().__init__(base, rank=rank, alpha=alpha, dropout=dropout, dtype=dtype)
+    def __init__(self, base, *, dtype, **settings):
+        super().__init__(base, dtype=dtype, **settings)
         new = lambda dtype: torch.empty(self.out_features, dtype=dtype, device="meta")  # noqa: E731
         self.magnitude_delta = nn.Parameter(new(dtype))
         self.weight_norm = nn.Parameter(new(torch.float32), requires_grad=False)
         self.adapted_norm = nn.Parameter(new(torch.float32), requires_grad=False)
 
-    def magnitude_scale(self) -> torch.Tensor:
+    def row_factor(self) -> torch.Tensor:
         """`m / n`, fp32 `[out]`; a row of zeros gives a finite value (peft#2049)."""
         magnitude = self.weight_norm + self.magnitude_delta.float()
         return magnitude / self.adapted_norm.clamp_min(torch.finfo(torch.float32).tiny)
-
-    def forward(self, x):
-        y = (matmul(self.base_layer, x.to(compute_dtype(x))) + self.low_rank(x)) * self.magnitude_scale().to(compute_dtype(x))
-        bias = self.base_layer.bias
-        return y if bias is None else y + bias.to(y.dtype)
 
     def adapter_tensors(self):
         magnitude = self.weight_norm.detach() + self.magnitude_delta.detach().float()
@@ -57,7 +52,7 @@ def row_norms(weight, weight_norm, lora_a, lora_b, scaling) -> torch.Tensor:
     """
     a, b = lora_a.to(weight.dtype), lora_b.float()
     cross = (weight @ a.T).float()  # [n, r]
-    gram = (lora_a.float() @ lora_a.float().T)  # [r, r]
+    gram = lora_a.float() @ lora_a.float().T  # [r, r]
     squared = weight_norm.square() + 2 * scaling * (cross * b).sum(1) + scaling**2 * ((b @ gram) * b).sum(1)
     return squared.clamp_min(0).sqrt()
 
@@ -72,7 +67,9 @@ class DoRA(LoRA):
         super().initialize(model, device=device)
         for layer in self.layers(model).values():
             # of the weight that forward uses: the 2024 script took the unquantized one and started off the base
-            norm = weight_rows(layer.base_layer, local, dtype=self._norm_dtype(layer), device=device).float().norm(dim=1)
+            norm = (
+                weight_rows(layer.base_layer, local, dtype=self._norm_dtype(layer), device=device).float().norm(dim=1)
+            )
             fill(layer.magnitude_delta, torch.zeros(layer.out_features))
             local(layer.weight_norm).copy_(norm)
             local(layer.adapted_norm).copy_(norm)

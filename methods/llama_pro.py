@@ -23,11 +23,13 @@ def expanded_layers(folder: str | Path) -> list[int]:
         try:
             ids = json.loads(path.read_text())["expanded_layers"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: expected {{\"expanded_layers\": [ids]}} ({error})") from None
+            raise UserError(f'{path}: expected {{"expanded_layers": [ids]}} ({error})') from None
         return [int(i) for i in ids]
     old_name = re.search(r"_blk_exp-(\d+)-(\d+)$", folder.name)
     if not old_name:
-        raise UserError(f"--llama_pro_path {folder}: no {EXPANDED_LAYERS_FILE} in it; make it with scripts/block_expansion.py")
+        raise UserError(
+            f"--llama_pro_path {folder}: no {EXPANDED_LAYERS_FILE} in it; make it with scripts/block_expansion.py"
+        )
     before, after = map(int, old_name.groups())
     return old_layout(before, after)
 

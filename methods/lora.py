@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from methods.base import Method
-from methods.quantizers.linear import compute_dtype
+from methods.kernels.adapted import adapted_linear
+from methods.quantizers.linear import add_bias, compute_dtype, matmul, packed_parts
 from methods.rows import fill
 from methods.targets import adapter_targets, replace_module
 
@@ -18,8 +19,9 @@ class LoRALinear(nn.Module):
 
     own_parameters = ("lora_A", "lora_B")
 
-    def __init__(self, base: nn.Module, *, rank: int, alpha: float, dropout: float, dtype: torch.dtype):
+    def __init__(self, base: nn.Module, *, rank: int, alpha: float, dropout: float, dtype: torch.dtype, fused: bool):
         super().__init__()
+        self.fused = fused
         self.base_layer = base
         self.in_features, self.out_features = base.in_features, base.out_features
         self.scaling = alpha / rank
@@ -34,8 +36,23 @@ class LoRALinear(nn.Module):
         hidden = F.linear(x.to(dtype), self.lora_A.to(dtype))  # [..., r]
         return F.linear(hidden, self.lora_B.to(dtype)) * self.scaling
 
+    def row_factor(self) -> torch.Tensor | None:
+        """What each output row is multiplied by, fp32 `[out]`: nothing in LoRA."""
+        return None
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.base_layer(x) + self.low_rank(x)
+        if self.fused and isinstance(self.dropout, nn.Identity):
+            x = x.to(compute_dtype(x))
+            parts = packed_parts(self.base_layer)
+            y, _ = adapted_linear(x, *parts, self.lora_A, self.lora_B, self.row_factor(), self.scaling)
+        else:
+            y = self.plain_forward(x)
+        return add_bias(y, self.base_layer)
+
+    def plain_forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The definition, without the bias: what the fused operator is tested against."""
+        y, factor = matmul(self.base_layer, x) + self.low_rank(x), self.row_factor()
+        return y if factor is None else y * factor.to(y.dtype)
 
     def adapter_tensors(self) -> dict[str, torch.Tensor]:
         """PEFT's key suffixes and the (sharded) tensors saved under them."""
@@ -60,7 +77,9 @@ class LoRA(Method):
         c = self.config
         for path in adapter_targets(model, c.lora_target_modules):
             base = model.get_submodule(path)
-            layer = self.layer(base, rank=c.lora_rank, alpha=c.lora_alpha, dropout=c.lora_dropout, dtype=dtype)
+            layer = self.layer(
+                base, rank=c.lora_rank, alpha=c.lora_alpha, dropout=c.lora_dropout, dtype=dtype, fused=c.fused_kernels
+            )
             replace_module(model, path, layer)
 
     def layers(self, model) -> dict[str, LoRALinear]:

@@ -18,7 +18,9 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     names = set(model._no_split_modules or ())
     blocks = {path: m for path, m in model.named_modules() if type(m).__name__ in names}
     if not blocks:
-        raise UserError(f"--model_name: {type(model).__name__} names no decoder blocks (_no_split_modules); not supported")
+        raise UserError(
+            f"--model_name: {type(model).__name__} names no decoder blocks (_no_split_modules); not supported"
+        )
     return blocks
 
 
@@ -36,12 +38,16 @@ def refuse_experts(model: nn.Module) -> None:
     """Raises UserError for 3-D expert weights: replacing nn.Linear would leave them in 16 bits (bitsandbytes#1849)."""
     for path, parameter in model.named_parameters():
         if parameter.dim() == 3:
-            raise UserError(f"--model_name: {path} {tuple(parameter.shape)} holds mixture-of-experts weights; not supported yet")
+            raise UserError(
+                f"--model_name: {path} {tuple(parameter.shape)} holds mixture-of-experts weights; not supported yet"
+            )
 
 
 def _is_attention_output(path: str) -> bool:
     *parents, name = path.split(".")
-    return name in ATTENTION_OUTPUTS and bool(parents) and "attn" in parents[-1] + parents[-1].replace("attention", "attn")
+    return (
+        name in ATTENTION_OUTPUTS and bool(parents) and "attn" in parents[-1] + parents[-1].replace("attention", "attn")
+    )
 
 
 def _by_structure(keep: Callable[[str], bool]):

@@ -56,15 +56,26 @@ QUESTIONS = [
     ("*+", "{name} buys {a} boxes with {b} {item} each, and {c} single ones. How many {item} is that?"),
     ("*-", "{name} buys {a} boxes of {b} {item}, but {c} are broken. How many {item} are fine?"),
 ]
+# the operations, a story, and how it ends once the result r has been worked out
 STORIES = [
-    ("+", "{name} had {a} {item} and got {b} more, so now {name} has {r} {item}."),
-    ("+", "There were {a} {item} on the table. {name} put {b} more there, which makes {r} {item}."),
-    ("+", "{name} found {a} {item} and {other} found {b} {item}, so they found {r} {item}."),
-    ("-", "{name} had {a} {item} and gave {b} to {other}, so {name} still has {r} {item}."),
-    ("-", "There were {a} {item} on the table. {name} ate {b}, which leaves {r} {item}."),
-    ("-", "{name} lost {b} of {a} {item} and keeps {r} {item}."),
-    ("*", "There are {a} rows of {b} {item}, which makes {r} {item}."),
-    ("*", "{name} has {a} bags with {b} {item} in each, so {name} has {r} {item}."),
+    ("+", "{name} had {a} {item} and got {b} more.", "Now {name} has {r} {item}."),
+    ("+", "There were {a} {item} in the shop, and {b} extra {item} came in the afternoon.", "That makes {r} {item}."),
+    ("+", "{name} found {a} {item} and {other} found {b}.", "Together they own {r} {item}."),
+    ("-", "{name} had {a} {item} and gave {b} to {other}.", "Then {name} still had {r} {item}."),
+    ("-", "There were {a} {item} on the table. {name} sold {b}.", "It leaves {r} {item}."),
+    ("-", "{name} wants {a} {item}. So far there are {b}, the others are missing.", "{name} needs {r} {item}."),
+    ("-", "A box held {a} {item}, but {b} of them were broken.", "The other {r} {item} are fine."),
+    ("*", "There are {a} bags with {b} {item} in each of them.", "The bags hold {r} {item}."),
+    ("*", "For {a} days {name} picked {b} {item} a day.", "In total {name} picked {r} {item}."),
+    ("++", "{name} had {a} {item}, got {b} in the morning and {c} the next day.", "So {name} has {r} {item}."),
+    ("++", "A friend brought {a} {item}, {name} brought {b} and {other} brought {c}.", "They brought {r} {item}."),
+    ("+-", "{name} had {a} {item}, found {b} and lost {c} of them.", "Now {name} has {r} {item}."),
+    ("+-", "There were {a} {item} in a bag. {name} put in {b}. {other} took {c}.", "The bag holds {r} {item}."),
+    ("-+", "{name} had {a} {item}, gave {b} to {other} and got {c} back.", "So {name} has {r} {item}."),
+    ("-+", "There were {a} {item} on the table. {name} took {b}. {other} brought {c}.", "That makes {r} {item}."),
+    ("--", "{name} had {a} {item}, lost {b} and gave {c} to a friend.", "Only {r} {item} are left."),
+    ("*+", "{name} has {a} bags of {b} {item} and also {c} single {item}.", "{name} owns {r} {item}."),
+    ("*-", "There were {a} boxes with {b} {item} in each, and {name} took out {c}.", "It leaves {r} {item}."),
 ]
 
 
@@ -121,14 +132,14 @@ def make_problems(count, *, seed=0):
 
 
 def pretraining_texts(*, seed=0):
-    """An endless stream of short texts: bare statements, or a story before or after its statement."""
+    """An endless stream of short texts: bare statements, and stories with their statement in the middle."""
     rng = random.Random(seed)
     while True:
-        ops, story = rng.choice(STORIES)
+        ops, story, end = rng.choice(STORIES)
         numbers, results = draw_numbers(ops, rng)
         statement = equations(ops, numbers, results) + "."
-        text = fill(story, numbers, results[-1], rng)
-        yield rng.choice([statement, statement, f"{text} {statement}", f"{statement} {text}"])
+        told = fill(f"{story} {statement} {end}", numbers, results[-1], rng)
+        yield rng.choice([statement, told])
 
 
 def make_tokenizer(texts):

@@ -7,13 +7,16 @@ import train
 from fsdp_utils import distributed, loading
 from fsdp_utils.config import TrainConfig
 from fsdp_utils.flags import parse
+from fsdp_utils.losses import CausalLMLoss
 from fsdp_utils.model import load, plan
 from methods.rows import gather, local
 
 
 def make_config(**flags) -> TrainConfig:
     """A parsed command line; defaults suit a tiny model on a CPU."""
-    defaults = dict(precision="fp32", lora_rank=8, lora_dropout=0.0, device="cpu", use_cpu_offload=False, context_length=64)
+    defaults = dict(
+        precision="fp32", lora_rank=8, lora_dropout=0.0, device="cpu", use_cpu_offload=False, context_length=64
+    )
     argv = [f"--{name}={value}" for name, value in {**defaults, **flags}.items()]
     return parse(TrainConfig, argv, prog="train.py")
 
@@ -51,7 +54,8 @@ def first_step(flags: dict, *, perturbed: bool = True) -> tuple[float, dict[str,
     tokenized = train.prepare_data(config, tokenizer, model.config)
     steps = train.steps_of(config, tokenized, tokenizer, total=1)
     model.train()
-    loss, _ = train.backward(model, next(iter(steps)), config, device=device, scale=1.0)
+    loss_sum_of = CausalLMLoss(model, fused=config.fused_loss)
+    loss, _ = train.backward(model, loss_sum_of, next(iter(steps)), config, device=device, scale=1.0)
     names = {name: p for name, p in model.named_parameters() if p.requires_grad}
     gradients = {name: gather(p.grad).detach().cpu() for name, p in names.items()}
     return loss, gradients

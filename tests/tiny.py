@@ -69,6 +69,9 @@ def make_data(path, *, samples: int = 16, longest: int = 40, seed: int = 0) -> P
     generator = random.Random(seed)
     letters = "abcdefghij 0123456789"
     text = lambda n: "".join(generator.choice(letters) for _ in range(n))  # noqa: E731
-    rows = [{"question": text(generator.randint(1, longest)), "answer": text(generator.randint(1, longest))} for _ in range(samples)]
+    rows = [
+        {"question": text(generator.randint(1, longest)), "answer": text(generator.randint(1, longest))}
+        for _ in range(samples)
+    ]
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return Path(path)

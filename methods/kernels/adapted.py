@@ -48,7 +48,9 @@ def adapted_linear(
 
 @adapted_linear.register_fake
 def _(x, p0, p1, p2, spec, a, b, factor, scaling):
-    return x.new_empty(*x.shape[:-1], p0.shape[0]), x.new_empty(0) if a is None else x.new_empty(*x.shape[:-1], a.shape[0])
+    return x.new_empty(*x.shape[:-1], p0.shape[0]), x.new_empty(0) if a is None else x.new_empty(
+        *x.shape[:-1], a.shape[0]
+    )
 
 
 @torch.library.custom_op("fsdp_qlora::adapted_linear_backward", mutates_args=())
@@ -58,9 +60,8 @@ def adapted_linear_backward(
     a: Tensor | None, b: Tensor | None, factor: Tensor | None, scaling: float, in_features: int, needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, A, B and the row factor; empty tensors for what is absent."""
-    none = grad.new_empty(0)
     grads = grad.reshape(-1, grad.shape[-1])  # [t, out]
-    grad_x = grad_a = grad_b = grad_factor = none
+    grad_x, grad_a, grad_b, grad_factor = (grad.new_empty(0) for _ in range(4))  # an operator's outputs may not alias
     if a is not None:
         rows, hidden = x.reshape(-1, in_features), hidden.reshape(-1, a.shape[0])
         through_b = grads @ _scaled_b(b, scaling, factor, grad.dtype)  # [t, r]
@@ -82,12 +83,9 @@ def adapted_linear_backward(
 
 @adapted_linear_backward.register_fake
 def _(grad, x, hidden, out, p0, p1, p2, spec, a, b, factor, scaling, in_features, needs_x):
-    none = grad.new_empty(0)
     return (
-        grad.new_empty(*grad.shape[:-1], in_features) if needs_x else none,
-        none if a is None else torch.empty_like(a),
-        none if b is None else torch.empty_like(b),
-        none if factor is None else torch.empty_like(factor),
+        grad.new_empty(*grad.shape[:-1], in_features) if needs_x else grad.new_empty(0),
+        *(grad.new_empty(0) if t is None else torch.empty_like(t) for t in (a, b, factor)),
     )
 
 

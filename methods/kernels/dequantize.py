@@ -36,7 +36,10 @@ if triton is not None:
         scale = tl.load(scales + at // GROUP_BYTES, mask=mask, other=0).to(tl.float32)
         row = at // row_bytes
         if DOUBLE:
-            scale = tl.load(ranges + 2 * row, mask=mask, other=0) + tl.load(ranges + 2 * row + 1, mask=mask, other=0) * scale
+            scale = (
+                tl.load(ranges + 2 * row, mask=mask, other=0)
+                + tl.load(ranges + 2 * row + 1, mask=mask, other=0) * scale
+            )
         if HAS_FACTOR:
             scale *= tl.load(factors + row, mask=mask, other=0)
         high = tl.load(table + (byte >> 4)) * scale

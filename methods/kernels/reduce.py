@@ -25,7 +25,9 @@ if triton is not None:
             row = start + step + tl.arange(0, R)
             at = row[:, None].to(tl.int64) * columns + column[None, :]
             mask = (row[:, None] < rows) & inside[None, :]
-            product = tl.load(left + at, mask=mask, other=0).to(tl.float32) * tl.load(right + at, mask=mask, other=0).to(tl.float32)
+            product = tl.load(left + at, mask=mask, other=0).to(tl.float32) * tl.load(
+                right + at, mask=mask, other=0
+            ).to(tl.float32)
             total += tl.sum(product, axis=0)
         tl.store(partial + tl.program_id(1) * columns + column, total, mask=inside)
 

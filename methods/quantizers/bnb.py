@@ -46,7 +46,9 @@ class Bnb4bit:
     def quantize(self, rows):
         n, width = rows.shape
         if n == 0:  # the op refuses empty input; a process may own no row of a small weight
-            return tuple(torch.empty((0, *s[1:]), dtype=d, device=rows.device) for s, d in self.layout(0, width).values())
+            return tuple(
+                torch.empty((0, *s[1:]), dtype=d, device=rows.device) for s, d in self.layout(0, width).values()
+            )
         codes, absmax = torch.ops.bitsandbytes.quantize_4bit(
             rows.contiguous(), self.group_size, self.quant_type, torch.uint8
         )

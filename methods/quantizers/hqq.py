@@ -1,4 +1,4 @@
-"""HQQ (half-quadratic quantization, mobiusml.github.io/hqq_blog): `W = (codes - zero) * scale` at 8, 4, 3, 2 or 1 bits."""
+"""HQQ (half-quadratic quantization, mobiusml.github.io/hqq_blog): `W = (codes - zero) * scale`, 1 to 8 bits."""
 
 from dataclasses import dataclass
 
@@ -63,7 +63,9 @@ class HQQ:
     @classmethod
     def from_config(cls, config, *, checkpoint_dtype) -> "HQQ":
         # codes are solved for the rounded scale and zero, so bf16 costs no accuracy worth its bytes
-        return cls(config.n_bits, config.quant_group_size, "bf16" if config.quant_scales == "auto" else config.quant_scales)
+        return cls(
+            config.n_bits, config.quant_group_size, "bf16" if config.quant_scales == "auto" else config.quant_scales
+        )
 
     def layout(self, out_features, in_features):
         groups = (out_features, in_features // self.group_size)

@@ -61,22 +61,6 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-class _QuantizedMatmul(torch.autograd.Function):
-    """`x @ W.T` that keeps only the packed weight for backward and dequantizes it there again."""
-
-    @staticmethod
-    def forward(ctx, x, quantizer, in_features, *packed):
-        ctx.save_for_backward(*packed)
-        ctx.quantizer, ctx.in_features, ctx.dtype = quantizer, in_features, x.dtype
-        return F.linear(x, quantizer.dequantize(packed, in_features=in_features, dtype=x.dtype))
-
-    @staticmethod
-    def backward(ctx, grad):
-        packed = ctx.saved_tensors  # once: each access recomputes under checkpointing
-        weight = ctx.quantizer.dequantize(packed, in_features=ctx.in_features, dtype=ctx.dtype)
-        return (grad @ weight, None, None, *[None] * len(packed))
-
-
 class QuantizedLinear(nn.Module):
     """Takes the place of an `nn.Linear`; made on meta, filled by the loader row by row.
 
@@ -88,7 +72,7 @@ class QuantizedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, quantizer: Quantizer):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.quantizer = quantizer
+        self.quantizer, self.spec = quantizer, spec_of(quantizer)
         self.packed_names = []
         for name, (shape, dtype) in quantizer.layout(self.out_features, self.in_features).items():
             empty = torch.empty(shape, dtype=dtype, device="meta")
@@ -99,21 +83,33 @@ class QuantizedLinear(nn.Module):
     def packed(self) -> tuple[torch.Tensor, ...]:
         return tuple(getattr(self, name) for name in self.packed_names)
 
-    def matmul(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., in] -> [..., out]` without the bias."""
-        return _QuantizedMatmul.apply(x.to(compute_dtype(x)), self.quantizer, self.in_features, *self.packed())
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.matmul(x)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return add_bias(matmul(self, x), self)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.quantizer}"
 
 
+def packed_parts(base: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, str]:
+    """The parameters of a base linear of any kind, three at most, and the string that tells how to read them."""
+    if not isinstance(base, QuantizedLinear):
+        return base.weight, None, None, "dense"
+    return (*(*base.packed(), None)[:3], base.spec)
+
+
 def matmul(base: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """`x @ W.T` of a base linear of any kind, without its bias."""
-    return base.matmul(x) if isinstance(base, QuantizedLinear) else F.linear(x, base.weight)
+    """`x @ W.T` of a base linear of any kind, without its bias; keeps only the packed weight for backward."""
+    from methods.kernels.adapted import adapted_linear
+
+    x = x.to(compute_dtype(x))
+    if not isinstance(base, QuantizedLinear):
+        return F.linear(x, base.weight)
+    return adapted_linear(x, *packed_parts(base), None, None, None, 1.0)[0]
+
+
+def add_bias(y: torch.Tensor, base: nn.Module) -> torch.Tensor:
+    """`y + bias` of a base linear, if it has one."""
+    return y if base.bias is None else y + base.bias.to(y.dtype)
 
 
 def weight_rows(base: nn.Module, rows, *, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:

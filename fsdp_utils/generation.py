@@ -1,0 +1,215 @@
+"""Answers to prompts: batched generation with transformers, or vLLM where it is installed."""
+
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import GenerationConfig, StoppingCriteria
+
+from fsdp_utils import data
+from fsdp_utils.distributed import is_main
+from fsdp_utils.metrics import peak_memory_gib
+from fsdp_utils.runs import Run, tokenizer_folder
+from fsdp_utils.scoring import NEXT_PROMPT
+from methods.errors import UserError
+
+TAIL = 12  # tokens that surely hold the longest mark of a next prompt
+VLLM_CHUNK = 512  # prompts between two writes of the partial result
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+class Output(NamedTuple):
+    """One generated answer.
+
+    Args:
+        index: of its prompt.
+        text: without special tokens, and not yet cut at a next prompt.
+        tokens: generated ones, with the end-of-sequence token.
+        seconds: its share of its batch's time.
+        peak_memory_gib: of this process so far.
+    """
+
+    index: int
+    text: str
+    tokens: int
+    seconds: float
+    peak_memory_gib: float
+
+
+def prompt_ids(prompts: list[str], tokenizer) -> list[list[int]]:
+    """Ids that generation starts from: the special prefix and the prompt, exactly as in training."""
+    prefix = data._special_prefix(tokenizer)
+    encoded = tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
+    return [prefix + ids for ids in encoded]
+
+
+def end_ids(model: nn.Module, tokenizer) -> list[int]:
+    """Every token that ends an answer: the tokenizer's, and those the model names (Llama 3 has several)."""
+    named = getattr(model, "generation_config", None)
+    ids = getattr(named, "eos_token_id", None) or []
+    ids = ids if isinstance(ids, list) else [ids]
+    return sorted({*ids, tokenizer.eos_token_id} - {None})
+
+
+class NextPrompt(StoppingCriteria):
+    """Ends a row once it has begun a question of its own; only generated tokens count, prompts hold the mark too."""
+
+    def __init__(self, tokenizer, *, start: int):
+        self.tokenizer, self.start = tokenizer, start
+
+    def __call__(self, input_ids, scores, **kwargs):
+        tails = self.tokenizer.batch_decode(input_ids[:, max(self.start, input_ids.shape[1] - TAIL) :])
+        return torch.tensor([bool(NEXT_PROMPT.search(tail)) for tail in tails], device=input_ids.device)
+
+
+class HFGenerator:
+    """transformers' `generate` on one device, with a KV cache.
+
+    Args:
+        temperature: 0 is greedy.
+        seed: of sampling; each batch is seeded on its own, so a resumed evaluation samples what it would have.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer, *, max_new_tokens: int, temperature: float, seed: int):
+        self.model, self.tokenizer, self.seed = model, tokenizer, seed
+        self.device = next(model.parameters()).device
+        self.ends = end_ids(model, tokenizer)
+        self.pad = next(i for i in (tokenizer.pad_token_id, *self.ends, 0) if i is not None)
+        sampling = dict(do_sample=True, temperature=temperature, top_k=0) if temperature else dict(do_sample=False)
+        # replaced, not passed: what a checkpoint's own file sets (top_p, temperature) would fill the gaps
+        model.generation_config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            eos_token_id=self.ends or None,
+            pad_token_id=self.pad,
+            use_cache=True,
+            **sampling,
+        )
+
+    def answers(self, prompts: list[tuple[int, list[int]]], *, batch_size: int) -> Iterator[Output]:
+        """Generates from `(index, ids)` pairs, longest first, so that what does not fit fails at once.
+
+        A batch that does not fit into memory is halved, and so are those after it.
+
+        Raises:
+            UserError: a single prompt does not fit into memory, or not into the model's context.
+        """
+        waiting = sorted(prompts, key=lambda pair: -len(pair[1]))
+        self._check_length(len(waiting[0][1]) if waiting else 0)
+        with tqdm(total=len(waiting), desc="answering", unit="question", disable=not is_main()) as bar:
+            while waiting:
+                batch = waiting[:batch_size]
+                outputs = self._try(batch)
+                if outputs is None:
+                    batch_size = self._halve(len(batch))
+                    continue
+                waiting = waiting[len(batch) :]
+                yield from outputs
+                bar.update(len(batch))
+
+    def _check_length(self, longest: int) -> None:
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        new = self.model.generation_config.max_new_tokens
+        if limit and longest + new > limit:
+            raise UserError(
+                f"--max_new_tokens {new}: with the longest prompt ({longest} tokens) exceeds the model's {limit} "
+                "positions; lower it or --n_shots"
+            )
+
+    def _try(self, batch) -> list[Output] | None:
+        """None if memory ran out; the tensors of the failed attempt are free once this has returned."""
+        try:
+            return self._generate(batch)
+        except torch.OutOfMemoryError:
+            return None
+
+    def _halve(self, size: int) -> int:
+        if size == 1:
+            raise UserError(
+                "--batch_size 1: does not fit into memory; lower --max_new_tokens or --n_shots"
+            )
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        tqdm.write(f"a batch of {size} does not fit into memory; going on with {size // 2}")
+        return size // 2
+
+    @torch.inference_mode()
+    def _generate(self, batch) -> list[Output]:
+        width = max(len(ids) for _, ids in batch)
+        input_ids = torch.full((len(batch), width), self.pad)
+        mask = torch.zeros_like(input_ids)
+        for row, (_, ids) in enumerate(batch):  # on the left: what is generated must follow the prompt
+            input_ids[row, width - len(ids) :] = torch.tensor(ids)
+            mask[row, width - len(ids) :] = 1
+        torch.manual_seed(self.seed + batch[0][0])
+        begun = time.perf_counter()
+        generated = self.model.generate(
+            input_ids=input_ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            stopping_criteria=[NextPrompt(self.tokenizer, start=width)],
+        )[:, width:].tolist()  # [rows, new]; waits for the device
+        seconds = (time.perf_counter() - begun) / len(batch)
+        peak = peak_memory_gib(self.device)
+        return [
+            Output(index, self.tokenizer.decode(new, skip_special_tokens=True), len(new), seconds, peak)
+            for (index, _), new in zip(batch, map(self._until_end, generated), strict=True)
+        ]
+
+    def _until_end(self, new: list[int]) -> list[int]:
+        """Without the padding of a row that ended before the longest of its batch."""
+        stop = next((i + 1 for i, token in enumerate(new) if token in self.ends), len(new))
+        while stop and new[stop - 1] == self.pad and self.pad not in self.ends:
+            stop -= 1
+        return new[:stop]
+
+
+class VLLMGenerator:
+    """vLLM's `LLM.generate` (docs.vllm.ai, offline inference); an adapter goes through a LoRARequest.
+
+    `check_vllm` says beforehand whether it can compute what was trained.
+    """
+
+    def __init__(self, run: Run, *, max_new_tokens: int, temperature: float, seed: int, dtype: str):
+        from vllm import LLM, SamplingParams
+        from vllm.lora.request import LoRARequest
+
+        lora = {}
+        if run.adapter:
+            rank = next((r for r in VLLM_RANKS if r >= run.rank), run.rank)
+            lora = dict(enable_lora=True, max_lora_rank=rank)
+        self.llm = LLM(model=str(run.base), tokenizer=str(tokenizer_folder(run)), dtype=dtype, seed=seed, **lora)
+        self.request = LoRARequest("adapter", 1, str(run.adapter_folder)) if run.adapter else None
+        self.sampling = SamplingParams(
+            temperature=temperature, max_tokens=max_new_tokens, seed=seed, stop=["###Question", "###Context"]
+        )
+
+    def answers(self, prompts: list[tuple[int, list[int]]], *, batch_size: int) -> Iterator[Output]:
+        """Generates from `(index, ids)` pairs; vLLM forms its own batches, `batch_size` is not used."""
+        for first in range(0, len(prompts), VLLM_CHUNK):
+            chunk = prompts[first : first + VLLM_CHUNK]
+            begun = time.perf_counter()
+            inputs = [{"prompt_token_ids": ids} for _, ids in chunk]
+            answers = self.llm.generate(inputs, self.sampling, lora_request=self.request)
+            seconds = (time.perf_counter() - begun) / len(chunk)
+            for (index, _), answer in zip(chunk, answers, strict=True):
+                best = answer.outputs[0]
+                # the engine runs in a process of its own, whose memory is not seen from here
+                yield Output(index, best.text, len(best.token_ids), seconds, 0.0)
+
+
+def check_vllm(run: Run, eval_type: str | None) -> None:
+    """Raises UserError where vLLM is missing or would compute something else than was trained."""
+    if find_spec("vllm") is None:
+        raise UserError("--backend vllm: vLLM is not installed; `pip install vllm`, or use --backend hf")
+    if eval_type not in (None, "full", run.train_type):
+        raise UserError(
+            f"--eval_type {eval_type}: vLLM takes weights as they are; export them with prepare_weights.py"
+        )
+    if run.dora or (run.kind == "adapter" and run.quantizer):
+        what = "DoRA adapters" if run.dora else "an adapter over a base that we quantized"
+        raise UserError(
+            f"--backend vllm: does not serve {what}; use prepare_weights.py first, or --backend hf"
+        )

@@ -1,0 +1,376 @@
+"""Opening runs and evaluating them: the model that answers is the model that was trained."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from runs import make_config, perturb, prepared
+from safetensors.torch import load_file, save_file
+
+import evaluate
+from evaluate import EvalConfig, read_questions
+from fsdp_utils import checkpoint, generation, loading, runs
+from methods.errors import UserError
+from methods.lora import LoRALinear
+from methods.quantizers.linear import QuantizedLinear, weight_rows
+from methods.rows import local
+from scripts.block_expansion import Expansion, expand
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def save_run(tmp_path_factory):
+    """`save_run(base, train_type)`: folder of a run with changed weights, and the logits it had in memory."""
+
+    def save(base, train_type, **flags):
+        folder = tmp_path_factory.mktemp(train_type) / "run"
+        config = make_config(
+            model_name=base, train_type=train_type, save_model=True, output_dir=folder, lora_rank=4, **flags
+        )
+        model, planned, _, device = prepared(config)
+        perturb(model)
+        planned.method.after_step(model, device=device)
+        facts = dict(base_fingerprint=planned.base_fingerprint, quantizer=planned.quantizer)
+        checkpoint.write_run(config, **facts, finished=False)
+        checkpoint.save(model, loading.read_tokenizer(config.source), planned.method, config)
+        checkpoint.write_run(config, **facts, finished=True)
+        return folder, logits(model.eval())
+
+    return save
+
+
+@pytest.fixture(scope="module")
+def dora(save_run, tiny):
+    """A bnb_dora run and its logits."""
+    return save_run(tiny(), "bnb_dora")
+
+
+@pytest.fixture
+def broken(dora, tmp_path):
+    """A copy of the bnb_dora run to damage."""
+    return shutil.copytree(dora[0], tmp_path / "broken")
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    ids = torch.randint(0, 250, (2, 12), generator=torch.Generator().manual_seed(0))
+    return model(input_ids=ids).logits
+
+
+def opened(folder, **options):
+    return runs.load_for_inference(runs.describe(folder), device=CPU, **options)
+
+
+def set_json(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@torch.no_grad()
+def merged(model):
+    """The model with every quantized or adapted linear replaced by an nn.Linear of the same weight."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, LoRALinear | QuantizedLinear) and ".base_layer" not in path:
+            base = getattr(module, "base_layer", module)
+            weight = weight_rows(base, local, dtype=torch.float32)
+            if isinstance(module, LoRALinear):
+                weight = weight + module.scaling * (module.lora_B.double() @ module.lora_A.double()).float()
+                magnitude = module.adapter_tensors().get("lora_magnitude_vector")
+                if magnitude is not None:
+                    weight = weight * (magnitude / weight.norm(dim=1)).unsqueeze(1)
+            linear = torch.nn.Linear(base.in_features, base.out_features, bias=base.bias is not None)
+            linear.weight.copy_(weight)
+            if base.bias is not None:
+                linear.bias.copy_(base.bias)
+            loading.replace_module(model, path, linear)
+    return model
+
+
+@pytest.mark.parametrize("train_type", ["bnb_dora", "hqq_lora", "qlora", "dora"])
+def test_adapter_is_what_was_trained(save_run, tiny, train_type):
+    """The unmerged adapter over its base gives the logits that the run had, and so do the merged weights."""
+    folder, expected = save_run(tiny("qwen2"), train_type)
+    run = runs.describe(folder)
+    assert (run.kind, run.train_type, run.rank, run.scaling) == ("adapter", train_type, 4, 4.0)
+    assert run.dora == train_type.endswith("dora")
+    model = opened(folder)
+    assert not any(p.requires_grad for p in model.parameters())
+    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=0)
+    if train_type != "qlora":  # PEFT's layers, which merge themselves
+        torch.testing.assert_close(logits(merged(model)), expected, atol=1e-4, rtol=0)
+
+
+def test_other_folders(save_run, tiny, tmp_path):
+    """Full, Llama-Pro and base folders open densely; a full one can be quantized after training."""
+    folder, expected = save_run(tiny(), "full")
+    assert (runs.describe(folder).kind, runs.describe(tiny()).kind) == ("model", "base")
+    torch.testing.assert_close(logits(opened(folder)), expected)
+    quantized = opened(folder, eval_type="full_post_quantized")
+    assert sum(isinstance(m, QuantizedLinear) for m in quantized.modules()) == 14
+    assert 1e-3 < (logits(quantized) - expected).abs().max()
+
+    expand(Expansion(model_name=str(tiny()), output_dir=str(tmp_path / "pro"), num_new_blocks=1))
+    pro, expected = save_run(tiny(), "bnb_llama_pro", llama_pro_path=tmp_path / "pro")
+    assert runs.describe(pro).kind == "llama_pro"
+    torch.testing.assert_close(logits(opened(pro)), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(opened(pro, eval_type="bnb_llama_pro")), expected, atol=1e-5, rtol=0)
+    requantized = opened(pro, eval_type="hqq_llama_pro")
+    assert sum(isinstance(m, QuantizedLinear) for m in requantized.modules()) == 14  # the new block stays dense
+    (pro / "expanded_layers.json").unlink()
+    with pytest.raises(UserError, match="expanded_layers.json"):
+        runs.describe(pro)
+
+
+def test_foreign_adapter(save_run, tiny):
+    """A PEFT adapter without run.json is computed over the base as it is, or as --eval_type says."""
+    folder, expected = save_run(tiny(), "custom_qlora")
+    (folder / "run.json").unlink()
+    assert runs.describe(folder).base_fingerprint is None
+    assert (logits(opened(folder)) - expected).abs().max() > 1e-3
+    torch.testing.assert_close(logits(opened(folder, eval_type="qlora")), expected, atol=1e-5, rtol=0)
+    set_json(folder / "adapter_config.json", use_rslora=True)
+    with pytest.raises(UserError, match="use_rslora"):
+        runs.describe(folder)
+
+
+DAMAGES = {
+    "its base /nowhere/base is gone": lambda f: (
+        set_json(f / "adapter_config.json", base_model_name_or_path="/nowhere/base"),
+        set_json(f / "run.json", flags=json.loads((f / "run.json").read_text())["flags"] | {"model_name": "/nowhere"}),
+    ),
+    "did not finish": lambda f: set_json(f / "run.json", finished=False),
+    "holds no weights": lambda f: set_json(f / "run.json", saved=False),
+    "run.json: not valid JSON": lambda f: (f / "run.json").write_text("{"),
+    "without adapter_model.safetensors": lambda f: (f / "adapter_model.safetensors").unlink(),
+    "says r = 8": lambda f: set_json(f / "adapter_config.json", r=8),
+    "use_dora False does not fit": lambda f: set_json(f / "adapter_config.json", use_dora=False),
+    "truncated or corrupt": lambda f: (f / "adapter_model.safetensors").write_bytes(
+        (f / "adapter_model.safetensors").read_bytes()[:-10]
+    ),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_damaged_folders(broken, message):
+    """What is wrong with a folder is said in one line before any weight is read."""
+    DAMAGES[message](broken)
+    with pytest.raises(UserError, match=message) as error:
+        runs.describe(broken)
+    assert "\n" not in str(error.value)
+
+
+def test_tensors_that_do_not_fit(broken, tiny):
+    """A missing, superfluous or wrongly shaped tensor, and a base that is not the one trained on, are refused."""
+    path, tensors = broken / "adapter_model.safetensors", load_file(broken / "adapter_model.safetensors")
+    name = next(n for n in tensors if n.endswith("lora_A.weight"))
+    short = name.removeprefix("base_model.model.")
+    for changed, message in (
+        ({n: t for n, t in tensors.items() if n != name}, f"{short} is missing"),
+        (tensors | {name: tensors[name][:, :-1].contiguous()}, f"{short} has shape"),
+        (tensors | {name.replace("layers.0", "layers.9"): tensors[name]}, "has no place"),
+    ):
+        save_file(changed, path)
+        with pytest.raises(UserError, match=message):
+            opened(broken)
+    save_file(tensors, path)
+    set_json(broken / "adapter_config.json", base_model_name_or_path=str(tiny(tie_word_embeddings=True)))
+    with pytest.raises(UserError, match="is not the base it was trained on"):
+        opened(broken)
+
+
+def test_eval_type_that_does_not_fit(dora, tiny):
+    """--eval_type cannot make a DoRA adapter a LoRA, nor a model an adapter."""
+    for folder, eval_type in ((dora[0], "qlora"), (dora[0], "full"), (tiny(), "bnb_dora"), (tiny(), "bnb_llama_pro")):
+        with pytest.raises(UserError, match=f"--eval_type {eval_type}"):
+            runs.check_eval_type(runs.describe(folder), eval_type)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def generator(dora):
+    run = runs.describe(dora[0])
+    model = runs.load_for_inference(run, device=CPU)
+    return generation.HFGenerator(model, runs.read_tokenizer(run), max_new_tokens=12, temperature=0.0, seed=0)
+
+
+@pytest.fixture
+def prompts(generator):
+    texts = ["a", "How many are 3 and 4?", "###Question:\nlong " * 4, "bcd", "x y z 1 2 3"]
+    return list(enumerate(generation.prompt_ids(texts, generator.tokenizer)))
+
+
+def answers(generator, prompts, **options):
+    return {o.index: (o.text, o.tokens) for o in generator.answers(prompts, **{"batch_size": 8, **options})}
+
+
+def test_batches_equal_single_prompts(generator, prompts):
+    """Left padding, sorting and the KV cache do not change greedy answers: each is the argmax of the full forward."""
+    together = answers(generator, prompts)
+    assert together == answers(generator, prompts, batch_size=1)
+    for index, ids in prompts:
+        grown = list(ids)
+        for _ in range(together[index][1]):
+            with torch.no_grad():
+                grown.append(generator.model(input_ids=torch.tensor([grown])).logits[0, -1].argmax().item())
+        assert generator.tokenizer.decode(grown[len(ids) :], skip_special_tokens=True) == together[index][0]
+
+
+def test_batch_that_does_not_fit_is_halved(generator, prompts, monkeypatch, capfd):
+    """Out of memory costs speed, not the evaluation; only a single prompt that does not fit ends it."""
+    expected, generate = answers(generator, prompts), generator.model.generate
+
+    def limited(largest):
+        def run(*, input_ids, **kwargs):
+            if len(input_ids) > largest:
+                raise torch.OutOfMemoryError("out of memory")
+            return generate(input_ids=input_ids, **kwargs)
+
+        monkeypatch.setattr(generator.model, "generate", run, raising=False)
+
+    limited(2)
+    assert answers(generator, prompts) == expected
+    assert "going on with 2" in "".join(capfd.readouterr())
+    limited(0)
+    with pytest.raises(UserError, match="does not fit"):
+        answers(generator, prompts)
+
+
+def test_generation_ends(generator, prompts, monkeypatch):
+    """A row ends at any end token, and once it asks a question of its own; its padding is not counted."""
+    assert generator._until_end([5, 257, 258, 258]) == [5, 257]
+    assert generator._until_end([5, 6, 258]) == [5, 6]
+    stop = generation.NextPrompt(generator.tokenizer, start=14)
+    asked, marked = generation.prompt_ids(["abc", "5\n###Question"], generator.tokenizer)
+    rows = torch.tensor([(asked + [97] * 99)[:14] + marked, [*marked, 97] + [97] * 14][:1] + [marked + [97] * 14][:1])
+    assert stop(rows[:, :28], None).tolist() == [True, False]
+    monkeypatch.setattr(generator.model.generation_config, "max_new_tokens", 10_000)
+    with pytest.raises(UserError, match="--max_new_tokens 10000"):
+        answers(generator, prompts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluate.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config(dora, tiny_data, tmp_path):
+    return EvalConfig(
+        model=str(dora[0]),
+        dataset=str(tiny_data),
+        samples=6,
+        n_shots=1,
+        batch_size=2,
+        max_new_tokens=4,
+        device="cpu",
+        output_file=str(tmp_path / "result.json"),
+    )
+
+
+def result_of(config):
+    evaluate.main(config)
+    with open(config.output_file) as file:
+        return json.load(file)
+
+
+def without_times(rows):
+    return [{k: v for k, v in row.items() if k not in ("seconds", "peak_memory_gib")} for row in rows]
+
+
+def test_interrupted_evaluation_goes_on(config, tmp_path, monkeypatch):
+    """After an interruption only the rest is asked, a torn line is forgotten, and the result is the same."""
+    expected = result_of(config)
+    assert expected["total"] == 6
+    assert [row["index"] for row in expected["results"]] == list(range(6))
+    other = replace(config, output_file=str(tmp_path / "other.json"), batch_size=1)
+    real, asked = evaluate.scored, []
+
+    def interrupted(question, output):
+        asked.append(output.index)
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        return real(question, output)
+
+    monkeypatch.setattr(evaluate, "scored", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(other)
+    partial = tmp_path / "other.json.partial"
+    with open(partial, "a") as file:
+        file.write('{"key": "torn')
+    with pytest.raises(UserError, match="other settings"):
+        evaluate.main(replace(other, max_new_tokens=5))
+    found = result_of(other)
+    assert without_times(found["results"]) == without_times(expected["results"])
+    assert len(asked) == 7
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.json", "result.json"]
+    with pytest.raises(UserError, match="exists"):
+        evaluate.main(other)
+
+
+def test_processes_share_the_questions(config, pair, tmp_path):
+    """Two processes give the answers of one, each question asked once."""
+    expected = result_of(config)
+    both = replace(config, output_file=str(tmp_path / "both.json"))
+    pair.run(evaluate.main, both)
+    found = json.loads((tmp_path / "both.json").read_text())
+    assert without_times(found["results"]) == without_times(expected["results"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["both.json", "result.json"]
+
+
+def test_merged_folder_answers_alike(config, tmp_path):
+    """The quantized base with the unmerged adapter and the merged model give the same answers."""
+    model = merged(opened(config.model))
+    model.save_pretrained(tmp_path / "merged")
+    runs.read_tokenizer(runs.describe(config.model)).save_pretrained(tmp_path / "merged")
+    both = [
+        result_of(replace(config, model=str(m), output_file=str(tmp_path / f"{i}.json")))
+        for i, m in enumerate((config.model, tmp_path / "merged"))
+    ]
+    assert without_times(both[0]["results"]) == without_times(both[1]["results"])
+    assert [r["kind"] for r in both] == ["adapter", "base"]
+
+
+def test_questions_and_shots(tmp_path):
+    """Shots are fixed by the seed, come from the training split, and are never among the questions."""
+    asked, shots = read_questions(EvalConfig(dataset="demo", samples=20, n_shots=5))
+    assert shots.count("###Question:\n") == 5
+    assert shots == read_questions(EvalConfig(dataset="demo", samples=20, n_shots=5))[1]
+    assert shots != read_questions(EvalConfig(dataset="demo", samples=20, n_shots=5, seed=1))[1]
+    assert len(asked) == 20
+    assert not any(row["question"] in shots for row in asked)
+    local = tmp_path / "d.jsonl"
+    local.write_text("".join(json.dumps({"question": f"q{i}?", "answer": f"{i}"}) + "\n" for i in range(4)))
+    asked, shots = read_questions(EvalConfig(dataset=str(local), samples=3, n_shots=1))
+    assert [row["question"] for row in asked] == ["q0?", "q1?", "q2?"]
+    assert shots == "###Question:\nq3?\n###Answer:\n3\n\n"
+    with pytest.raises(UserError, match="--n_shots 2"):
+        read_questions(EvalConfig(dataset=str(local), samples=3, n_shots=2))
+
+
+def test_wrong_input(tmp_path, config):
+    """A dataset without answers, an unknown model and a missing vLLM are one line each."""
+    local = tmp_path / "d.jsonl"
+    local.write_text('{"question": "1?", "answer": " "}\n')
+    with pytest.raises(UserError, match="row 1: has no answer"):
+        read_questions(EvalConfig(dataset=str(local)))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds neither a model"):
+        evaluate.main(replace(config, model=str(tmp_path / "empty")))
+    with pytest.raises(UserError, match="vLLM is not installed"):
+        evaluate.main(replace(config, backend="vllm"))
+
+
+def test_vllm_gets_only_what_it_can_compute(dora, monkeypatch):
+    """vLLM would refuse DoRA, and would put an adapter on a base that was not quantized as in training."""
+    monkeypatch.setattr(generation, "find_spec", lambda name: True)
+    run = runs.describe(dora[0])
+    with pytest.raises(UserError, match="DoRA"):
+        generation.check_vllm(run, None)
+    with pytest.raises(UserError, match="that we quantized"):
+        generation.check_vllm(replace(run, adapter=run.adapter | {"use_dora": False}), None)
