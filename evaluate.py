@@ -110,12 +110,12 @@ def _training_rows(config: EvalConfig):
     return rows.map(lambda row: {"prompt": layout.split(row)[0]}, load_from_cache_file=False)
 
 
-def settings_key(config: EvalConfig, run: runs.Run, prompts: list[list[int]]) -> str:
-    """A hash of what decides the answers: flags, prompts, and which weights these are."""
+def settings_key(config: EvalConfig, run: runs.Run, questions: list[dict], prompts: list[list[int]]) -> str:
+    """A hash of what decides the result: flags, questions with their answers, prompts, and which weights these are."""
     settings = {name: value for name, value in as_dict(config).items() if name not in NOT_SETTINGS}
     files = sorted({*run.folder.glob("*.safetensors"), *run.base.glob("*.safetensors")})
     weights = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(json.dumps([settings, weights, prompts]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([settings, weights, questions, prompts]).encode()).hexdigest()[:16]
 
 
 def scored(question: dict, output: Output) -> dict:
@@ -176,7 +176,7 @@ def main(config: EvalConfig) -> None:
     tokenizer = runs.read_tokenizer(run)
     questions, shots = read_questions(config)
     prompts = prompt_ids([shots + question["prompt"] for question in questions], tokenizer)
-    partial = Partial(output, key=settings_key(config, run, prompts))
+    partial = Partial(output, key=settings_key(config, run, questions, prompts))
     if distributed.is_main():
         output.parent.mkdir(parents=True, exist_ok=True)
         partial.resume(overwrite=config.overwrite)

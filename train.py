@@ -16,7 +16,7 @@ from fsdp_utils.config import TrainConfig
 from fsdp_utils.distributed import say, world_size
 from fsdp_utils.flags import as_dict, parse
 from fsdp_utils.losses import CausalLMLoss, with_targets
-from fsdp_utils.model import PRECISIONS, load, plan, size_report
+from fsdp_utils.model import PRECISIONS, compiler, load, plan, size_report
 from fsdp_utils.optim import OPTIMIZERS, LocalParameters, LossScaler, global_norm, schedule_factor
 from fsdp_utils.packing import epoch_steps, steps_per_epoch
 from methods.errors import UserError
@@ -172,7 +172,7 @@ def main(config: TrainConfig) -> None:
         mesh = distributed.make_mesh(config.sharding_strategy, device, hybrid_shard_size=config.hybrid_shard_size)
     run = dict(base_fingerprint=planned.base_fingerprint, quantizer=planned.quantizer)
     checkpoint.write_run(config, **run, finished=False)
-    model = load(planned, config, mesh=mesh, device=device)
+    model = load(planned, config, mesh=mesh, device=device, compile_block=compiler(config, device))
     say(*size_report(model, planned.quantizer), sep="\n")
     if config.verbose:
         say(model)

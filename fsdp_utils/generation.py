@@ -17,7 +17,7 @@ from fsdp_utils.runs import Run, tokenizer_folder
 from fsdp_utils.scoring import NEXT_PROMPT
 from methods.errors import UserError
 
-TAIL = 12  # tokens that surely hold the longest mark of a next prompt
+TAIL = 16  # tokens, enough for the longest mark of a next prompt even byte by byte
 VLLM_CHUNK = 512  # prompts between two writes of the partial result
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -128,9 +128,7 @@ class HFGenerator:
 
     def _halve(self, size: int) -> int:
         if size == 1:
-            raise UserError(
-                "--batch_size 1: does not fit into memory; lower --max_new_tokens or --n_shots"
-            )
+            raise UserError("--batch_size 1: does not fit into memory; lower --max_new_tokens or --n_shots")
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         tqdm.write(f"a batch of {size} does not fit into memory; going on with {size // 2}")
@@ -205,11 +203,7 @@ def check_vllm(run: Run, eval_type: str | None) -> None:
     if find_spec("vllm") is None:
         raise UserError("--backend vllm: vLLM is not installed; `pip install vllm`, or use --backend hf")
     if eval_type not in (None, "full", run.train_type):
-        raise UserError(
-            f"--eval_type {eval_type}: vLLM takes weights as they are; export them with prepare_weights.py"
-        )
+        raise UserError(f"--eval_type {eval_type}: vLLM takes weights as they are; export them with prepare_weights.py")
     if run.dora or (run.kind == "adapter" and run.quantizer):
         what = "DoRA adapters" if run.dora else "an adapter over a base that we quantized"
-        raise UserError(
-            f"--backend vllm: does not serve {what}; use prepare_weights.py first, or --backend hf"
-        )
+        raise UserError(f"--backend vllm: does not serve {what}; use prepare_weights.py first, or --backend hf")

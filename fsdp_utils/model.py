@@ -65,6 +65,15 @@ def _has_bf16() -> bool:
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def compiler(config, device: torch.device) -> Callable | None:
+    """What compiles a decoder block's forward here, or None: compiled code needs CUDA and Triton."""
+    if not config.compile or device.type != "cuda" or not torch.utils._triton.has_triton():
+        return None
+    # all blocks share one code object; every block may need its own variant when shapes change
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile
+
+
 def load(planned: Plan, config, *, mesh, device: torch.device, compile_block: Callable | None = None) -> nn.Module:
     """Shards the planned model over `mesh` (None: one process holds it) and fills it."""
     model = planned.model

@@ -43,13 +43,16 @@ def require_input_gradients(model: nn.Module) -> None:
 def prepare_blocks(model: nn.Module, blocks: dict[str, nn.Module], config, *, compile_block: Callable | None) -> None:
     """Checkpoints, then compiles each decoder block.
 
-    The recomputation is inside the compiled region, so that what backward does not need of it is never run; FSDP2 and
-    the offload of block inputs are outside.
+    The recomputation is inside the compiled region, so that what backward does not need of it is never run (the down
+    projection); re-entrant checkpointing cannot be compiled and stays outside, as FSDP2 and the offload of inputs do.
     """
+    reentrant = config.reentrant_checkpointing
     for block in blocks.values():
+        if compile_block and reentrant:
+            block.forward = compile_block(block.forward)
         if config.use_gradient_checkpointing:
-            checkpoint_block(block, reentrant=config.reentrant_checkpointing, preserve_rng=config.lora_dropout > 0)
-        if compile_block:
+            checkpoint_block(block, reentrant=reentrant, preserve_rng=config.lora_dropout > 0)
+        if compile_block and not reentrant:
             block.forward = compile_block(block.forward)
         if config.use_activation_cpu_offload:
             block.forward = offload_inputs(block.forward)

@@ -44,7 +44,7 @@ class LoRALinear(nn.Module):
         if self.fused and isinstance(self.dropout, nn.Identity):
             x = x.to(compute_dtype(x))
             parts = packed_parts(self.base_layer)
-            y, _ = adapted_linear(x, *parts, self.lora_A, self.lora_B, self.row_factor(), self.scaling)
+            y = adapted_linear(x, *parts, self.lora_A, self.lora_B, self.row_factor(), self.scaling)
         else:
             y = self.plain_forward(x)
         return add_bias(y, self.base_layer)

@@ -1,6 +1,6 @@
 """Llama-Pro block expansion: adds decoder blocks that change nothing until `train.py --train_type bnb_llama_pro` does.
 
-    python scripts/block_expansion.py --model_name meta-llama/Llama-2-7b-hf --output_dir llama2_7b_pro --expansion_rate 0.1
+    python scripts/block_expansion.py --model_name meta-llama/Llama-2-7b-hf --output_dir llama_pro --expansion_rate 0.1
     python scripts/block_expansion.py --model_name demo/model --output_dir demo_pro --num_new_blocks 2
 
 A new block is a copy of the one before it whose attention output and MLP down projections are zero, so both of its

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"
 sys.path.insert(0, str(DEMO.parent / "scripts"))
-from make_demo import ITEMS, NAMES, PROMPT, make_problems
+from make_demo import ITEMS, NAMES, PROMPT, make_problems  # noqa: E402
 
 
 def read(split):
@@ -45,7 +45,7 @@ def test_train_and_validation_are_disjoint():
 
 
 def test_every_answer_is_right():
-    """The steps use the question's numbers in order, each is true and starts from the one before, the last is stated."""
+    """The steps use the question's numbers in order, each is true and goes on from the last, whose result is stated."""
     for row in [*read("train"), *read("validation")]:
         steps = re.findall(r"(\d+) ([-+*]) (\d+) = (\d+)", row["answer"])
         running, operands = int(steps[0][0]), [int(steps[0][0])]

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from runs import make_config, perturb, prepared
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import evaluate
 from evaluate import EvalConfig, read_questions
@@ -109,7 +111,7 @@ def test_other_folders(save_run, tiny, tmp_path):
     torch.testing.assert_close(logits(opened(folder)), expected)
     quantized = opened(folder, eval_type="full_post_quantized")
     assert sum(isinstance(m, QuantizedLinear) for m in quantized.modules()) == 14
-    assert 1e-3 < (logits(quantized) - expected).abs().max()
+    assert (logits(quantized) - expected).abs().max() > 1e-3
 
     expand(Expansion(model_name=str(tiny()), output_dir=str(tmp_path / "pro"), num_new_blocks=1))
     pro, expected = save_run(tiny(), "bnb_llama_pro", llama_pro_path=tmp_path / "pro")
@@ -119,7 +121,7 @@ def test_other_folders(save_run, tiny, tmp_path):
     requantized = opened(pro, eval_type="hqq_llama_pro")
     assert sum(isinstance(m, QuantizedLinear) for m in requantized.modules()) == 14  # the new block stays dense
     (pro / "expanded_layers.json").unlink()
-    with pytest.raises(UserError, match="expanded_layers.json"):
+    with pytest.raises(UserError, match="no expanded_layers"):
         runs.describe(pro)
 
 
@@ -133,6 +135,26 @@ def test_foreign_adapter(save_run, tiny):
     set_json(folder / "adapter_config.json", use_rslora=True)
     with pytest.raises(UserError, match="use_rslora"):
         runs.describe(folder)
+
+
+def test_stock_folders(tiny, tmp_path):
+    """What transformers and PEFT can load opens through them: an NF4 folder, and an adapter kept in or beside it."""
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    stock = AutoModelForCausalLM.from_pretrained(tiny(), quantization_config=quantization, dtype=torch.float32)
+    stock.save_pretrained(tmp_path / "nf4")
+    assert runs.describe(tmp_path / "nf4").kind == "stock"
+    torch.testing.assert_close(logits(opened(tmp_path / "nf4", dtype=torch.float32)), logits(stock))
+
+    adapted = get_peft_model(stock, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    adapted.peft_config["default"].base_model_name_or_path = "../nf4"
+    expected = logits(adapted)
+    for folder in (tmp_path / "beside", tmp_path / "nf4" / "adapter"):
+        adapted.save_pretrained(folder)
+    for folder in (tmp_path / "beside", tmp_path / "nf4"):
+        assert runs.describe(folder).kind == "stock_adapter"
+        torch.testing.assert_close(logits(opened(folder, dtype=torch.float32)), expected)
+    with pytest.raises(UserError, match="--eval_type qlora"):
+        opened(tmp_path / "nf4", eval_type="qlora")
 
 
 DAMAGES = {
@@ -169,7 +191,7 @@ def test_tensors_that_do_not_fit(broken, tiny):
     for changed, message in (
         ({n: t for n, t in tensors.items() if n != name}, f"{short} is missing"),
         (tensors | {name: tensors[name][:, :-1].contiguous()}, f"{short} has shape"),
-        (tensors | {name.replace("layers.0", "layers.9"): tensors[name]}, "has no place"),
+        (tensors | {name.replace("layers.0", "layers.9"): tensors[name].clone()}, "has no place"),
     ):
         save_file(changed, path)
         with pytest.raises(UserError, match=message):
@@ -221,6 +243,16 @@ def test_batches_equal_single_prompts(generator, prompts):
         assert generator.tokenizer.decode(grown[len(ids) :], skip_special_tokens=True) == together[index][0]
 
 
+def test_sampling_is_seeded(generator, dora, prompts):
+    """Sampled answers differ from greedy ones and repeat, whatever was asked before."""
+    run = runs.describe(dora[0])
+    model = runs.load_for_inference(run, device=CPU)
+    sampling = generation.HFGenerator(model, generator.tokenizer, max_new_tokens=12, temperature=1.0, seed=0)
+    first = answers(sampling, prompts)
+    assert first != answers(generator, prompts)
+    assert first == answers(sampling, prompts)
+
+
 def test_batch_that_does_not_fit_is_halved(generator, prompts, monkeypatch, capfd):
     """Out of memory costs speed, not the evaluation; only a single prompt that does not fit ends it."""
     expected, generate = answers(generator, prompts), generator.model.generate
@@ -245,10 +277,9 @@ def test_generation_ends(generator, prompts, monkeypatch):
     """A row ends at any end token, and once it asks a question of its own; its padding is not counted."""
     assert generator._until_end([5, 257, 258, 258]) == [5, 257]
     assert generator._until_end([5, 6, 258]) == [5, 6]
-    stop = generation.NextPrompt(generator.tokenizer, start=14)
-    asked, marked = generation.prompt_ids(["abc", "5\n###Question"], generator.tokenizer)
-    rows = torch.tensor([(asked + [97] * 99)[:14] + marked, [*marked, 97] + [97] * 14][:1] + [marked + [97] * 14][:1])
-    assert stop(rows[:, :28], None).tolist() == [True, False]
+    prompt, plain, marked = generator.tokenizer(["###Question", "14 letters now", "5\n###Question:"])["input_ids"]
+    stop = generation.NextPrompt(generator.tokenizer, start=len(prompt))
+    assert stop(torch.tensor([prompt + plain, prompt + marked]), None).tolist() == [False, True]
     monkeypatch.setattr(generator.model.generation_config, "max_new_tokens", 10_000)
     with pytest.raises(UserError, match="--max_new_tokens 10000"):
         answers(generator, prompts)
@@ -303,6 +334,7 @@ def test_interrupted_evaluation_goes_on(config, tmp_path, monkeypatch):
     partial = tmp_path / "other.json.partial"
     with open(partial, "a") as file:
         file.write('{"key": "torn')
+    partial.rename(tmp_path / "other.json.partial.1")  # as if another process had written it
     with pytest.raises(UserError, match="other settings"):
         evaluate.main(replace(other, max_new_tokens=5))
     found = result_of(other)

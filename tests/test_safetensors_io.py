@@ -92,9 +92,9 @@ def test_writer_wants_each_announced_tensor_once(tmp_path):
     writer = StreamingWriter(tmp_path, {"a": (torch.float32, (2, 3)), "b": (torch.float32, (1,))})
     with pytest.raises(ValueError, match="c: not among"):
         writer.write("c", torch.zeros(1))
-    with pytest.raises(ValueError, match="a: .* announced"):
+    with pytest.raises(ValueError, match=r"a: .* announced"):
         writer.write("a", torch.zeros(3, 2))
-    with pytest.raises(ValueError, match="a: .* announced"):
+    with pytest.raises(ValueError, match=r"a: .* announced"):
         writer.write("a", torch.zeros(2, 3).half())
     writer.write("a", torch.zeros(2, 3))
     with pytest.raises(ValueError, match="a: written twice"):

@@ -1,27 +1,29 @@
 """`c * (W x + s B A x)` for any base as one operator: packed weights, no dequantized weight kept for backward.
 
-The plain version is `LoRALinear.forward` and `DoRALinear.forward`. What this one does differently:
+The plain version is `LoRALinear.plain_forward`. What this one does differently:
 
 - The row factor c goes into the scales while they are dequantized, and into B: DoRA costs what LoRA costs.
-- The low-rank product is written first and the base product accumulates onto it, so that its read hides behind the
-  larger product.
+- The low-rank product is no pass over the output of its own. Where the output is wider than the input, the product is
+  `[x, A x] @ [W, s B].T`; elsewhere the base product accumulates onto it.
 - The gradient of the magnitude needs `V x`, which is output / c: the output is kept anyway by what follows it.
 """
 
 import torch
 
+from methods.kernels import reduce
 from methods.quantizers.linear import parse_quantizer
 
 Tensor = torch.Tensor
 
 
-def _weight(p0: Tensor, p1: Tensor | None, p2: Tensor | None, spec: str, factor: Tensor | None, x: Tensor) -> Tensor:
-    """`[out, in]` in the dtype of x, each row times `factor`. The spec is "dense" or a quantizer's."""
-    if spec == "dense":
-        weight = p0.to(x.dtype)
-        return weight if factor is None else (weight * factor.unsqueeze(1)).to(x.dtype)
-    packed = tuple(p for p in (p0, p1, p2) if p is not None)
-    return parse_quantizer(spec).dequantize(packed, in_features=x.shape[-1], dtype=x.dtype, row_factor=factor)
+def _weight(parts, spec: str, factor: Tensor | None, *, dtype, in_features: int, out: Tensor | None = None) -> Tensor:
+    """`[out, in]`, each row times `factor`, into `out` if given. The spec is "dense" or a quantizer's."""
+    if spec != "dense":
+        packed = tuple(p for p in parts if p is not None)
+        quantizer = parse_quantizer(spec)
+        return quantizer.dequantize(packed, in_features=in_features, dtype=dtype, row_factor=factor, out=out)
+    weight = parts[0] if factor is None else parts[0] * factor.unsqueeze(1)
+    return weight.to(dtype) if out is None else out.copy_(weight)
 
 
 def _scaled_b(b: Tensor, scaling: float, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -30,31 +32,36 @@ def _scaled_b(b: Tensor, scaling: float, factor: Tensor | None, dtype: torch.dty
     return (scaled if factor is None else scaled * factor.unsqueeze(1)).to(dtype)
 
 
-@torch.library.custom_op("fsdp_qlora::adapted_linear", mutates_args=())
-def adapted_linear(
+def forward(
     x: Tensor, p0: Tensor, p1: Tensor | None, p2: Tensor | None, spec: str,
     a: Tensor | None, b: Tensor | None, factor: Tensor | None, scaling: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """x `[..., in]` to output `[..., out]` and `A x` `[..., r]` (empty without adapter)."""
-    rows = x.reshape(-1, x.shape[-1])  # [t, in]
-    weight = _weight(p0, p1, p2, spec, factor, x)
+    shape, width, dtype = x.shape[:-1], x.shape[-1], x.dtype
+    rows, parts = x.reshape(-1, width), (p0, p1, p2)  # [t, in]
     if a is None:
-        return (rows @ weight.T).view(*x.shape[:-1], -1), x.new_empty(0)
-    hidden = rows @ a.to(x.dtype).T  # [t, r]
-    out = hidden @ _scaled_b(b, scaling, factor, x.dtype).T
-    out.addmm_(rows, weight.T)
-    return out.view(*x.shape[:-1], -1), hidden.view(*x.shape[:-1], -1)
+        weight = _weight(parts, spec, factor, dtype=dtype, in_features=width)
+        return (rows @ weight.T).view(*shape, -1), x.new_empty(0)
+    hidden = rows @ a.to(dtype).T  # [t, r]
+    scaled_b = _scaled_b(b, scaling, factor, dtype)
+    if p0.shape[0] > 2 * width:  # copying x costs less than writing and reading the output once more
+        both = torch.empty(p0.shape[0], width + a.shape[0], dtype=dtype, device=x.device)
+        _weight(parts, spec, factor, dtype=dtype, in_features=width, out=both[:, :width])
+        both[:, width:] = scaled_b
+        out = torch.cat([rows, hidden], dim=1) @ both.T
+    else:
+        out = hidden @ scaled_b.T
+        out.addmm_(rows, _weight(parts, spec, factor, dtype=dtype, in_features=width).T)
+    return out.view(*shape, -1), hidden.view(*shape, -1)
 
 
-@adapted_linear.register_fake
-def _(x, p0, p1, p2, spec, a, b, factor, scaling):
-    return x.new_empty(*x.shape[:-1], p0.shape[0]), x.new_empty(0) if a is None else x.new_empty(
-        *x.shape[:-1], a.shape[0]
-    )
+def forward_shapes(x, p0, p1, p2, spec, a, b, factor, scaling):
+    """What `forward` returns, without values."""
+    hidden = x.new_empty(0) if a is None else x.new_empty(*x.shape[:-1], a.shape[0])
+    return x.new_empty(*x.shape[:-1], p0.shape[0]), hidden
 
 
-@torch.library.custom_op("fsdp_qlora::adapted_linear_backward", mutates_args=())
-def adapted_linear_backward(
+def backward(
     grad: Tensor, x: Tensor | None, hidden: Tensor, out: Tensor | None,
     p0: Tensor, p1: Tensor | None, p2: Tensor | None, spec: str,
     a: Tensor | None, b: Tensor | None, factor: Tensor | None, scaling: float, in_features: int, needs_x: bool,
@@ -72,53 +79,72 @@ def adapted_linear_backward(
             grad_x = through_b @ a.to(grad.dtype)
     if factor is not None:
         # d/dc sum(grad * c V x) = sum(grad * out) / c; a row with c = 0 has no output to learn from
-        summed = column_dot(grads, out.reshape(grads.shape))  # fp32 [out]
+        summed = reduce.column_dot(grads, out.reshape(grads.shape))  # fp32 [out]
         grad_factor = torch.where(factor == 0, torch.zeros_like(summed), summed / factor)
     if needs_x:
-        weight = _weight(p0, p1, p2, spec, factor, torch.empty(0, in_features, dtype=grad.dtype, device=grad.device))
+        weight = _weight((p0, p1, p2), spec, factor, dtype=grad.dtype, in_features=in_features)
         grad_x = grads @ weight if a is None else grad_x.addmm_(grads, weight)
         grad_x = grad_x.view(*grad.shape[:-1], in_features)
     return grad_x, grad_a, grad_b, grad_factor
 
 
-@adapted_linear_backward.register_fake
-def _(grad, x, hidden, out, p0, p1, p2, spec, a, b, factor, scaling, in_features, needs_x):
+def backward_shapes(grad, x, hidden, out, p0, p1, p2, spec, a, b, factor, scaling, in_features, needs_x):
+    """What `backward` returns, without values."""
     return (
         grad.new_empty(*grad.shape[:-1], in_features) if needs_x else grad.new_empty(0),
         *(grad.new_empty(0) if t is None else torch.empty_like(t) for t in (a, b, factor)),
     )
 
 
-def _keep(ctx, inputs, output):
-    x, p0, p1, p2, spec, a, b, factor, scaling = inputs
-    out, hidden = output
-    # what backward does not need is not kept: x only for A, the output only for the magnitude
-    kept = (x if a is not None else None, hidden, out if factor is not None else None)
-    ctx.save_for_backward(*kept, p0, p1, p2, a, b, factor)
-    ctx.spec, ctx.scaling, ctx.in_features, ctx.needs_x = spec, scaling, x.shape[-1], ctx.needs_input_grad[0]
+# Registered by hand: torch.library.custom_op checks every call for aliasing, which costs more than a small product.
+_library = torch.library.Library("fsdp_qlora", "DEF")
+_library.define(
+    "adapted_linear(Tensor x, Tensor p0, Tensor? p1, Tensor? p2, str spec, Tensor? a, Tensor? b, Tensor? factor, "
+    "float scaling) -> (Tensor, Tensor)"
+)
+_library.define(
+    "adapted_linear_backward(Tensor grad, Tensor? x, Tensor hidden, Tensor? out, Tensor p0, Tensor? p1, Tensor? p2, "
+    "str spec, Tensor? a, Tensor? b, Tensor? factor, float scaling, SymInt in_features, bool needs_x) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+for _name, _run, _shapes in (
+    ("adapted_linear", forward, forward_shapes),
+    ("adapted_linear_backward", backward, backward_shapes),
+):
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fsdp_qlora::{_name}", _shapes, lib=_library)
 
 
-def _backward(ctx, grad, _):
-    x, hidden, out, p0, p1, p2, a, b, factor = ctx.saved_tensors
-    grad_x, grad_a, grad_b, grad_factor = torch.ops.fsdp_qlora.adapted_linear_backward(
-        grad.contiguous(), x, hidden, out, p0, p1, p2, ctx.spec, a, b, factor, ctx.scaling, ctx.in_features, ctx.needs_x
-    )
-    return (
-        grad_x if ctx.needs_x else None, None, None, None, None,
-        None if a is None else grad_a, None if b is None else grad_b, None if factor is None else grad_factor, None,
-    )  # fmt: skip
+class _AdaptedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, p0, p1, p2, spec, a, b, factor, scaling):
+        out, hidden = torch.ops.fsdp_qlora.adapted_linear(x, p0, p1, p2, spec, a, b, factor, scaling)
+        # what backward does not need is not kept: x only for A, the output only for the magnitude
+        kept = (x if a is not None else None, hidden, out if factor is not None else None)
+        ctx.save_for_backward(*kept, p0, p1, p2, a, b, factor)
+        ctx.spec, ctx.scaling, ctx.in_features, ctx.needs_x = spec, scaling, x.shape[-1], ctx.needs_input_grad[0]
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, hidden, out, p0, p1, p2, a, b, factor = ctx.saved_tensors
+        grad_x, grad_a, grad_b, grad_factor = torch.ops.fsdp_qlora.adapted_linear_backward(
+            grad, x, hidden, out, p0, p1, p2, ctx.spec, a, b, factor, ctx.scaling, ctx.in_features, ctx.needs_x
+        )
+        adapters = (g if t is not None else None for g, t in ((grad_a, a), (grad_b, b), (grad_factor, factor)))
+        return (grad_x if ctx.needs_x else None, None, None, None, None, *adapters, None)
 
 
-adapted_linear.register_autograd(_backward, setup_context=_keep)
+def adapted_linear(
+    x: Tensor, p0: Tensor, p1: Tensor | None, p2: Tensor | None, spec: str,
+    a: Tensor | None = None, b: Tensor | None = None, factor: Tensor | None = None, scaling: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """`factor * (W x + scaling * B A x)`, `[..., in] -> [..., out]`.
 
-
-def column_dot_plain(left: Tensor, right: Tensor) -> Tensor:
-    """`sum over rows of left * right`, `[t, n]` each, to fp32 `[n]`."""
-    return (left.float() * right.float()).sum(0)
-
-
-def column_dot(left: Tensor, right: Tensor) -> Tensor:
-    """As `column_dot_plain`, in one pass over both on CUDA."""
-    from methods.kernels import reduce
-
-    return reduce.column_dot(left, right) if reduce.available(left) else column_dot_plain(left, right)
+    Args:
+        x: `[..., in]` in the dtype to compute in.
+        p0, p1, p2, spec: the base weight, from `methods.quantizers.linear.packed_parts`.
+        a, b: `[r, in]` and `[out, r]`, or None for the base product alone.
+        factor: fp32 `[out]` or None.
+    """
+    return _AdaptedLinear.apply(x, p0, p1, p2, spec, a, b, factor, scaling)

@@ -1,6 +1,7 @@
 """Triton kernels that turn packed rows into 16- or 32-bit rows, at the speed memory allows.
 
-The quantizers' own torch code defines the result; these give the same bits when no row factor is passed.
+The quantizers' own torch code defines the result; these give the same bits when no row factor is passed. A program
+handles whole groups, so that a scale is read once per group and a division by the row length is rare.
 """
 
 from functools import lru_cache
@@ -15,7 +16,7 @@ except ImportError:  # CPU builds of torch come without it
 
 from methods.quantizers.linear import as_bytes
 
-BYTES_PER_PROGRAM = 2048
+WEIGHTS_PER_PROGRAM = 8192
 
 
 def available(tensor: torch.Tensor) -> bool:
@@ -27,51 +28,58 @@ if triton is not None:
 
     @triton.jit
     def _table_kernel(
-        codes, scales, ranges, table, factors, out, size, row_bytes,
-        GROUP_BYTES: tl.constexpr, DOUBLE: tl.constexpr, HAS_FACTOR: tl.constexpr, BLOCK: tl.constexpr,
+        codes, scales, ranges, table, factors, out, groups, groups_per_row, out_stride,
+        GROUP: tl.constexpr, DOUBLE: tl.constexpr, HAS_FACTOR: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        mask = at < size
-        byte = tl.load(codes + at, mask=mask, other=0).to(tl.int32)
-        scale = tl.load(scales + at // GROUP_BYTES, mask=mask, other=0).to(tl.float32)
-        row = at // row_bytes
+        HALF: tl.constexpr = GROUP // 2
+        first = tl.program_id(0).to(tl.int64) * BLOCK
+        group = tl.arange(0, BLOCK)
+        inside = first + group < groups
+        row = (first + group) // groups_per_row  # [BLOCK]
+        scale = tl.load(scales + first + group, mask=inside, other=0).to(tl.float32)
         if DOUBLE:
-            scale = (
-                tl.load(ranges + 2 * row, mask=mask, other=0)
-                + tl.load(ranges + 2 * row + 1, mask=mask, other=0) * scale
-            )
+            low = tl.load(ranges + 2 * row, mask=inside, other=0)
+            scale = low + tl.load(ranges + 2 * row + 1, mask=inside, other=0) * scale
         if HAS_FACTOR:
-            scale *= tl.load(factors + row, mask=mask, other=0)
-        high = tl.load(table + (byte >> 4)) * scale
-        low = tl.load(table + (byte & 15)) * scale
-        pair = tl.join(high, low)  # [BLOCK, 2]
-        where = tl.join(2 * at, 2 * at + 1)
-        tl.store(out + where, pair.to(out.dtype.element_ty), mask=tl.join(mask, mask))
+            scale *= tl.load(factors + row, mask=inside, other=0)
+        at = group[:, None] * HALF + tl.arange(0, HALF)[None, :]  # [BLOCK, HALF]
+        byte = tl.load(codes + first * HALF + at, mask=inside[:, None], other=0).to(tl.int32)
+        high = tl.load(table + (byte >> 4)) * scale[:, None]
+        below = tl.load(table + (byte & 15)) * scale[:, None]
+        values = tl.join(high, below).reshape(BLOCK, GROUP)
+        column = (first + group) - row * groups_per_row
+        start = row * out_stride + column * GROUP
+        place = start[:, None] + tl.arange(0, GROUP)[None, :]
+        tl.store(out + place, values.to(out.dtype.element_ty), mask=inside[:, None])
 
     @triton.jit
     def _affine_kernel(
-        codes, scales, zeros, factors, out, size, width, row_bytes,
+        codes, scales, zeros, factors, out, groups, groups_per_row, row_bytes, out_stride,
         BITS: tl.constexpr, GROUP: tl.constexpr, HAS_FACTOR: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # weights, not bytes
-        mask = at < size
-        row = at // width
-        column = at - row * width
+        index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = index < groups
+        row = index // groups_per_row
+        column = (index - row * groups_per_row) * GROUP  # first weight of the group in its row
+        scale = tl.load(scales + index, mask=inside, other=0).to(tl.float32)
+        zero = tl.load(zeros + index, mask=inside, other=0).to(tl.float32)
+        if HAS_FACTOR:
+            scale *= tl.load(factors + row, mask=inside, other=0)
+        lane = tl.arange(0, GROUP)[None, :]
+        mask = inside[:, None] & (lane >= 0)
+        start = row * row_bytes
         if BITS == 3:  # a plane of 2 bits, then a plane of 1
-            first = codes + row * row_bytes
-            two = tl.load(first + column // 4, mask=mask, other=0).to(tl.int32) >> (6 - 2 * (column % 4)).to(tl.int32)
-            one = tl.load(first + width // 4 + column // 8, mask=mask, other=0).to(tl.int32)
-            code = ((two & 3) << 1) | ((one >> (7 - column % 8).to(tl.int32)) & 1)
+            two = tl.load(codes + (start + column // 4)[:, None] + lane // 4, mask=mask, other=0).to(tl.int32)
+            plane = start + groups_per_row * (GROUP // 4) + column // 8
+            one = tl.load(codes + plane[:, None] + lane // 8, mask=mask, other=0).to(tl.int32)
+            code = (((two >> (6 - 2 * (lane % 4))) & 3) << 1) | ((one >> (7 - lane % 8)) & 1)
         else:
             PER_BYTE: tl.constexpr = 8 // BITS
-            byte = tl.load(codes + at // PER_BYTE, mask=mask, other=0).to(tl.int32)
-            code = (byte >> (8 - BITS - BITS * (at % PER_BYTE)).to(tl.int32)) & ((1 << BITS) - 1)
-        scale = tl.load(scales + at // GROUP, mask=mask, other=0).to(tl.float32)
-        zero = tl.load(zeros + at // GROUP, mask=mask, other=0).to(tl.float32)
-        value = (code.to(tl.float32) - zero) * scale
-        if HAS_FACTOR:
-            value *= tl.load(factors + row, mask=mask, other=0)
-        tl.store(out + at, value.to(out.dtype.element_ty), mask=mask)
+            byte = tl.load(codes + (start + column // PER_BYTE)[:, None] + lane // PER_BYTE, mask=mask, other=0)
+            code = (byte.to(tl.int32) >> (8 - BITS - BITS * (lane % PER_BYTE))) & ((1 << BITS) - 1)
+        value = (code.to(tl.float32) - zero[:, None]) * scale[:, None]
+        place = (row * out_stride + column)[:, None] + lane
+        tl.store(out + place, value.to(out.dtype.element_ty), mask=mask)
 
 
 @lru_cache
@@ -82,29 +90,26 @@ def code_table(quant_type: str, device: torch.device) -> torch.Tensor:
     return get_4bit_type(quant_type, device=device).float().contiguous()
 
 
-def table_rows(codes, scales, ranges, *, quant_type, group_size, in_features, dtype, row_factor=None) -> torch.Tensor:
-    """bitsandbytes rows `[n, in]`: `table[code] * scale`, times `row_factor` (fp32 `[n]`) if given."""
-    n = codes.shape[0]
-    out = torch.empty(n, in_features, dtype=dtype, device=codes.device)
-    size = n * in_features // 2
-    if size:
-        _table_kernel[(triton.cdiv(size, BYTES_PER_PROGRAM),)](
+def table_rows(codes, scales, ranges, out, *, quant_type, group_size, row_factor=None) -> torch.Tensor:
+    """bitsandbytes rows into `out` `[n, in]` (rows may be strided): `table[code] * scale`, times `row_factor`."""
+    groups = scales.numel()
+    block = WEIGHTS_PER_PROGRAM // group_size
+    if groups:
+        _table_kernel[(triton.cdiv(groups, block),)](
             as_bytes(codes), scales if ranges is None else as_bytes(scales), ranges, code_table(quant_type, codes.device),
-            row_factor, out, size, in_features // 2,
-            GROUP_BYTES=group_size // 2, DOUBLE=ranges is not None, HAS_FACTOR=row_factor is not None,
-            BLOCK=BYTES_PER_PROGRAM, num_warps=8,
+            row_factor, out, groups, scales.shape[1], out.stride(0),
+            GROUP=group_size, DOUBLE=ranges is not None, HAS_FACTOR=row_factor is not None, BLOCK=block, num_warps=8,
         )  # fmt: skip
     return out
 
 
-def affine_rows(codes, scales, zeros, *, bits, group_size, in_features, dtype, row_factor=None) -> torch.Tensor:
-    """HQQ rows `[n, in]`: `(code - zero) * scale`, times `row_factor` (fp32 `[n]`) if given."""
-    n = codes.shape[0]
-    out = torch.empty(n, in_features, dtype=dtype, device=codes.device)
-    if out.numel():
-        block = 4096
-        _affine_kernel[(triton.cdiv(out.numel(), block),)](
-            as_bytes(codes), scales, zeros, row_factor, out, out.numel(), in_features, in_features * bits // 8,
+def affine_rows(codes, scales, zeros, out, *, bits, group_size, row_factor=None) -> torch.Tensor:
+    """HQQ rows into `out` `[n, in]` (rows may be strided): `(code - zero) * scale`, times `row_factor`."""
+    groups = scales.numel()
+    block = WEIGHTS_PER_PROGRAM // group_size
+    if groups:
+        _affine_kernel[(triton.cdiv(groups, block),)](
+            as_bytes(codes), scales, zeros, row_factor, out, groups, scales.shape[1], codes.shape[1], out.stride(0),
             BITS=bits, GROUP=group_size, HAS_FACTOR=row_factor is not None, BLOCK=block, num_warps=8,
         )  # fmt: skip
     return out

@@ -55,14 +55,15 @@ class Bnb4bit:
         codes = codes.view(n, width // 2).view(STORED_BYTES)
         return codes, *self._pack_scales(absmax.view(n, width // self.group_size))
 
-    def dequantize(self, packed, *, in_features, dtype, row_factor=None):
+    def dequantize(self, packed, *, in_features, dtype, row_factor=None, out=None):
         codes, scales, ranges = (*packed, None)[:3]
-        if kernels.available(codes):
-            return kernels.table_rows(
-                codes, scales, ranges, quant_type=self.quant_type, group_size=self.group_size,
-                in_features=in_features, dtype=dtype, row_factor=row_factor,
-            )  # fmt: skip
-        return self.dequantize_plain(packed, in_features=in_features, dtype=dtype, row_factor=row_factor)
+        if not kernels.available(codes):
+            rows = self.dequantize_plain(packed, in_features=in_features, dtype=dtype, row_factor=row_factor)
+            return rows if out is None else out.copy_(rows)
+        if out is None:
+            out = torch.empty(codes.shape[0], in_features, dtype=dtype, device=codes.device)
+        settings = dict(quant_type=self.quant_type, group_size=self.group_size, row_factor=row_factor)
+        return kernels.table_rows(codes, scales, ranges, out, **settings)
 
     def dequantize_plain(self, packed, *, in_features, dtype, row_factor=None):
         """bitsandbytes' own operator: the reference for the kernel, and the way on a CPU."""

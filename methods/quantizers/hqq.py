@@ -82,13 +82,13 @@ class HQQ:
         codes = pack(codes.to(torch.uint8).view(n, width), self.bits).view(STORED_BYTES)
         return codes, scale.view(n, width // self.group_size), zero.view(n, width // self.group_size)
 
-    def dequantize(self, packed, *, in_features, dtype, row_factor=None):
-        if kernels.available(packed[0]):
-            return kernels.affine_rows(
-                *packed, bits=self.bits, group_size=self.group_size,
-                in_features=in_features, dtype=dtype, row_factor=row_factor,
-            )  # fmt: skip
-        return self.dequantize_plain(packed, in_features=in_features, dtype=dtype, row_factor=row_factor)
+    def dequantize(self, packed, *, in_features, dtype, row_factor=None, out=None):
+        if not kernels.available(packed[0]):
+            rows = self.dequantize_plain(packed, in_features=in_features, dtype=dtype, row_factor=row_factor)
+            return rows if out is None else out.copy_(rows)
+        if out is None:
+            out = torch.empty(packed[0].shape[0], in_features, dtype=dtype, device=packed[0].device)
+        return kernels.affine_rows(*packed, out, bits=self.bits, group_size=self.group_size, row_factor=row_factor)
 
     def dequantize_plain(self, packed, *, in_features, dtype, row_factor=None):
         """The definition, in torch."""

@@ -31,8 +31,14 @@ class Quantizer(Protocol):
     def quantize(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """`[n, in]` in any float dtype to packed tensors with n rows. Rows must not influence one another."""
 
-    def dequantize(self, packed: tuple[torch.Tensor, ...], *, in_features, dtype, row_factor=None) -> torch.Tensor:
-        """`[n, in_features]` in `dtype`, exactly as the forward pass uses it; row_factor: fp32 `[n]` or None."""
+    def dequantize(self, packed, *, in_features: int, dtype: torch.dtype, row_factor=None, out=None) -> torch.Tensor:
+        """`[n, in_features]` in `dtype`, exactly as the forward pass uses it.
+
+        Args:
+            packed: tuple of tensors with n rows.
+            row_factor: fp32 `[n]`, what each row is multiplied by, or None.
+            out: where to write, `[n, in_features]` with any row stride, or None for a new tensor.
+        """
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -104,7 +110,7 @@ def matmul(base: nn.Module, x: torch.Tensor) -> torch.Tensor:
     x = x.to(compute_dtype(x))
     if not isinstance(base, QuantizedLinear):
         return F.linear(x, base.weight)
-    return adapted_linear(x, *packed_parts(base), None, None, None, 1.0)[0]
+    return adapted_linear(x, *packed_parts(base))
 
 
 def add_bias(y: torch.Tensor, base: nn.Module) -> torch.Tensor:

@@ -1,0 +1,157 @@
+"""What the benchmarks share: model shapes, the floor, one measured run, tables."""
+
+import gc
+import json
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import LlamaConfig
+
+from fsdp_utils import distributed
+from fsdp_utils.config import TrainConfig
+from fsdp_utils.flags import parse
+from fsdp_utils.losses import CausalLMLoss
+from fsdp_utils.model import compiler, load, plan
+from fsdp_utils.optim import OPTIMIZERS, LocalParameters, global_norm
+
+SHAPES = {
+    "tiny": dict(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                 vocab_size=1024),
+    "1b": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+               num_key_value_heads=8, vocab_size=128256),
+    "8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+               num_key_value_heads=8, vocab_size=128256),
+    "70b": dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+                num_key_value_heads=8, vocab_size=128256),
+}  # fmt: skip
+
+
+def write_config(shape: str, folder: str | Path, **more) -> Path:
+    """A folder with only the configuration of a Llama of that shape; weights are dummies."""
+    settings = {**SHAPES[shape], "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, **more}
+    config = LlamaConfig(**settings, max_position_embeddings=131072, tie_word_embeddings=False, dtype="bfloat16")
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    return Path(folder)
+
+
+def make_config(folder, **flags) -> TrainConfig:
+    """A run's settings with what the benchmarks have in common."""
+    common = dict(
+        model_name=folder, load_format="dummy", lora_dropout=0.0, use_cpu_offload=False, optimizer="fused_adamw", lora_rank=64
+    )
+    return parse(TrainConfig, [f"--{k}={v}" for k, v in {**common, **flags}.items()], prog="benchmark")
+
+
+def seconds(fn, *, repeat: int = 10, warmup: int = 3) -> float:
+    """Mean wall time of `fn` on the GPU."""
+    for _ in range(warmup):
+        fn()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeat):
+        fn()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / repeat
+
+
+def floor_seconds(shape: str, *, batch: int, length: int, checkpointing: bool) -> float:
+    """Seconds of one step's GPU work that no implementation avoids: the frozen model's matrix products (forward, again
+    when recomputed, gradient of the input), attention and the head, each timed alone."""
+    s = SHAPES[shape]
+    hidden, mlp, tokens = s["hidden_size"], s["intermediate_size"], batch * length
+    heads, kv = s["num_attention_heads"], s["num_key_value_heads"]
+    size = hidden // heads
+    new = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+    shapes = [(hidden, hidden), (kv * size, hidden), (kv * size, hidden), (hidden, hidden)]
+    shapes += [(mlp, hidden), (mlp, hidden), (hidden, mlp)]
+    weights = [new(*shape) for shape in shapes]
+    inputs = {width: new(tokens, width) for width in (hidden, mlp)}
+    grads = {width: new(tokens, width) for width in (hidden, kv * size, mlp)}
+    forwards = 2 if checkpointing else 1
+
+    def linears():
+        for _ in range(forwards):
+            for w in weights:
+                inputs[w.shape[1]] @ w.T
+        for w in weights:
+            grads[w.shape[0]] @ w
+
+    q, k, v = (new(batch, n, length, size).requires_grad_() for n in (heads, kv, kv))
+
+    def attention():
+        for _ in range(forwards):
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        out.backward(out.detach())
+
+    states, head = new(tokens, hidden), new(s["vocab_size"], hidden)
+    blocks = s["num_hidden_layers"] * (seconds(linears) + seconds(attention))
+    return blocks + seconds(lambda: (states @ head.T) @ head)
+
+
+class Run:
+    """A loaded model that can take optimizer steps on random tokens."""
+
+    def __init__(self, config):
+        self.config = config
+        self.device = distributed.pick_device(config.device)
+        distributed.start(self.device, alone=config.use_cpu_offload)
+        sharded = distributed.world_size() > 1 or config.use_cpu_offload
+        self.mesh = distributed.make_mesh(config.sharding_strategy, self.device) if sharded else None
+        self.plan = plan(config, device=self.device)
+        start = time.perf_counter()
+        self.model = load(self.plan, config, mesh=self.mesh, device=self.device, compile_block=compiler(config, self.device))
+        self.load_s = time.perf_counter() - start
+        self.loss_sum = CausalLMLoss(self.model, fused=config.fused_loss)
+        self.trained = LocalParameters(self.model)
+        self.optimizer = OPTIMIZERS[config.optimizer](self.trained.plain, config.lr, config.wd)
+        self.model.train()
+
+    def step(self, batch: int, length: int) -> None:
+        """One optimizer step on `batch` rows of `length` random tokens, all of them in the loss."""
+        ids = torch.randint(0, self.model.config.vocab_size, (batch, length), device=self.device)
+        targets = ids[:, 1:].flatten()
+        positions = torch.arange(batch * length, device=self.device).view(batch, length)[:, :-1].flatten()
+        loss = self.loss_sum(dict(input_ids=ids, positions=positions, targets=targets))
+        (loss / len(targets)).backward()
+        gradients = self.trained.collect_gradients()
+        global_norm(gradients, group=None if self.mesh is None else distributed.shard_group(self.mesh), device=self.device)
+        self.optimizer.step()
+        self.plan.method.after_step(self.model, device=self.device)
+        self.trained.zero_grad()
+
+    def measure(self, batch: int, length: int, *, steps: int = 6, warmup: int = 3) -> dict:
+        """Median step time, tokens per second of this process, peak memory; the first step's time separately."""
+        times = []
+        for i in range(warmup + steps):
+            if i == warmup:
+                torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            self.step(batch, length)
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        step = sorted(times[warmup:])[steps // 2]
+        return dict(
+            step_s=round(step, 4),
+            tokens_s=round(batch * length / step),
+            peak_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2),
+            first_step_s=round(times[0], 1),
+            load_s=round(self.load_s, 1),
+        )
+
+    def close(self) -> None:
+        """Gives the memory back."""
+        self.__dict__.clear()
+        torch._dynamo.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def write_results(path: str | None, rows: list[dict]) -> None:
+    """Appends the rows to a JSON-lines file."""
+    if path and distributed.is_main():
+        with open(path, "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
