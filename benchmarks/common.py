@@ -40,7 +40,12 @@ def write_config(shape: str, folder: str | Path, **more) -> Path:
 def make_config(folder, **flags) -> TrainConfig:
     """A run's settings with what the benchmarks have in common."""
     common = dict(
-        model_name=folder, load_format="dummy", lora_dropout=0.0, use_cpu_offload=False, optimizer="fused_adamw", lora_rank=64
+        model_name=folder,
+        load_format="dummy",
+        lora_dropout=0.0,
+        use_cpu_offload=False,
+        optimizer="fused_adamw",
+        lora_rank=64,
     )
     return parse(TrainConfig, [f"--{k}={v}" for k, v in {**common, **flags}.items()], prog="benchmark")
 
@@ -102,7 +107,9 @@ class Run:
         self.mesh = distributed.make_mesh(config.sharding_strategy, self.device) if sharded else None
         self.plan = plan(config, device=self.device)
         start = time.perf_counter()
-        self.model = load(self.plan, config, mesh=self.mesh, device=self.device, compile_block=compiler(config, self.device))
+        self.model = load(
+            self.plan, config, mesh=self.mesh, device=self.device, compile_block=compiler(config, self.device)
+        )
         self.load_s = time.perf_counter() - start
         self.loss_sum = CausalLMLoss(self.model, fused=config.fused_loss)
         self.trained = LocalParameters(self.model)
@@ -117,7 +124,9 @@ class Run:
         loss = self.loss_sum(dict(input_ids=ids, positions=positions, targets=targets))
         (loss / len(targets)).backward()
         gradients = self.trained.collect_gradients()
-        global_norm(gradients, group=None if self.mesh is None else distributed.shard_group(self.mesh), device=self.device)
+        global_norm(
+            gradients, group=None if self.mesh is None else distributed.shard_group(self.mesh), device=self.device
+        )
         self.optimizer.step()
         self.plan.method.after_step(self.model, device=self.device)
         self.trained.zero_grad()

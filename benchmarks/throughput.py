@@ -1,7 +1,7 @@
 """Training speed against the floor and against PEFT, in one run.
 
-    python benchmarks/throughput.py --shape 8b --rows 4x2048:ckpt,1x2048:none,1x512:ckpt
-    torchrun --nproc_per_node 2 benchmarks/throughput.py --train_types bnb_dora
+python benchmarks/throughput.py --shape 8b --rows 4x2048:ckpt,1x2048:none,1x512:ckpt
+torchrun --nproc_per_node 2 benchmarks/throughput.py --train_types bnb_dora
 """
 
 import argparse
@@ -60,7 +60,9 @@ def main() -> None:
             run = Run(make_config(folder, train_type=train_type, use_gradient_checkpointing=checkpointing, **extra))
             measured = run.measure(batch, length)
             result = dict(train_type=train_type, rows=row, floor_s=round(floor, 4), **measured)
-            result.update(of_floor=round(floor / measured["step_s"], 3), processes=distributed.world_size(), extra=extra)
+            result.update(
+                of_floor=round(floor / measured["step_s"], 3), processes=distributed.world_size(), extra=extra
+            )
             results.append(result)
             say(
                 f"{train_type:14} {row:>12} {floor:8.4f} {measured['step_s']:8.4f} {measured['tokens_s']:9} "

@@ -10,9 +10,10 @@ away in bf16 as they would be beside a norm near one, and weight decay pulls tow
 import torch
 from torch import nn
 
+from methods.kernels import norms
 from methods.lora import LoRA, LoRALinear
-from methods.quantizers.linear import weight_rows
-from methods.rows import fill, gather, local
+from methods.quantizers.linear import QuantizedLinear, weight_rows
+from methods.rows import fill, gather_each, local
 
 
 class DoRALinear(LoRALinear):
@@ -62,6 +63,10 @@ class DoRA(LoRA):
 
     layer = DoRALinear
 
+    def __init__(self, config):
+        super().__init__(config)
+        self._adapted = None
+
     @torch.no_grad()
     def initialize(self, model, *, device):
         super().initialize(model, device=device)
@@ -76,12 +81,24 @@ class DoRA(LoRA):
 
     @torch.no_grad()
     def after_step(self, model, *, device):
-        for layer in self.layers(model).values():
-            weight = weight_rows(layer.base_layer, local, dtype=self._norm_dtype(layer), device=device)
-            norm, b = local(layer.weight_norm).to(device), local(layer.lora_B).to(device)
-            a = gather(layer.lora_A).to(device)
-            local(layer.adapted_norm).copy_(row_norms(weight, norm, a, b, layer.scaling))
+        if self._adapted is None:  # walking the modules at every step costs the host milliseconds
+            self._adapted = list(self.layers(model).values())
+        wholes = gather_each([layer.lora_A for layer in self._adapted], device=device)
+        for layer, lora_a in zip(self._adapted, wholes, strict=True):
+            local(layer.adapted_norm).copy_(adapted_norms(layer, lora_a, device=device))
 
     @staticmethod
     def _norm_dtype(layer) -> torch.dtype:
         return layer.lora_A.dtype
+
+
+def adapted_norms(layer: DoRALinear, lora_a: torch.Tensor, *, device: torch.device) -> torch.Tensor:
+    """`||W + s B A||` of this process's rows of a layer, fp32 `[n]`; lora_a is the whole `[r, in]`."""
+    norm, b = local(layer.weight_norm).to(device), local(layer.lora_B).to(device)
+    base = layer.base_layer
+    if isinstance(base, QuantizedLinear):
+        packed = tuple(local(p).to(device) for p in base.packed())
+        if norms.fits(base.quantizer, packed, lora_a):
+            return norms.table_row_norms(base.quantizer, packed, norm, lora_a, b, layer.scaling)
+    weight = weight_rows(base, local, dtype=lora_a.dtype, device=device)
+    return row_norms(weight, norm, lora_a, b, layer.scaling)

@@ -1,8 +1,10 @@
 """Rows of a parameter that this process holds: the same code serves sharded (DTensor) and plain tensors."""
 
 import math
+from collections.abc import Iterator
 
 import torch
+from torch.distributed._functional_collectives import all_gather_tensor
 from torch.distributed.tensor import DTensor, Shard
 
 
@@ -47,3 +49,50 @@ def fill(parameter: torch.Tensor, whole: torch.Tensor) -> None:
     """Copies this process's rows of `whole` into `parameter`."""
     start, stop = row_range(parameter)
     local(parameter).copy_(whole[start:stop] if whole.dim() else whole)
+
+
+def gather_each(
+    tensors: list[torch.Tensor], *, device: torch.device, bucket_bytes: int = 2**28
+) -> Iterator[torch.Tensor]:
+    """`gather(t).to(device)` of each tensor in turn, with one collective per bucket instead of one per tensor.
+
+    Collective: every process must call it with the same tensors and take all results.
+    """
+    bucket, size = [], 0
+    for tensor in tensors:
+        if not isinstance(tensor, DTensor) or not _even(tensor):
+            yield from _gather_bucket(bucket, device)
+            bucket, size = [], 0
+            yield gather(tensor).to(device)
+            continue
+        bucket.append(tensor)
+        size += tensor.numel() * tensor.element_size()
+        if size >= bucket_bytes:
+            yield from _gather_bucket(bucket, device)
+            bucket, size = [], 0
+    yield from _gather_bucket(bucket, device)
+
+
+def _shard_dim(tensor: DTensor) -> int | None:
+    """The mesh dimension over which rows are split."""
+    return next((i for i, placement in enumerate(tensor.placements) if placement == Shard(0)), None)
+
+
+def _even(tensor: DTensor) -> bool:
+    dim = _shard_dim(tensor)
+    return dim is not None and tensor.shape[0] % tensor.device_mesh.size(dim) == 0
+
+
+def _gather_bucket(bucket: list[DTensor], device: torch.device) -> Iterator[torch.Tensor]:
+    if not bucket:
+        return
+    dim = _shard_dim(bucket[0])
+    processes = bucket[0].device_mesh.size(dim)
+    mine = torch.cat([local(t).reshape(-1).to(device) for t in bucket])
+    # the functional form exists under one name in all supported versions of torch
+    everyone = all_gather_tensor(mine, gather_dim=0, group=bucket[0].device_mesh.get_group(dim)).view(processes, -1)
+    start = 0
+    for tensor in bucket:
+        count = tensor.numel() // processes
+        yield everyone[:, start : start + count].reshape(tensor.shape)
+        start += count

@@ -52,7 +52,9 @@ DEFAULTS = dict(
     profile=False,
     max_steps=-1,
 )
-PROFILING = "profiling_output with_stack with_shapes export_trace export_memory_timeline wait_steps warmup_steps".split()
+PROFILING = (
+    "profiling_output with_stack with_shapes export_trace export_memory_timeline wait_steps warmup_steps".split()
+)
 PROFILING += "active_steps repeat profiling_frequency".split()
 
 
