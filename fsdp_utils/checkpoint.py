@@ -15,7 +15,7 @@ from fsdp_utils.loading import resolve_model, write_json
 from fsdp_utils.safetensors_io import INDEX_NAME, StreamingWriter, model_folder
 from methods.errors import UserError
 from methods.llama_pro import EXPANDED_LAYERS_FILE
-from methods.quantizers.linear import QuantizedLinear, weight_rows
+from methods.quantizers.linear import QuantizedWeight, weight_rows
 from methods.rows import gather
 
 RUN_FILE = "run.json"
@@ -138,7 +138,8 @@ def dense_tensors(model: nn.Module) -> dict[str, object]:
     found, seen = {}, set()
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, QuantizedWeight) and id(module.packed()[0]) not in seen:
+            seen.add(id(module.packed()[0]))
             found[f"{prefix}weight"] = module
         for name, parameter in module.named_parameters(recurse=False):
             if name not in getattr(module, "packed_names", ()) and id(parameter) not in seen:
@@ -152,13 +153,13 @@ def _save_model(model, method, config, folder: Path) -> None:
     sources = dense_tensors(model)
     dtype = model.dtype
     specs = {
-        name: (dtype, (s.out_features, s.in_features) if isinstance(s, QuantizedLinear) else tuple(s.shape))
+        name: (dtype, (s.out_features, s.in_features) if isinstance(s, QuantizedWeight) else tuple(s.shape))
         for name, s in sources.items()
     }
 
     def whole(name):
         source = sources[name]
-        return weight_rows(source, gather, dtype=dtype) if isinstance(source, QuantizedLinear) else gather(source)
+        return weight_rows(source, gather, dtype=dtype) if isinstance(source, QuantizedWeight) else gather(source)
 
     _write_tensors(folder, specs, whole)
     if not is_main():

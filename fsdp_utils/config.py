@@ -35,6 +35,7 @@ class TrainConfig:
         "or auto: bf16 where lossless",
         choices=("auto", "bf16", "fp32", "double"),
     )
+    quantize_lm_head: bool = flag(False, "quantize embedding and head too: less memory, a little less exact")
 
     _data: str = section("data")
     dataset: str = flag(
@@ -132,6 +133,8 @@ class TrainConfig:
             found.append(
                 f"--llama_pro_path: has no meaning for --train_type {self.train_type}; use bnb_llama_pro or its like"
             )
+        if self.quantize_lm_head and self.quantizer == "none":
+            found.append(f"--quantize_lm_head true: {self.train_type} quantizes nothing; use a bnb or hqq train type")
         if self.use_activation_cpu_offload and not self.use_gradient_checkpointing:
             found.append(
                 "--use_activation_cpu_offload true: offloads checkpointed inputs; add --use_gradient_checkpointing true"

@@ -16,7 +16,7 @@ from transformers.initialization import no_init_weights
 from fsdp_utils.distributed import is_main
 from fsdp_utils.safetensors_io import CheckpointError, CheckpointReader, model_folder
 from methods.errors import UserError
-from methods.quantizers.linear import QuantizedLinear
+from methods.quantizers.linear import QuantizedWeight, quantized
 from methods.rows import local, row_range
 from methods.targets import replace_module
 
@@ -69,18 +69,23 @@ def build_on_meta(model_config, *, dtype: torch.dtype) -> nn.Module:
 
 
 def quantize_on_meta(model: nn.Module, paths: list[str], quantizer) -> None:
-    """Replaces the linears at `paths` by `QuantizedLinear`s without values.
+    """Replaces the linears and embeddings at `paths` by packed modules without values; tied ones stay tied.
 
     Raises:
         UserError: the group size does not divide a row, so groups would cross rows and could not be sharded.
     """
+    made = {}
     for path in paths:
-        linear = model.get_submodule(path)
-        if linear.in_features % quantizer.group_size:
+        module = model.get_submodule(path)
+        packed = quantized(module, quantizer)
+        if packed.in_features % quantizer.group_size:
             raise UserError(
-                f"--quant_group_size {quantizer.group_size}: does not divide in_features {linear.in_features} of {path}"
+                f"--quant_group_size {quantizer.group_size}: does not divide in_features {packed.in_features} of {path}"
             )
-        replace_module(model, path, QuantizedLinear(linear, quantizer))
+        first = made.setdefault(id(module.weight), packed)
+        for name in packed.packed_names:
+            setattr(packed, name, getattr(first, name))
+        replace_module(model, path, packed)
 
 
 def materialize(model: nn.Module, *, device: torch.device, buffer_device: torch.device) -> None:
@@ -167,7 +172,8 @@ def _sources(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None, tor
     seen = set()
     for path, module in model.named_modules():
         prefix = f"{path}.".replace(".base_layer.", ".") if path else ""
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, QuantizedWeight) and id(module.packed()[0]) not in seen:
+            seen.add(id(module.packed()[0]))
             yield f"{prefix}weight", module, None, module.packed()[0]
         skipped = {*getattr(module, "own_parameters", ()), *getattr(module, "packed_names", ())}
         for name, parameter in module.named_parameters(recurse=False):

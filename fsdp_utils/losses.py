@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from methods.kernels.cross_entropy import linear_cross_entropy
-from methods.quantizers.linear import compute_dtype
+from methods.quantizers.linear import compute_dtype, dense_weight
 
 IGNORED = -100
 
@@ -45,7 +45,7 @@ class CausalLMLoss:
             dtype = compute_dtype(hidden)
             chosen = hidden.flatten(0, 1)[pending.positions].to(dtype)
             bias = None if head.bias is None else head.bias.to(dtype)
-            loss = linear_cross_entropy(chosen, head.weight.to(dtype), bias, pending.targets)
+            loss = linear_cross_entropy(chosen, dense_weight(head, dtype=dtype), bias, pending.targets)
             pending.loss = loss * loss.new_ones(1, 1, 1)  # shaped like logits; not a view, which FSDP2's hooks forbid
             return pending.loss
 

@@ -114,7 +114,7 @@ def describe(name: str | Path) -> Run:
     if (folder / ADAPTER_FOLDER / ADAPTER_CONFIG).exists():
         adapter = _read_adapter_config(folder / ADAPTER_FOLDER)
         return Run(folder, "stock_adapter", folder, adapter=adapter, adapter_folder=folder / ADAPTER_FOLDER)
-    if _is_quantized(folder):
+    if _quantization(folder):
         return Run(folder, "stock", folder)
     return Run(folder, _model_kind(folder, record), folder, **_known_from(record, base=None))
 
@@ -163,15 +163,16 @@ def _model_kind(folder: Path, record: dict | None) -> str:
     return "llama_pro" if has_ids else "model" if record else "base"
 
 
-def _is_quantized(folder: Path) -> bool:
+def _quantization(folder: Path) -> dict:
+    """How stock software is told to read the weights; empty for a folder in 16 or 32 bits, or without a model."""
     path = folder / "config.json"
-    return path.exists() and bool(_read_json(path).get("quantization_config"))
+    return (path.exists() and _read_json(path).get("quantization_config")) or {}
 
 
 def _describe_adapter(folder: Path, record: dict | None) -> Run:
     adapter = _read_adapter_config(folder)
     base = _find_base(folder, adapter, record)
-    kind = "stock_adapter" if _is_quantized(base) else "adapter"
+    kind = "stock_adapter" if _quantization(base) else "adapter"
     return Run(folder, kind, base, **_known_from(record, base=base), adapter=adapter, adapter_folder=folder)
 
 
@@ -301,7 +302,7 @@ def load_for_inference(
     check_eval_type(run, eval_type)
     dtype = dtype or default_dtype(run)
     if run.kind.startswith("stock"):
-        return _load_stock(run, device=device, dtype=dtype)
+        return load_stock(run, device=device, dtype=dtype)
     load = _load_adapter if run.kind == "adapter" else _load_model
     loaded = load(run, device=device, dtype=dtype, eval_type=eval_type).requires_grad_(False).eval()
     if (run.base / "generation_config.json").exists():  # names end-of-turn tokens that config.json may lack
@@ -386,8 +387,12 @@ def _foreign_config(run: Run) -> TrainConfig:
     )
 
 
-def _load_adapter(run: Run, *, device, dtype, eval_type) -> nn.Module:
-    """Our model, quantized again from the same base with the same settings, and the saved adapter in it."""
+def plan_adapter(run: Run, *, device, dtype, eval_type=None) -> tuple[model.Plan, dict[str, torch.Tensor], TrainConfig]:
+    """The run's model on meta, the saved tensors that fit it, and the flags that build it; no weight is read.
+
+    Raises:
+        UserError: another base, or a base quantized in another way than in training; tensors that do not fit.
+    """
     config = inference_config(run, dtype=dtype, eval_type=eval_type)
     planned = model.plan(config, device=device)
     check_base(run, planned.base_fingerprint)
@@ -397,6 +402,12 @@ def _load_adapter(run: Run, *, device, dtype, eval_type) -> nn.Module:
         raise UserError(f"{run.folder}: trained on a base quantized as {run.quantizer}, this version makes {built}")
     stored = adapter_tensors(run)
     _check_adapter(run, stored, dict(planned.method.adapter_tensors(planned.model)))
+    return planned, stored, config
+
+
+def _load_adapter(run: Run, *, device, dtype, eval_type) -> nn.Module:
+    """Our model, quantized again from the same base with the same settings, and the saved adapter in it."""
+    planned, stored, config = plan_adapter(run, device=device, dtype=dtype, eval_type=eval_type)
     loaded = model.load(planned, config, mesh=None, device=device)
     fill_adapter(loaded, planned.method, stored, device=device)
     return loaded
@@ -427,7 +438,7 @@ def fill_adapter(loaded: nn.Module, method, stored: dict[str, torch.Tensor], *, 
     method.after_step(loaded, device=device)  # the norm of the adapted rows, which DoRA divides by
 
 
-def _load_stock(run: Run, *, device, dtype) -> nn.Module:
+def load_stock(run: Run, *, device, dtype) -> nn.Module:
     """A folder in a format that transformers reads (bitsandbytes, compressed-tensors), with PEFT's adapter on it.
 
     Raises:
@@ -435,8 +446,14 @@ def _load_stock(run: Run, *, device, dtype) -> nn.Module:
     """
     from transformers import AutoModelForCausalLM
 
+    options = {}
+    if _quantization(run.base).get("quant_method") == "compressed-tensors":
+        from transformers import CompressedTensorsConfig
+
+        # compressed-tensors 0.20 makes room for unpacked zeros only: asymmetric weights load when they are unpacked
+        options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(run.base, dtype=dtype, device_map={"": device})
+        loaded = AutoModelForCausalLM.from_pretrained(run.base, dtype=dtype, device_map={"": device}, **options)
     except (ImportError, OSError, ValueError) as error:
         raise UserError(f"{run.base}: transformers cannot load it ({str(error).splitlines()[0]})") from None
     if run.adapter:

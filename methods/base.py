@@ -21,8 +21,15 @@ class Method(ABC):
         self.config = config
 
     def to_quantize(self, model: nn.Module) -> list[str]:
-        """Paths of the linears whose weights the quantizer packs."""
-        return list(block_linears(model))
+        """Paths of the modules whose weights the quantizer packs."""
+        return list(block_linears(model)) + self.head_to_quantize(model)
+
+    def head_to_quantize(self, model: nn.Module) -> list[str]:
+        """Paths of embedding and head, if the user wants them packed too."""
+        if not self.config.quantize_lm_head:
+            return []
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        return [path for path, module in model.named_modules() if module in ends]
 
     @abstractmethod
     def attach(self, model: nn.Module, *, dtype: torch.dtype) -> None:

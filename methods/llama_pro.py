@@ -53,7 +53,8 @@ class LlamaPro(Method):
 
     def to_quantize(self, model):
         new = tuple(f"{path}." for path in self._new_blocks(model))
-        return [path for path in block_linears(model) if not path.startswith(new)]
+        old = [path for path in block_linears(model) if not path.startswith(new)]
+        return old + self.head_to_quantize(model)
 
     def attach(self, model, *, dtype):
         for block in self._new_blocks(model).values():

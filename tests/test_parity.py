@@ -136,3 +136,18 @@ def test_base_bytes_per_process(pair, tiny):
     total = int(packed_bytes(flags)["*shard"])
     for gathered in pair.run(packed_bytes, flags):
         assert int(gathered["*shard"]) == pytest.approx(total / 2, rel=0.01)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma"])
+def test_quantized_head(pair, flags, family):
+    """Packed embeddings and heads, tied or not, shard like everything else and stay close to the 16-bit ones."""
+    more = dict(train_type="bnb_dora", quantize_lm_head=True)
+    alone = first_step(flags(family, **more))
+    assert alone[0] == pytest.approx(first_step(flags(family, train_type="bnb_dora"))[0], rel=0.05)
+    plain = first_step(flags(family, **more, fused_loss=False, fused_kernels=False))
+    assert_close(plain, alone, relative=1e-5)
+    both = pair.run(first_step, {**flags(family, **more), "batch_size": 4})
+    assert_close(both[0], alone, relative=1e-5)
+    tied = family != "llama"
+    alone = packed_bytes(flags(family, **more))
+    assert ("lm_head.codes" in alone) is not tied

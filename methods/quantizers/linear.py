@@ -67,33 +67,65 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-class QuantizedLinear(nn.Module):
-    """Takes the place of an `nn.Linear`; made on meta, filled by the loader row by row.
+class QuantizedWeight(nn.Module):
+    """A weight `[rows, columns]` as packed parameters; made on meta, filled by the loader row by row.
 
-    The packed parameters are frozen and have `out_features` rows each, so FSDP2 shards all of them on dim 0.
+    The packed parameters are frozen and have `rows` rows each, so FSDP2 shards all of them on dim 0.
     """
 
     own_parameters = ()
 
-    def __init__(self, linear: nn.Linear, quantizer: Quantizer):
+    def __init__(self, rows: int, columns: int, quantizer: Quantizer):
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.out_features, self.in_features = rows, columns
         self.quantizer, self.spec = quantizer, spec_of(quantizer)
         self.packed_names = []
-        for name, (shape, dtype) in quantizer.layout(self.out_features, self.in_features).items():
+        for name, (shape, dtype) in quantizer.layout(rows, columns).items():
             empty = torch.empty(shape, dtype=dtype, device="meta")
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
             self.packed_names.append(name)
-        self.bias = linear.bias
 
     def packed(self) -> tuple[torch.Tensor, ...]:
         return tuple(getattr(self, name) for name in self.packed_names)
 
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.quantizer}"
+
+
+class QuantizedLinear(QuantizedWeight):
+    """Takes the place of an `nn.Linear`."""
+
+    def __init__(self, linear: nn.Linear, quantizer: Quantizer):
+        super().__init__(linear.out_features, linear.in_features, quantizer)
+        self.bias = linear.bias
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return add_bias(matmul(self, x), self)
 
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self.quantizer}"
+
+class QuantizedEmbedding(QuantizedWeight):
+    """Takes the place of an `nn.Embedding`: only the rows that are looked up are dequantized."""
+
+    def __init__(self, embedding: nn.Embedding, quantizer: Quantizer):
+        super().__init__(embedding.num_embeddings, embedding.embedding_dim, quantizer)
+        self.dtype = embedding.weight.dtype
+        # some families (Gemma) multiply what they look up
+        self.register_buffer("embed_scale", getattr(embedding, "embed_scale", None), persistent=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        packed = tuple(
+            as_bytes(p)[ids.flatten()].view(p.dtype) if p.element_size() == 1 else p[ids.flatten()]
+            for p in self.packed()
+        )
+        rows = self.quantizer.dequantize(packed, in_features=self.in_features, dtype=self.dtype)
+        rows = rows.view(*ids.shape, -1)
+        return rows if self.embed_scale is None else rows * self.embed_scale.to(rows.dtype)
+
+
+def quantized(module: nn.Module, quantizer: Quantizer) -> QuantizedWeight:
+    """The packed module, without values yet, that takes the place of a linear or an embedding."""
+    kind = QuantizedEmbedding if isinstance(module, nn.Embedding) else QuantizedLinear
+    return kind(module, quantizer)
 
 
 def packed_parts(base: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, str]:
@@ -125,7 +157,14 @@ def weight_rows(base: nn.Module, rows, *, dtype: torch.dtype, device: torch.devi
         rows: maps a parameter to the tensor to use: `methods.rows.local` for this process's rows,
             `methods.rows.gather` for all.
     """
-    if not isinstance(base, QuantizedLinear):
+    if not isinstance(base, QuantizedWeight):
         return rows(base.weight).detach().to(device=device, dtype=dtype)
     packed = tuple(rows(p).detach().to(device) for p in base.packed())
     return base.quantizer.dequantize(packed, in_features=base.in_features, dtype=dtype)
+
+
+def dense_weight(base: nn.Module, *, dtype: torch.dtype) -> torch.Tensor:
+    """`[out, in]` of a base linear of any kind inside its forward, with its gradient if it trains."""
+    if isinstance(base, QuantizedWeight):
+        return weight_rows(base, lambda p: p, dtype=dtype)
+    return base.weight.to(dtype)

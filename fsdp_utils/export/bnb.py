@@ -1,0 +1,122 @@
+"""The 4-bit format of transformers and bitsandbytes: flat codes, fp32 absmax per block, a JSON of the rest."""
+
+import json
+from dataclasses import replace
+
+import bitsandbytes.functional
+import torch
+from safetensors.torch import save_file
+
+from fsdp_utils import loading, runs
+from fsdp_utils.export.formats import Format
+from methods.errors import UserError
+from methods.quantizers.bnb import Bnb4bit
+from methods.quantizers.linear import as_bytes
+
+
+class Bnb(Format):
+    """What both variants share. `quantizer` gives code (NF4 or FP4) and block size."""
+
+    quantizer: Bnb4bit
+
+    def linear_specs(self, path):
+        out, width = self._shape(path)
+        return {
+            f"{path}.weight": (torch.uint8, (out * width // 2, 1)),
+            f"{path}.weight.absmax": (torch.float32, (out * width // self.quantizer.group_size,)),
+            f"{path}.weight.quant_map": (torch.float32, (16,)),
+            self._state_name(path): (torch.uint8, tuple(self._state(path).shape)),
+        }
+
+    def stored(self, path: str, codes: torch.Tensor, absmax: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The tensors of a linear, from codes `[out, in/2]` and fp32 absmax `[out, in/group]`."""
+        return {
+            f"{path}.weight": as_bytes(codes).reshape(-1, 1),
+            f"{path}.weight.absmax": absmax.reshape(-1),
+            f"{path}.weight.quant_map": bitsandbytes.functional.get_4bit_type(self.quantizer.quant_type, device="cpu"),
+            self._state_name(path): self._state(path),
+        }
+
+    def quantization_config(self):
+        return dict(
+            quant_method="bitsandbytes",
+            load_in_4bit=True,
+            load_in_8bit=False,
+            bnb_4bit_quant_type=self.quantizer.quant_type,
+            bnb_4bit_compute_dtype=self._dtype_name,
+            bnb_4bit_use_double_quant=False,
+            bnb_4bit_quant_storage="uint8",
+            # whole blocks too: vLLM fuses q, k, v and then looks for the block's name
+            llm_int8_skip_modules=[*self.unpacked_linears(), *self.trained.new_blocks],
+        )
+
+    @property
+    def _dtype_name(self):
+        return str(self.dtype).removeprefix("torch.")
+
+    def _shape(self, path):
+        return self.trained.shapes[f"{path}.weight"]
+
+    def _state_name(self, path):
+        return f"{path}.weight.quant_state.bitsandbytes__{self.quantizer.quant_type}"
+
+    def _state(self, path) -> torch.Tensor:
+        """The JSON that bitsandbytes keeps beside the tensors, as uint8."""
+        state = dict(
+            quant_type=self.quantizer.quant_type,
+            blocksize=self.quantizer.group_size,
+            dtype=self._dtype_name,
+            shape=list(self._shape(path)),
+        )
+        return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+
+
+class BnbNF4(Bnb):
+    """Any run, its merged weights quantized (again). The blocks that Llama-Pro trained stay in 16 bits.
+
+    A run with a bitsandbytes base keeps its code and block size, so the frozen blocks of a Llama-Pro model come out
+    as they were trained.
+    """
+
+    def __init__(self, trained, options):
+        super().__init__(trained, options)
+        own = trained.quantizer if isinstance(trained.quantizer, Bnb4bit) else Bnb4bit()
+        self.quantizer = replace(own, scales="fp32")
+        self.check_group(self.quantizer.group_size, way_out="use --infer_type merged")
+
+    def linear_tensors(self, path):
+        return self.stored(path, *self.quantizer.quantize(self.trained.merged(path)))
+
+
+class BnbDoRA(Bnb):
+    """A QDoRA or QLoRA run unmerged: y = c (W x + s B A x), so absmax x c and B x c are a plain LoRA on a 4-bit base.
+
+    The adapter goes into the subfolder `adapter/`. Biases are not scaled.
+    """
+
+    def __init__(self, trained, options):
+        super().__init__(trained, options)
+        if trained.run.kind != "adapter" or not isinstance(trained.quantizer, Bnb4bit):
+            raise UserError(
+                f"--infer_type bnb_dora: {trained.run.folder} ({trained.run.train_type or trained.run.kind}) is no "
+                "adapter on a bitsandbytes base; use merged, bnb_nf4 or w4a16"
+            )
+        self.quantizer, self._factors = trained.quantizer, {}
+
+    def linear_tensors(self, path):
+        codes, *scales = self.trained.packed(path)
+        factor = self._factors[path] = self.trained.row_factor(path)  # fp32 [out]
+        return self.stored(path, codes, self.quantizer.absmax(*scales) * factor.unsqueeze(1))
+
+    def finish(self, folder, *, target):
+        tensors = {}
+        for path in self.trained.adapted():
+            a, b = self.trained.low_rank(path)
+            # fp32: rounding B after scaling would be the only error of this format
+            tensors[f"{runs.KEY_PREFIX}{path}.lora_A.weight"] = a.float().cpu().contiguous()
+            tensors[f"{runs.KEY_PREFIX}{path}.lora_B.weight"] = (b.float() * self._factors[path].unsqueeze(1)).cpu()
+        adapter = folder / runs.ADAPTER_FOLDER
+        adapter.mkdir()
+        save_file(tensors, adapter / runs.ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        named = dict(base_model_name_or_path=str(target), use_dora=False, inference_mode=True)
+        loading.write_json(adapter / runs.ADAPTER_CONFIG, self.trained.run.adapter | named)

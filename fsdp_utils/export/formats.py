@@ -1,0 +1,130 @@
+"""What a format is, the plain one, and the writing of a complete model folder."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig
+
+from fsdp_utils import loading, runs
+from fsdp_utils.export.trained import TrainedWeights
+from fsdp_utils.safetensors_io import StreamingWriter
+from methods.errors import UserError
+from methods.llama_pro import EXPANDED_LAYERS_FILE
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+Spec = tuple[torch.dtype, tuple[int, ...]]
+
+
+class Format:
+    """One way to store a trained model: how linears are packed, and what config.json says of it.
+
+    Args:
+        options: `dtype`, and what the format itself takes; see `ExportConfig` of prepare_weights.py.
+
+    Attributes:
+        packed: paths of the linears that are stored in the format's own way; everything else is stored in `dtype`.
+
+    Raises:
+        UserError: a run that cannot be stored so.
+    """
+
+    def __init__(self, trained: TrainedWeights, options):
+        self.trained, self.options, self.dtype = trained, options, DTYPES[options.dtype]
+        self.packed = set(self.to_pack())
+
+    def to_pack(self) -> list[str]:
+        """Every linear of the decoder blocks, except in blocks that were trained in 16 bits."""
+        new = tuple(f"{block}." for block in self.trained.new_blocks)
+        return [path for path in self.trained.in_blocks if not path.startswith(new)]
+
+    def unpacked_linears(self) -> list[str]:
+        """Paths of the linears that a stock loader must leave alone."""
+        return [path for path in self.trained.linears if path not in self.packed]
+
+    def check_group(self, group_size: int, *, way_out: str) -> None:
+        """Raises UserError if a row of a packed linear is no whole number of groups."""
+        for path in self.packed:
+            width = self.trained.linears[path].in_features
+            if width % group_size:
+                raise UserError(f"{path}: its {width} inputs are no multiple of the group size {group_size}; {way_out}")
+
+    def linear_specs(self, path: str) -> dict[str, Spec]:
+        """Name, dtype and shape of what is stored for a packed linear."""
+        raise NotImplementedError
+
+    def linear_tensors(self, path: str) -> dict[str, torch.Tensor]:
+        """The tensors announced by `linear_specs`."""
+        raise NotImplementedError
+
+    def quantization_config(self) -> dict | None:
+        """What config.json says, None for plain weights."""
+        return None
+
+    def finish(self, folder: Path, *, target: Path) -> None:
+        """Writes what belongs beside the model; `target` is the name that `folder` will have."""
+
+    def specs(self) -> dict[str, Spec]:
+        """Of every tensor in the order they are written."""
+        found = {}
+        for name, shape in self.trained.shapes.items():
+            path = name.removesuffix(".weight")
+            found |= self.linear_specs(path) if path in self.packed else {name: (self.dtype, shape)}
+        return found
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Of the whole model, computed one parameter at a time."""
+        for name in tqdm(self.trained.shapes, desc="exporting", unit="tensor"):
+            path = name.removesuffix(".weight")
+            if path in self.packed:
+                yield from self.linear_tensors(path).items()
+            elif path in self.trained.linears:
+                yield name, self.trained.merged(path).to(self.dtype)
+            else:
+                yield name, self.trained.tensor(name).to(self.dtype)
+
+
+class Merged(Format):
+    """A plain Hugging Face folder; adapters are folded into the dequantized base they were trained on."""
+
+    def to_pack(self):
+        return []
+
+
+def write_weights(chosen: Format, folder: Path, *, max_shard_bytes: int) -> None:
+    """Streams the weights into `folder`.
+
+    Raises:
+        UserError: the disk is too small for them, before anything is written.
+    """
+    writer = StreamingWriter(folder, chosen.specs(), max_shard_bytes)
+    for name, tensor in chosen.tensors():
+        writer.write(name, tensor)
+    writer.finish()
+
+
+def write_rest(chosen: Format, tokenizer, folder: Path, *, target: Path) -> None:
+    """Tokenizer, generation config, what the format adds, and last config.json, without which nothing loads."""
+    run = chosen.trained.run
+    tokenizer.save_pretrained(folder)
+    chosen.finish(folder, target=target)
+    if (run.folder / EXPANDED_LAYERS_FILE).exists():
+        shutil.copyfile(run.folder / EXPANDED_LAYERS_FILE, folder / EXPANDED_LAYERS_FILE)
+    _write_generation_config(run, folder)
+    config = json.loads((run.base / "config.json").read_text())
+    config.pop("torch_dtype", None)  # the old name would win over the new one
+    config |= {"dtype": str(chosen.dtype).removeprefix("torch."), "use_cache": True}  # training switches it off
+    quantization = chosen.quantization_config()
+    loading.write_json(folder / "config.json", config | ({"quantization_config": quantization} if quantization else {}))
+
+
+def _write_generation_config(run: runs.Run, folder: Path) -> None:
+    source = run.base / "generation_config.json"
+    if source.exists():
+        shutil.copyfile(source, folder / source.name)
+        return
+    GenerationConfig.from_model_config(loading.read_model_config(str(run.base))).save_pretrained(folder)
