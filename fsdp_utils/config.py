@@ -76,6 +76,7 @@ class TrainConfig:
     fused_kernels: bool = flag(True, "base product and adapter in one operator; false: the plain definition")
     fused_loss: bool = flag(True, "never build the full logits; false: the plain definition")
     load_format: str = flag("safetensors", "dummy: random weights, no files", choices=("safetensors", "dummy"))
+    quantized_cache: str | None = flag(None, "folder that keeps the packed base, so that later runs only read it")
     attn_implementation: str = flag("auto", "attention of transformers: sdpa, eager, flash_attention_2, …")
     low_memory: bool = flag(True, "accepted for old commands; loading is always sharded")
     loading_workers: int = flag(-1, "accepted for old commands; every process streams its own rows")

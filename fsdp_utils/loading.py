@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import init_empty_weights
@@ -192,8 +194,19 @@ def _stored_name(weights, name: str, model: nn.Module) -> str:
     raise CheckpointError(f"{weights.folder}: no tensor for {name}, which {type(model).__name__} needs")
 
 
-def _plan(model, weights) -> list[tuple[str, nn.Module, str | None, int, int]]:
-    """What to read for this process: `(stored name, module, parameter name, first row, end row)`.
+class _Step(NamedTuple):
+    """One tensor to read: its name in the model and in the checkpoint, where it goes, which rows."""
+
+    name: str
+    stored: str
+    module: nn.Module
+    parameter_name: str | None
+    start: int
+    stop: int
+
+
+def _plan(model, weights) -> list[_Step]:
+    """What to read for this process.
 
     Raises:
         CheckpointError: a parameter without tensor, a tensor without parameter, or a shape that differs.
@@ -205,48 +218,49 @@ def _plan(model, weights) -> list[tuple[str, nn.Module, str | None, int, int]]:
         if parameter_name is None:
             expected = (module.out_features, module.in_features)
         if weights.shape(stored) != expected:
-            raise CheckpointError(
-                f"{weights.folder}: {stored} has shape {weights.shape(stored)}, the model wants {expected}"
-            )
-        plan.append((stored, module, parameter_name, *row_range(parameter)))
+            shape = weights.shape(stored)
+            raise CheckpointError(f"{weights.folder}: {stored} has shape {shape}, the model wants {expected}")
+        plan.append(_Step(name, stored, module, parameter_name, *row_range(parameter)))
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     ignorable = tied | {n for n in weights.names() if n.endswith("inv_freq")}
-    unused = set(weights.names()) - {step[0] for step in plan} - ignorable
+    unused = set(weights.names()) - {step.stored for step in plan} - ignorable
     if unused:
-        raise CheckpointError(
-            f"{weights.folder}: {sorted(unused)[0]} (of {len(unused)}) loads into nothing in this model"
-        )
+        raise CheckpointError(f"{weights.folder}: {min(unused)} (of {len(unused)}) loads into nothing in this model")
     return plan
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, weights, *, device: torch.device) -> None:
+def load_weights(model: nn.Module, weights, *, device: torch.device, cache=None, readers: int = 2) -> None:
     """Fills this process's rows of every base parameter: reads them, quantizes them on `device`, drops them.
 
-    One thread reads ahead by one tensor, so that reading and quantizing overlap.
+    Args:
+        cache: a QuantizedCache whose packed rows are taken as they are, or None.
+        readers: threads that read ahead, one tensor each, so that reading and quantizing overlap.
 
     Raises:
         CheckpointError: naming the file and the tensor that is missing, superfluous or of another shape.
     """
     plan = _plan(model, weights)
 
-    def read(step):
-        stored, _, _, start, stop = step
-        return weights.rows(stored, start, stop).to(device)
+    def read(step: _Step):
+        path = step.name.removesuffix(".weight")
+        if step.parameter_name is None and cache is not None and path in cache:
+            return cache.packed_rows(path, step.module, device=device), True
+        return weights.rows(step.stored, step.start, step.stop).to(device), False
 
-    with ThreadPoolExecutor(max_workers=1) as reader:
-        ahead = reader.submit(read, plan[0])
-        bar = tqdm(plan, desc="loading", unit="tensor", disable=not is_main())
-        for i, (_, module, parameter_name, _, _) in enumerate(bar):
-            rows = ahead.result()
-            if i + 1 < len(plan):
-                ahead = reader.submit(read, plan[i + 1])
-            if parameter_name is not None:
-                local(getattr(module, parameter_name)).copy_(rows)
+    with ThreadPoolExecutor(max_workers=readers) as pool:
+        ahead = deque(pool.submit(read, step) for step in plan[:readers])
+        for i, step in enumerate(tqdm(plan, desc="loading", unit="tensor", disable=not is_main())):
+            rows, is_packed = ahead.popleft().result()
+            if i + readers < len(plan):
+                ahead.append(pool.submit(read, plan[i + readers]))
+            if step.parameter_name is not None:
+                local(getattr(step.module, step.parameter_name)).copy_(rows)
                 continue
-            for parameter, packed in zip(module.packed(), module.quantizer.quantize(rows), strict=True):
-                target = local(parameter)
-                target.view(torch.uint8).copy_(packed.view(torch.uint8))
+            for parameter, packed in zip(
+                step.module.packed(), rows if is_packed else step.module.quantizer.quantize(rows), strict=True
+            ):
+                local(parameter).view(torch.uint8).copy_(packed.view(torch.uint8))
 
 
 def check_loaded(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fsdp_utils import loading, sharding
+from fsdp_utils.quantized_cache import QuantizedCache, cache_folder
 from methods import method_of, quantizer_of
 from methods.base import Method
 from methods.errors import UserError
@@ -82,7 +83,12 @@ def load(planned: Plan, config, *, mesh, device: torch.device, compile_block: Ca
     sharding.shard(model, blocks, config, mesh=mesh, dtype=planned.dtype)
     host = mesh is not None and config.use_cpu_offload
     loading.materialize(model, device=torch.device("cpu") if host else device, buffer_device=device)
-    loading.load_weights(model, planned.weights, device=device)
+    cache = None
+    if config.quantized_cache and planned.quantizer:
+        cache = QuantizedCache(cache_folder(config.quantized_cache, model, fingerprint=planned.base_fingerprint))
+    loading.load_weights(model, planned.weights, device=device, cache=cache)
+    if cache:
+        cache.write(model)
     planned.method.initialize(model, device=device)
     loading.check_loaded(model)
     return model

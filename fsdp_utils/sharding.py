@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from fsdp_utils.offload import offload_inputs
+from fsdp_utils.offload import InputOffloader
 
 RESHARD_AFTER_FORWARD = {
     "full_shard": True,
@@ -47,6 +47,7 @@ def prepare_blocks(model: nn.Module, blocks: dict[str, nn.Module], config, *, co
     projection); re-entrant checkpointing cannot be compiled and stays outside, as FSDP2 and the offload of inputs do.
     """
     reentrant = config.reentrant_checkpointing
+    offloader = InputOffloader() if config.use_activation_cpu_offload and torch.cuda.is_available() else None
     for block in blocks.values():
         if compile_block and reentrant:
             block.forward = compile_block(block.forward)
@@ -54,8 +55,8 @@ def prepare_blocks(model: nn.Module, blocks: dict[str, nn.Module], config, *, co
             checkpoint_block(block, reentrant=reentrant, preserve_rng=config.lora_dropout > 0)
         if compile_block and not reentrant:
             block.forward = compile_block(block.forward)
-        if config.use_activation_cpu_offload:
-            block.forward = offload_inputs(block.forward)
+        if offloader:
+            block.forward = offloader.wrap(block.forward)
     if config.use_gradient_checkpointing and config.reentrant_checkpointing:
         require_input_gradients(model)
 

@@ -23,7 +23,7 @@ class DoRALinear(LoRALinear):
 
     def __init__(self, base, *, dtype, **settings):
         super().__init__(base, dtype=dtype, **settings)
-        new = lambda dtype: torch.empty(self.out_features, dtype=dtype, device="meta")  # noqa: E731
+        new = lambda dtype: torch.empty(self.out_features, dtype=dtype, device="meta")
         self.magnitude_delta = nn.Parameter(new(dtype))
         self.weight_norm = nn.Parameter(new(torch.float32), requires_grad=False)
         self.adapted_norm = nn.Parameter(new(torch.float32), requires_grad=False)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from runs import first_step, packed_bytes
+from safetensors.torch import load_file, save_file
 from tiny import FAMILIES
 
 from methods import TRAIN_TYPES
@@ -120,7 +121,7 @@ def test_autocast(pair, flags, train_type, precision):
     ids=str,
 )
 def test_gathered_bytes_equal_one_process(pair, trio, tiny, quantizer):
-    """Codes, scales and zeros of 2 and 3 processes (uneven rows) are those of one, byte for byte; each holds total/N."""
+    """Codes, scales and zeros of 2 and 3 processes (uneven rows) are those of one, byte for byte."""
     flags = dict(model_name=tiny("llama", intermediate_size=320, vocab_size=301), **quantizer)
     alone = packed_bytes(flags)
     for workers, size in ((pair, 2), (trio, 3)):
@@ -151,3 +152,34 @@ def test_quantized_head(pair, flags, family):
     tied = family != "llama"
     alone = packed_bytes(flags(family, **more))
     assert ("lm_head.codes" in alone) is not tied
+
+
+@pytest.mark.parametrize("train_type", ["bnb_dora", "hqq_lora"])
+def test_quantized_cache_gives_the_same_bytes(pair, tiny, tmp_path, train_type):
+    """A cache written by 2 processes serves 1, and one written by 1 serves 2."""
+    flags = dict(model_name=tiny("llama"), train_type=train_type)
+    alone = packed_bytes(flags)
+    for writers, readers in ((2, 1), (1, 2)):
+        cached = {**flags, "quantized_cache": tmp_path / f"{writers}"}
+        written = pair.run(packed_bytes, cached)[0] if writers == 2 else packed_bytes(cached)
+        again = packed_bytes(cached) if readers == 1 else pair.run(packed_bytes, cached)[1]
+        assert len(list((tmp_path / f"{writers}").iterdir())) == 1
+        for name in alone.keys() - {"*shard"}:
+            assert torch.equal(written[name], alone[name]), name
+            assert torch.equal(again[name], alone[name]), name
+
+
+def test_quantized_cache_is_read(tiny, tmp_path):
+    """What the cache holds is what is loaded: a changed byte shows up; another quantizer gets a folder of its own."""
+    flags = dict(model_name=tiny("llama"), train_type="bnb_dora", quantized_cache=tmp_path)
+    before = packed_bytes(flags)
+    (folder,) = tmp_path.iterdir()
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.codes"
+    weights[name] = weights[name] ^ 1
+    save_file(weights, folder / "model.safetensors")
+    after = packed_bytes(flags)
+    key = "model.layers.0.self_attn.q_proj.base_layer.codes"
+    assert torch.equal(after[key], before[key] ^ 1)
+    packed_bytes({**flags, "quant_group_size": 32})
+    assert len(list(tmp_path.iterdir())) == 2

@@ -68,7 +68,7 @@ def make_data(path, *, samples: int = 16, longest: int = 40, seed: int = 0) -> P
     """Writes question/answer lines of very different lengths."""
     generator = random.Random(seed)
     letters = "abcdefghij 0123456789"
-    text = lambda n: "".join(generator.choice(letters) for _ in range(n))  # noqa: E731
+    text = lambda n: "".join(generator.choice(letters) for _ in range(n))
     rows = [
         {"question": text(generator.randint(1, longest)), "answer": text(generator.randint(1, longest))}
         for _ in range(samples)

@@ -1,12 +1,11 @@
 """compressed-tensors `pack-quantized`: 4-bit weights with one scale per group, for Marlin and Machete kernels.
 
-    W = (code - zero) * scale      code and zero are integers from -8 to 7; symmetric: zero = 0
+W = (code - zero) * scale      code and zero are integers from -8 to 7; symmetric: zero = 0
 """
 
 import torch
 
 from fsdp_utils.export.formats import Format
-from methods.errors import UserError
 from methods.quantizers.hqq import HQQ
 
 LOW, HIGH = -8, 7
@@ -43,7 +42,8 @@ def solve(weight: torch.Tensor, candidates, *, group_size: int, dtype: torch.dty
         codes = (groups / scale + zero).round().clamp(LOW, HIGH)
         error = ((codes - zero) * scale - groups).square().sum(-1, keepdim=True)
         found = (error, codes, scale, zero)
-        best = found if best is None else tuple(torch.where(error < best[0], n, o) for n, o in zip(found, best))
+        best = best or found
+        best = tuple(torch.where(error < best[0], new, old) for new, old in zip(found, best, strict=True))
     _, codes, scale, zero = best
     return codes.flatten(1).to(torch.int8), scale.squeeze(-1).to(dtype), zero.squeeze(-1).to(torch.int8)
 
@@ -52,7 +52,7 @@ def pack(values: torch.Tensor) -> torch.Tensor:
     """int8 `[n, m]` from -8 to 7 into int32 `[n, ceil(m/8)]`, first value in the low bits."""
     padded = torch.nn.functional.pad(values - LOW, (0, -values.shape[1] % 8)).to(torch.uint8)
     pairs = padded[:, ::2] | padded[:, 1::2] << 4  # [n, m/2]
-    return pairs.contiguous().view(torch.int32)
+    return pairs.reshape(-1).view(torch.int32).view(len(values), -1)
 
 
 def scheme(*, symmetric: bool, group_size: int) -> dict:
@@ -68,8 +68,6 @@ class W4A16(Format):
         self.symmetric, self.group_size = options.symmetric, options.group_size
         smaller = "use a smaller --group_size" if self.group_size > 32 else "use --infer_type merged"
         self.check_group(self.group_size, way_out=smaller)
-        if self.dtype not in (torch.bfloat16, torch.float32):
-            raise UserError(f"--dtype {options.dtype}: choose bf16 or fp32")
 
     def linear_specs(self, path):
         out, width = self.trained.shapes[f"{path}.weight"]

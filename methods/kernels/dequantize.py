@@ -92,11 +92,11 @@ def code_table(quant_type: str, device: torch.device) -> torch.Tensor:
 
 def table_rows(codes, scales, ranges, out, *, quant_type, group_size, row_factor=None) -> torch.Tensor:
     """bitsandbytes rows into `out` `[n, in]` (rows may be strided): `table[code] * scale`, times `row_factor`."""
-    groups = scales.numel()
+    groups, table = scales.numel(), code_table(quant_type, codes.device)
     block = WEIGHTS_PER_PROGRAM // group_size
     if groups:
         _table_kernel[(triton.cdiv(groups, block),)](
-            as_bytes(codes), scales if ranges is None else as_bytes(scales), ranges, code_table(quant_type, codes.device),
+            as_bytes(codes), scales if ranges is None else as_bytes(scales), ranges, table,
             row_factor, out, groups, scales.shape[1], out.stride(0),
             GROUP=group_size, DOUBLE=ranges is not None, HAS_FACTOR=row_factor is not None, BLOCK=block, num_warps=8,
         )  # fmt: skip

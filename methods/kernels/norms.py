@@ -69,7 +69,8 @@ def table_row_norms(quantizer, packed, weight_norm, a, b, scaling: float) -> tor
         wide = a.float()
         _table_norm_kernel[(triton.cdiv(rows, 64),)](
             as_bytes(codes), scales if ranges is None else as_bytes(scales), ranges,
-            code_table(quantizer.quant_type, codes.device), weight_norm, a.contiguous(), b.contiguous(), wide @ wide.T, out,
+            code_table(quantizer.quant_type, codes.device), weight_norm, a.contiguous(), b.contiguous(), wide @ wide.T,
+            out,
             rows, width, width // quantizer.group_size, rank, scaling,
             GROUP=quantizer.group_size, DOUBLE=ranges is not None, BLOCK=64, RANK=max(16, triton.next_power_of_2(rank)),
             num_warps=4,

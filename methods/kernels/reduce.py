@@ -22,8 +22,8 @@ if triton is not None:
             row = start + step + tl.arange(0, R)
             at = row[:, None].to(tl.int64) * columns + column[None, :]
             mask = (row[:, None] < rows) & (column[None, :] < columns)
-            l = tl.load(left + at, mask=mask, other=0).to(tl.float32)
-            total += l * tl.load(right + at, mask=mask, other=0).to(tl.float32)
+            value = tl.load(left + at, mask=mask, other=0).to(tl.float32)
+            total += value * tl.load(right + at, mask=mask, other=0).to(tl.float32)
         at = tl.program_id(1) * columns + column
         tl.store(partial + at, tl.sum(total, axis=0), mask=column < columns)
 

@@ -1,0 +1,140 @@
+"""Turn a run into a model folder that stock software loads, and measure how close it is to what was trained.
+
+    python prepare_weights.py --model output --save_dir merged --infer_type merged
+    python prepare_weights.py --model output --save_dir served --infer_type bnb_dora
+    python prepare_weights.py --model output --save_dir w4a16 --infer_type w4a16 --group_size 64
+
+merged     16-bit (or fp32) weights, the adapter folded into the dequantized base it was trained on
+bnb_nf4    bitsandbytes 4-bit of any run, full fine-tune, merged folder or Llama-Pro model
+bnb_dora   QDoRA or QLoRA unmerged and exact: a 4-bit base with scaled rows, and a plain LoRA in its folder adapter/
+w4a16      compressed-tensors pack-quantized, for vLLM's Marlin and Machete kernels
+
+Weights are streamed one tensor at a time, and the folder appears when it is complete. fidelity.json compares it, as
+transformers (and PEFT) load it, with the trained model on held-out text.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fsdp_utils import distributed, fidelity, runs
+from fsdp_utils.distributed import say
+from fsdp_utils.export import INFER_TYPES, format_of
+from fsdp_utils.export.formats import DTYPES, write_rest, write_weights
+from fsdp_utils.export.gptq import check_gptq, write_gptq
+from fsdp_utils.export.trained import TrainedWeights
+from fsdp_utils.flags import as_dict, flag, parse, section
+from fsdp_utils.loading import write_json
+from fsdp_utils.safetensors_io import new_folder, parse_size
+from methods.errors import UserError
+
+
+@dataclass
+class ExportConfig:
+    """The settings of one export; see `python prepare_weights.py --help`."""
+
+    _export: str = section("export")
+    model: str = flag("", "folder of a run, a merged or a Llama-Pro model")
+    save_dir: str = flag("", "folder that is made")
+    infer_type: str = flag("merged", "format; see above", choices=tuple(INFER_TYPES))
+    dtype: str = flag("bf16", "of what is not packed, and of the arithmetic of 4-bit layers", choices=tuple(DTYPES))
+    max_shard_size: str = flag("5GB", "largest size of one weight file")
+    overwrite: bool = flag(False, "replace the model in --save_dir")
+    device: str = flag("auto", "where to compute", choices=("auto", "cuda", "cpu"))
+
+    _w4a16: str = section("w4a16")
+    symmetric: bool = flag(True, "codes around zero; false: a zero point per group")
+    group_size: int = flag(128, "weights that share one scale", choices=(128, 64, 32))
+    gptq: bool = flag(False, "calibrate on training samples; needs llm-compressor")
+    gptq_samples: int = flag(512, "training samples to calibrate on", minimum=1)
+
+    _fidelity: str = section("fidelity report")
+    fidelity_data: str | None = flag(None, "dataset or local file to compare on; default: what the run held out")
+    fidelity_samples: int = flag(64, "texts to compare on; 0: no report", minimum=0)
+
+    explicit_flags: frozenset = field(default=frozenset(), init=False, repr=False)
+
+    def errors(self) -> list[str]:
+        """One line for each flag that cannot work beside the others."""
+        found = [f"--{name}: required" for name in ("model", "save_dir") if not getattr(self, name)]
+        others = {"symmetric", "group_size", "gptq", "gptq_samples"} & self.explicit_flags
+        if self.infer_type != "w4a16":
+            found += [f"--{name}: has no meaning for --infer_type {self.infer_type}" for name in sorted(others)]
+        return found
+
+
+def check_target(config: ExportConfig, run: runs.Run) -> Path:
+    """The absolute path of --save_dir.
+
+    Raises:
+        UserError: it holds files and may not be replaced, or the run or its base lies in it.
+    """
+    target = Path(config.save_dir).resolve()
+    for source in (run.folder.resolve(), run.base.resolve()):
+        if source.is_relative_to(target):
+            raise UserError(f"--save_dir {config.save_dir}: holds {source}, which is exported; choose another")
+    if target.exists() and not target.is_dir():
+        raise UserError(f"--save_dir {config.save_dir}: is a file; choose another name")
+    if target.is_dir() and any(target.iterdir()):
+        if not config.overwrite:
+            raise UserError(f"--save_dir {config.save_dir}: is not empty; choose another or pass --overwrite true")
+        if not (target / "config.json").exists():
+            raise UserError(f"--save_dir {config.save_dir}: holds no model, so it is not replaced; choose another")
+    return target
+
+
+def export(config: ExportConfig, run: runs.Run, tokenizer, target: Path, *, device) -> None:
+    """Writes the complete folder.
+
+    Raises:
+        UserError: a run that this format cannot store, another base than in training, or a disk too small.
+    """
+    trained = TrainedWeights(run, device=device)
+    chosen = format_of(config.infer_type)(trained, config)
+    max_shard_bytes = parse_size(config.max_shard_size)
+    with new_folder(target, overwrite=config.overwrite) as folder:
+        if config.gptq:
+            write_gptq(chosen, tokenizer, folder, samples=config.gptq_samples, max_shard_bytes=max_shard_bytes)
+        else:
+            write_weights(chosen, folder, max_shard_bytes=max_shard_bytes)
+            write_rest(chosen, tokenizer, folder, target=target)
+    size = sum(path.stat().st_size for path in target.rglob("*.safetensors"))
+    say(f"{trained.nbytes / 1e9:.3f} GB read, {size / 1e9:.3f} GB of weights in {target}")
+
+
+def report(config: ExportConfig, run: runs.Run, text: fidelity.HeldOut, target: Path, *, device) -> None:
+    """Prints the comparison and writes fidelity.json."""
+    scores = fidelity.fidelity(run, target, text, device=device, dtype=DTYPES[config.dtype])
+    tokens = sum(int((labels != fidelity.IGNORED).sum()) for _, labels in text.rows)
+    say(f"{len(text.rows)} texts of {text.source}, {tokens} tokens", fidelity.table(scores), sep="\n")
+    facts = dict(data=text.source, texts=len(text.rows), tokens=tokens, settings=as_dict(config))
+    write_json(target / "fidelity.json", scores | facts)
+
+
+def main(config: ExportConfig) -> None:
+    """The story of an export; every check comes before the first weight is written."""
+    device = distributed.pick_device(config.device)
+    run = runs.describe(config.model)
+    target = check_target(config, run)
+    if config.gptq:
+        check_gptq(run)
+    tokenizer = runs.read_tokenizer(run)
+    text = None
+    if config.fidelity_samples:
+        text = fidelity.held_out(run, tokenizer, name=config.fidelity_data, samples=config.fidelity_samples)
+    say(f"{run.folder}: {run.kind} {run.train_type or ''} -> {config.infer_type} in {target}")
+    export(config, run, tokenizer, target, device=device)
+    if text:
+        report(config, run, text, target, device=device)
+
+
+def cli() -> None:
+    """Parses the flags; a wrong one ends the process with one line and exit code 2."""
+    try:
+        config = parse(ExportConfig, prog="prepare_weights.py", description=__doc__)
+    except UserError as error:
+        distributed.fail(error)
+    distributed.run(main, config)
+
+
+if __name__ == "__main__":
+    cli()
