@@ -16,6 +16,7 @@ from fsdp_utils.config import TrainConfig
 from fsdp_utils.distributed import say, world_size
 from fsdp_utils.flags import as_dict, parse
 from fsdp_utils.losses import CausalLMLoss, with_targets
+from fsdp_utils.memory import out_of_memory
 from fsdp_utils.model import PRECISIONS, compiler, load, plan, size_report
 from fsdp_utils.optim import OPTIMIZERS, LocalParameters, LossScaler, global_norm, schedule_factor
 from fsdp_utils.packing import epoch_steps, steps_per_epoch
@@ -33,8 +34,8 @@ def prepare_data(config, tokenizer, model_config) -> data.TokenizedData:
     rows = model_config.get_text_config().vocab_size
     if tokenized.report.max_token_id >= rows:
         raise UserError(
-            f"--model_name {config.source}: the tokenizer yields id {tokenized.report.max_token_id}, "
-            f"but the vocabulary of the embedding has {rows} rows; use the model's own tokenizer or resize the embedding"
+            f"--model_name {config.source}: the tokenizer yields id {tokenized.report.max_token_id}, but the vocabulary "
+            f"of the embedding has {rows} rows; use the model's own tokenizer or resize the embedding"
         )
     return tokenized
 
@@ -147,9 +148,8 @@ def train(model, method, tokenized, tokenizer, config, *, mesh, device) -> None:
             if profiler:
                 profiler.step()
     logger.close()
-    say(
-        f"tokens/s: {clock.mean():.0f} ({clock.mean() / world_size():.0f} per process), peak {metrics.peak_memory_gib(device):.2f} GiB"
-    )
+    mean, peak = clock.mean(), metrics.peak_memory_gib(device)
+    say(f"tokens/s: {mean:.0f} ({mean / world_size():.0f} per process), peak {peak:.2f} GiB")
 
 
 def main(config: TrainConfig) -> None:
@@ -176,7 +176,10 @@ def main(config: TrainConfig) -> None:
     say(*size_report(model, planned.quantizer), sep="\n")
     if config.verbose:
         say(model)
-    train(model, planned.method, tokenized, tokenizer, config, mesh=mesh, device=device)
+    try:
+        train(model, planned.method, tokenized, tokenizer, config, mesh=mesh, device=device)
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(model, config, error) from None
     if config.save_model:
         checkpoint.save(model, tokenizer, planned.method, config)
         say(f"saved to {config.output_dir}")

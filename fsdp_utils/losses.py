@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fsdp_utils.attention import boundaries
 from methods.kernels.cross_entropy import linear_cross_entropy
 from methods.quantizers.linear import compute_dtype, dense_weight
 
@@ -21,6 +22,8 @@ def with_targets(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     shifted = F.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:].flatten()  # the last token predicts nothing
     positions = (shifted != IGNORED).nonzero()[:, 0]
     inputs = {name: t for name, t in batch.items() if name not in ("labels", "attention_mask")}
+    if "position_ids" in batch:
+        inputs["cu_seq_lens_q"] = boundaries(batch["position_ids"])
     return {**inputs, "positions": positions, "targets": shifted[positions]}
 
 
@@ -53,6 +56,10 @@ class CausalLMLoss:
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         inputs = {name: t for name, t in batch.items() if name not in ("positions", "targets")}
+        if "cu_seq_lens_q" in inputs:
+            # the row length bounds every sample; the true maximum would differ from batch to batch and recompile
+            length = inputs["input_ids"].shape[1]
+            inputs.update(cu_seq_lens_k=inputs["cu_seq_lens_q"], max_length_q=length, max_length_k=length)
         if self.fused:
             self.pending.positions, self.pending.targets = batch["positions"], batch["targets"]
             try:

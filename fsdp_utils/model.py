@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fsdp_utils import loading, sharding
+from fsdp_utils import attention, loading, sharding
 from fsdp_utils.quantized_cache import QuantizedCache, cache_folder
 from methods import method_of, quantizer_of
 from methods.base import Method
@@ -46,6 +46,10 @@ def plan(config, *, device: torch.device) -> Plan:
     if torch.bfloat16 in PRECISIONS[config.precision] and device.type == "cuda" and not _has_bf16():
         raise UserError(f"--precision {config.precision}: this GPU has no bf16; use fp16_autocast or fp32")
     model_config = loading.read_model_config(config.source, attn_implementation=config.attn_implementation)
+    compute = PRECISIONS[config.precision][1] or dtype
+    varlen = config.packing and config.attn_implementation == "auto"
+    if varlen and attention.supported(model_config, dtype=compute, device=device):
+        model_config._attn_implementation = attention.NAME
     model = loading.build_on_meta(model_config, dtype=dtype)
     refuse_experts(model)
     weights = loading.open_weights(

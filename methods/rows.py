@@ -4,8 +4,10 @@ import math
 from collections.abc import Iterator
 
 import torch
-from torch.distributed._functional_collectives import all_gather_tensor
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard
+
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -89,8 +91,9 @@ def _gather_bucket(bucket: list[DTensor], device: torch.device) -> Iterator[torc
     dim = _shard_dim(bucket[0])
     processes = bucket[0].device_mesh.size(dim)
     mine = torch.cat([local(t).reshape(-1).to(device) for t in bucket])
-    # the functional form exists under one name in all supported versions of torch
-    everyone = all_gather_tensor(mine, gather_dim=0, group=bucket[0].device_mesh.get_group(dim)).view(processes, -1)
+    everyone = mine.new_empty(processes * mine.numel())
+    _all_gather(everyone, mine, group=bucket[0].device_mesh.get_group(dim))
+    everyone = everyone.view(processes, -1)
     start = 0
     for tensor in bucket:
         count = tensor.numel() // processes

@@ -52,10 +52,16 @@ DEFAULTS = dict(
     profile=False,
     max_steps=-1,
 )
-PROFILING = (
-    "profiling_output with_stack with_shapes export_trace export_memory_timeline wait_steps warmup_steps".split()
-)
-PROFILING += "active_steps repeat profiling_frequency".split()
+PROFILING = [
+    "profiling_output",
+    "with_stack",
+    "with_shapes",
+    "export_trace",
+    "export_memory_timeline",
+    "wait_steps",
+    "warmup_steps",
+]
+PROFILING += ["active_steps", "repeat", "profiling_frequency"]
 
 
 def read(*argv):

@@ -115,8 +115,9 @@ def solve(groups: torch.Tensor, *, levels: int, dtype: torch.dtype, iterations: 
         codes (float, whole numbers) `[g, group_size]`, scale and zero `[g, 1]` in `dtype`.
     """
     low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
-    width = high - low
-    scale = torch.where(width > 0, width / levels, torch.ones_like(width))  # [g, 1]
+    scale = (high - low) / levels  # [g, 1]
+    # a constant group, or one so narrow that its scale would round to zero, is its zero alone
+    scale = torch.where(scale >= torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale))
     scale = scale.to(dtype).float()
     zero = -low / scale
     best_zero, best_error = zero, torch.full_like(zero, torch.inf)

@@ -1,0 +1,66 @@
+"""Attention over packed rows: flash attention of variable lengths where it runs, transformers' masks elsewhere."""
+
+import inspect
+
+import torch
+from transformers import AttentionInterface
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None
+
+NAME = "packed_varlen"
+BOUNDARIES_MULTIPLE = 32  # so that compiled code sees few shapes
+
+
+def supported(model_config, *, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether every layer is plain causal attention in 16 bits on CUDA, which is all that the kernel knows."""
+    text = model_config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    windows = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    plain = not windows and not getattr(text, "attn_logit_softcapping", None) and head_dim <= 256 and head_dim % 8 == 0
+    sixteen_bits = dtype in (torch.bfloat16, torch.float16)
+    return varlen_attn is not None and plain and sixteen_bits and device.type == "cuda"
+
+
+def boundaries(position_ids: torch.Tensor) -> torch.Tensor:
+    """Where each sample begins in the flattened rows, and the end; int32 `[n]`, the end repeated to a multiple.
+
+    Args:
+        position_ids: `[b, L]`, zero at the first token of each sample (and of the padding).
+    """
+    starts = (position_ids.flatten() == 0).nonzero()[:, 0]
+    length = -(-(len(starts) + 1) // BOUNDARIES_MULTIPLE) * BOUNDARIES_MULTIPLE
+    ends = torch.full((length,), position_ids.numel(), dtype=torch.int32)
+    ends[: len(starts)] = starts
+    return ends
+
+
+def _varlen_settings() -> dict:
+    """How this version of torch is told that attention is causal and heads are shared."""
+    known = inspect.signature(varlen_attn).parameters
+    causal = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
+    return causal | ({"enable_gqa": True} if "enable_gqa" in known else {})
+
+
+def packed_attention(
+    module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **_
+):
+    """transformers' attention interface. query `[b, heads, L, d]`, key and value `[b, kv heads, L, d]`.
+
+    Returns:
+        `[b, L, heads, d]` and None.
+    """
+    batch, heads, length, size = query.shape
+    settings = _varlen_settings()
+    flat = [t.transpose(1, 2).reshape(batch * length, t.shape[1], size) for t in (query, key, value)]
+    if "enable_gqa" not in settings and flat[1].shape[1] != heads:
+        flat[1:] = [t.repeat_interleave(heads // t.shape[1], dim=1) for t in flat[1:]]
+    if scaling is not None and scaling != size**-0.5:
+        flat[0] = flat[0] * (scaling * size**0.5)  # the kernel divides by sqrt(d)
+    out = varlen_attn(*flat, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, **settings)
+    return out.view(batch, length, heads, size), None
+
+
+AttentionInterface.register(NAME, packed_attention)

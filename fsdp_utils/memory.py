@@ -1,0 +1,64 @@
+"""What GPU memory goes to, worked out from shapes, and the message that ends a run that ran out of it."""
+
+from torch import nn
+
+from fsdp_utils.distributed import world_size
+from methods.errors import UserError
+from methods.rows import local
+
+GIB = 2**30
+
+# bytes of optimizer state per trained parameter byte
+STATE_FACTOR = {"sgd": 0.0, "adamw_8bit": 0.5}
+
+
+class OutOfMemory(UserError):
+    """The GPU is full; the message says of what, and which flags lower it."""
+
+
+def breakdown(model: nn.Module, config) -> dict[str, float]:
+    """GiB in this process by purpose, largest micro-batch assumed: `batch_size` rows of `context_length` tokens."""
+    shape = model.config.get_text_config()
+    frozen = sum(local(p).nbytes for p in model.parameters() if not p.requires_grad)
+    trained = sum(local(p).nbytes for p in model.parameters() if p.requires_grad)
+    tokens, width = config.batch_size * config.context_length, 4 if config.precision == "fp32" else 2
+    hidden, layers = shape.hidden_size, shape.num_hidden_layers
+    inside = tokens * width * (6 * hidden + 4 * shape.intermediate_size)  # what one block keeps for backward, about
+    kept = layers * tokens * hidden * width + inside if config.use_gradient_checkpointing else layers * inside
+    logits = 2**28 if config.fused_loss else tokens * shape.vocab_size * (width + 8)
+    on_host = config.use_cpu_offload
+    sizes = {
+        "base": 0 if on_host else frozen,
+        "adapters and gradients" if config.method != "full" else "weights and gradients": 0 if on_host else 2 * trained,
+        "optimizer": 0 if on_host else trained * STATE_FACTOR.get(config.optimizer, 2.0),
+        "activations": inside if config.use_activation_cpu_offload else kept,
+        "logits": logits,
+    }
+    return {name: size / GIB for name, size in sizes.items()}
+
+
+def remedies(config) -> list[str]:
+    """Flags that lower memory and are not in use, cheapest first."""
+    offered = (
+        (not config.use_gradient_checkpointing, "--use_gradient_checkpointing true"),
+        (not config.fused_loss, "--fused_loss true"),
+        (config.batch_size > 1, "a smaller --batch_size with more --gradient_accumulation_steps"),
+        (config.quantizer == "none" and config.method != "full", "a quantized --train_type such as bnb_dora"),
+        (config.quantizer == "bnb" and config.quant_scales != "double", "--quant_scales double"),
+        (config.quantizer != "none" and not config.quantize_lm_head, "--quantize_lm_head true"),
+        (world_size() > 1 and config.sharding_strategy != "full_shard", "--sharding_strategy full_shard"),
+        (config.optimizer != "adamw_8bit", "--optimizer adamw_8bit"),
+        (not config.use_activation_cpu_offload, "--use_activation_cpu_offload true"),
+        (not config.use_cpu_offload, "--use_cpu_offload true"),
+        (config.context_length > 256, "a shorter --context_length"),
+    )
+    return [flag for missing, flag in offered if missing]
+
+
+def out_of_memory(model: nn.Module, config, error: Exception) -> OutOfMemory:
+    """The error to raise in place of torch's: one message, parts first, then the flags that would help."""
+    parts = ", ".join(f"{name} {size:.2f}" for name, size in breakdown(model, config).items())
+    first = str(error).splitlines()[0]
+    return OutOfMemory(
+        f"out of GPU memory ({first}). GiB by purpose: {parts}. Would help, in order: {'; '.join(remedies(config))}"
+    )

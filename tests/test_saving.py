@@ -1,0 +1,292 @@
+"""What a run saves: stock libraries compute the run's logits from it, and no half-written folder looks finished."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from runs import make_config, perturb, prepared
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train
+from fsdp_utils import checkpoint, loading
+from fsdp_utils.flags import as_dict
+from fsdp_utils.safetensors_io import StreamingWriter
+from methods.errors import UserError
+from methods.llama_pro import EXPANDED_LAYERS_FILE
+from methods.quantizers.linear import QuantizedLinear, weight_rows
+from methods.rows import gather
+from methods.targets import adapter_targets
+
+IDS = torch.arange(24).view(2, 12) * 7 % 256
+
+
+def logits_of(model) -> torch.Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=IDS, use_cache=False).logits.float()
+
+
+def dequantized(model) -> dict[str, torch.Tensor]:
+    """The quantized weights of a run's model under their names in the checkpoint."""
+    return {
+        f"{path.replace('.base_layer', '')}.weight": weight_rows(module, gather, dtype=torch.float32)
+        for path, module in model.named_modules()
+        if isinstance(module, QuantizedLinear)
+    }
+
+
+def saved(flags: dict):
+    """Saves a model whose trained parameters are off their start; returns its logits and its dequantized weights."""
+    config = make_config(save_model=True, **flags)
+    model, planned, _, device = prepared(config)
+    perturb(model)
+    planned.method.after_step(model, device=device)
+    tokenizer = loading.read_tokenizer(config.source)
+    checkpoint.write_run(config, base_fingerprint=planned.base_fingerprint, quantizer=planned.quantizer, finished=False)
+    checkpoint.save(model, tokenizer, planned.method, config)
+    return logits_of(model), dequantized(model)
+
+
+def trained(flags: dict):
+    """A whole run of train.py that saves; returns what its model computed at the end, as `saved`."""
+    config, found = make_config(save_model=True, **flags), []
+    original = checkpoint.save
+
+    def save(model, *args):
+        original(model, *args)
+        found.append((logits_of(model), dequantized(model)))
+
+    checkpoint.save = save
+    try:
+        train.main(config)
+    finally:
+        checkpoint.save = original
+    return found[0]
+
+
+def stock_adapter_logits(base, state, folder) -> torch.Tensor:
+    """What PEFT computes from `folder` on transformers' own model with the weights of `state`."""
+    stock = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    assert not stock.load_state_dict(state, strict=False).unexpected_keys
+    return logits_of(PeftModel.from_pretrained(stock, folder))
+
+
+def assert_close(got, want):
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "gemma"])
+@pytest.mark.parametrize("train_type", ["qlora", "custom_qlora", "bnb_dora", "hqq_dora", "lora", "dora"])
+def test_peft_computes_the_runs_logits(pair, tiny, tmp_path, family, train_type):
+    """On the dequantized base, to 1e-4; biases, tied heads and fused projections too. 2 processes save 1's bytes."""
+    flags = dict(model_name=tiny(family), train_type=train_type)
+    logits, state = saved({**flags, "output_dir": tmp_path / "one"})
+    stock = AutoModelForCausalLM.from_pretrained(tiny(family), dtype=torch.float32)
+    stock.load_state_dict(state, strict=False)
+    assert (logits_of(stock) - logits).abs().max() > 1e-2  # the adapter matters
+    assert_close(stock_adapter_logits(tiny(family), state, tmp_path / "one"), logits)
+    pair.run(saved, {**flags, "output_dir": tmp_path / "two"})
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+@pytest.mark.parametrize("train_type", ["qlora", "bnb_dora"])
+def test_trained_adapter(pair, tiny, tiny_data, tmp_path, train_type):
+    """The same after real steps of the real loop on 2 processes."""
+    flags = dict(model_name=tiny(), train_type=train_type, dataset=tiny_data, batch_size=2, lr=0.01, max_steps=2)
+    logits, state = pair.run(trained, {**flags, "output_dir": tmp_path / "out"})[1]
+    assert_close(stock_adapter_logits(tiny(), state, tmp_path / "out"), logits)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "</s>"
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["finished"] is True
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
+def test_full_model_folder(pair, tiny, tmp_path, family):
+    """A full fine-tune loads with AutoModelForCausalLM and gives the run's logits; a tied head stays tied."""
+    flags = dict(model_name=tiny(family), train_type="full")
+    logits, _ = saved({**flags, "output_dir": tmp_path / "one"})
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    assert stock.dtype == torch.float32
+    assert_close(logits_of(stock), logits)
+    tied = stock.get_input_embeddings().weight is stock.get_output_embeddings().weight
+    assert tied is (family == "qwen2")
+    pair.run(saved, {**flags, "output_dir": tmp_path / "two"})
+    assert (tmp_path / "two/model.safetensors").read_bytes() == (tmp_path / "one/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_saved_config_is_that_of_the_base(tiny, tmp_path, precision):
+    """Nothing that training set (no cache, the attention chosen) stays in config.json; only the dtype may change."""
+    saved(dict(model_name=tiny(), train_type="full", precision=precision, output_dir=tmp_path / "out"))
+    ours, base = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", tiny()))
+    assert ours.pop("dtype") == {"fp32": "float32", "bf16": "bfloat16"}[precision]
+    base.pop("dtype")
+    assert ours == base
+
+
+@pytest.fixture(scope="module")
+def expanded(tiny, tmp_path_factory):
+    """A model of 4 blocks of which 1 and 3 count as new."""
+    folder = tmp_path_factory.mktemp("expanded") / "model"
+    shutil.copytree(tiny("llama", num_hidden_layers=4), folder)
+    (folder / EXPANDED_LAYERS_FILE).write_text(json.dumps({"expanded_layers": [1, 3]}))
+    return folder
+
+
+@pytest.mark.parametrize("train_type", ["llama_pro", "bnb_llama_pro", "hqq_llama_pro"])
+def test_llama_pro_folder(pair, tiny, expanded, tmp_path, train_type):
+    """Llama-Pro loads with AutoModelForCausalLM and gives the run's logits; only the new blocks moved."""
+    flags = dict(llama_pro_path=expanded, train_type=train_type)
+    logits, state = saved({**flags, "output_dir": tmp_path / "one"})
+    assert_close(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "one")), logits)
+    assert (tmp_path / "one" / EXPANDED_LAYERS_FILE).exists()
+    got, base = (loading.CheckpointReader(folder) for folder in (tmp_path / "one", expanded))
+    for name in base.names():
+        new = ".layers.1." in name or ".layers.3." in name
+        want = state.get(name, base.tensor(name))
+        assert torch.equal(got.tensor(name), want) is not new, name
+    pair.run(saved, {**flags, "output_dir": tmp_path / "two"})
+    assert (tmp_path / "two/model.safetensors").read_bytes() == (tmp_path / "one/model.safetensors").read_bytes()
+
+
+def test_run_json(tiny, tiny_data, tmp_path, monkeypatch):
+    """Every flag, the versions and the base's fingerprint; nothing from the environment."""
+    secrets = dict(HF_TOKEN="hf_sEcReT1", WANDB_API_KEY="wandb-sEcReT2", OPENAI_API_KEY="sk-sEcReT3")
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    config = make_config(
+        model_name=tiny(), train_type="custom_qlora", dataset=tiny_data, max_steps=1, output_dir=tmp_path / "out"
+    )
+    train.main(config)
+    run = json.loads((tmp_path / "out/run.json").read_text())
+    assert run["flags"].keys() == as_dict(config).keys()
+    assert run["flags"]["train_type"] == "custom_qlora" and run["flags"]["lora_rank"] == 8
+    assert run["versions"]["torch"] == torch.__version__.split("+")[0] or run["versions"]["torch"] == torch.__version__
+    assert {"transformers", "bitsandbytes", "peft"} <= run["versions"].keys()
+    assert run["finished"] is True and run["saved"] is False and run["processes"] == 1
+    assert run["quantizer"] == dict(quant_type="nf4", group_size=64, scales="fp32")
+    assert run["base_fingerprint"] == loading.fingerprint(loading.CheckpointReader(tiny()))
+    other = loading.CheckpointReader(tiny("llama", num_hidden_layers=4))
+    assert run["base_fingerprint"] != loading.fingerprint(other)
+    written = "".join(p.read_text() for p in (tmp_path / "out").iterdir())
+    assert not any(value in written for value in secrets.values())
+
+
+def test_output_folder_rules(tmp_path):
+    """A non-empty folder is refused, unless --overwrite; what a run without --save_model left is no result."""
+    folder = tmp_path / "out"
+    settings = dict(output_dir=folder)
+    checkpoint.check_output(make_config(**settings, save_model=True))  # not there yet
+    folder.mkdir()
+    checkpoint.check_output(make_config(**settings, save_model=True))  # empty
+    (folder / "metrics.jsonl").touch()
+    checkpoint.check_output(make_config(**settings))
+    with pytest.raises(UserError, match="--overwrite true"):
+        checkpoint.check_output(make_config(**settings, save_model=True))
+    (folder / "adapter_config.json").touch()
+    for save_model in (True, False):
+        with pytest.raises(UserError, match=f"--output_dir {folder}: .*not empty.*--overwrite true"):
+            checkpoint.check_output(make_config(**settings, save_model=save_model))
+        checkpoint.check_output(make_config(**settings, save_model=save_model, overwrite=True))
+    with pytest.raises(UserError, match="is a file"):
+        checkpoint.check_output(make_config(output_dir=folder / "metrics.jsonl", overwrite=True))
+
+
+RESULT_FILES = {"adapter_config.json", "adapter_model.safetensors", "config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize("train_type", ["custom_lora", "full"])
+def test_interrupted_save_looks_unfinished(tiny, tmp_path, monkeypatch, train_type):
+    """Wherever saving stops, the folder has no config of a result whose weights are not all there."""
+    flags = dict(model_name=tiny(), train_type=train_type, overwrite=True)
+    write, replace = StreamingWriter.write, checkpoint.os.replace
+    config_name = "config.json" if train_type == "full" else "adapter_config.json"
+
+    def stop_at(call, function):
+        calls = iter(range(10_000))
+
+        def stopping(*args):
+            if next(calls) == call:
+                raise KeyboardInterrupt
+            return function(*args)
+
+        return stopping
+
+    for call in (0, 3):
+        monkeypatch.setattr(StreamingWriter, "write", stop_at(call, write))
+        with pytest.raises(KeyboardInterrupt):
+            saved({**flags, "output_dir": tmp_path / "writing"})
+        assert not RESULT_FILES & {p.name for p in (tmp_path / "writing").iterdir()}
+    monkeypatch.setattr(StreamingWriter, "write", write)
+    logits, state = saved({**flags, "output_dir": tmp_path / "moving"})
+    complete = {p.name for p in (tmp_path / "moving").iterdir()}
+    moves = 0
+    for call in range(100):  # each time over the result that the one before left
+        monkeypatch.setattr(checkpoint.os, "replace", stop_at(call, replace))
+        try:
+            saved({**flags, "output_dir": tmp_path / "moving"})
+            break
+        except KeyboardInterrupt:
+            moves += 1
+            left = {p.name for p in (tmp_path / "moving").iterdir() if p.name != ".saving"}
+            if call:  # the first replaced file is run.json
+                assert config_name not in left
+    assert moves >= len(complete) - 1
+    monkeypatch.setattr(checkpoint.os, "replace", replace)
+    assert {p.name for p in (tmp_path / "moving").iterdir()} == complete
+
+
+def test_new_result_replaces_an_old_one_of_another_kind(tiny, expanded, tmp_path):
+    """--overwrite leaves nothing of an older result that would be read with the new one."""
+    folder = tmp_path / "out"
+    saved(dict(llama_pro_path=expanded, train_type="llama_pro", output_dir=folder))
+    saved(dict(model_name=tiny(), train_type="custom_lora", output_dir=folder, overwrite=True))
+    names = {p.name for p in folder.iterdir()}
+    assert "adapter_model.safetensors" in names
+    assert not names & {"config.json", "model.safetensors", EXPANDED_LAYERS_FILE, "generation_config.json"}
+    saved(dict(model_name=tiny(), train_type="full", output_dir=folder, overwrite=True))
+    names = {p.name for p in folder.iterdir()}
+    assert "config.json" in names
+    assert not names & {"adapter_config.json", "adapter_model.safetensors", EXPANDED_LAYERS_FILE}
+
+
+TARGETS = {
+    ("llama", "all"): {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"},
+    ("llama", "all_linear"): {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+    ("llama", "default"): {"q_proj", "v_proj"},
+    ("llama", "q_proj, down_proj"): {"q_proj", "down_proj"},
+    ("phi3", "all"): {"qkv_proj", "gate_up_proj", "down_proj"},
+    ("phi3", "all_linear"): {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"},
+    ("phi3", "default"): {"qkv_proj"},
+    ("gemma", "default"): {"q_proj", "v_proj"},
+}
+
+
+@pytest.mark.parametrize(("family", "spec"), TARGETS, ids=str)
+def test_targets(tiny, family, spec):
+    """Each choice of --lora_target_modules adapts exactly these linears, in every block and never the head."""
+    model = loading.build_on_meta(loading.read_model_config(tiny(family)), dtype=torch.float32)
+    paths = adapter_targets(model, spec)
+    assert {path.split(".")[-1] for path in paths} == TARGETS[family, spec]
+    assert len(paths) == len(set(paths)) == 2 * len(TARGETS[family, spec])
+
+
+def test_one_layer_as_target(tiny, tmp_path):
+    """A full path adapts one linear alone, and PEFT reads it so."""
+    path = "model.layers.1.self_attn.q_proj"
+    flags = dict(model_name=tiny(), train_type="bnb_dora", lora_target_modules=path, output_dir=tmp_path / "out")
+    logits, state = saved(flags)
+    assert_close(stock_adapter_logits(tiny(), state, tmp_path / "out"), logits)
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert config["target_modules"] == [path]
+
+
+@pytest.mark.parametrize("spec", ["q_proj,lin", "lm_head", "self_attn", ","])
+def test_target_that_matches_nothing(tiny, spec):
+    """Named, with what there is, as an error."""
+    model = loading.build_on_meta(loading.read_model_config(tiny()), dtype=torch.float32)
+    with pytest.raises(UserError, match=r"--lora_target_modules .*: .*q_proj") as error:
+        adapter_targets(model, spec)
+    assert len(str(error.value).splitlines()) == 1
