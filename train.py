@@ -34,8 +34,8 @@ def prepare_data(config, tokenizer, model_config) -> data.TokenizedData:
     rows = model_config.get_text_config().vocab_size
     if tokenized.report.max_token_id >= rows:
         raise UserError(
-            f"--model_name {config.source}: the tokenizer yields id {tokenized.report.max_token_id}, but the vocabulary "
-            f"of the embedding has {rows} rows; use the model's own tokenizer or resize the embedding"
+            f"--model_name {config.source}: the tokenizer yields id {tokenized.report.max_token_id}, but the "
+            f"vocabulary of the embedding has {rows} rows; use the model's own tokenizer or resize the embedding"
         )
     return tokenized
 

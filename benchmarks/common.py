@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from fsdp_utils import distributed
 from fsdp_utils.config import TrainConfig
 from fsdp_utils.flags import parse
-from fsdp_utils.losses import CausalLMLoss
+from fsdp_utils.losses import CausalLMLoss, with_targets
 from fsdp_utils.model import compiler, load, plan
 from fsdp_utils.optim import OPTIMIZERS, LocalParameters, global_norm
 
@@ -39,6 +39,9 @@ def write_config(shape: str, folder: str | Path, **more) -> Path:
 
 def make_config(folder, **flags) -> TrainConfig:
     """A run's settings with what the benchmarks have in common."""
+    if "llama_pro" in flags.get("train_type", ""):
+        (Path(folder) / "expanded_layers.json").write_text('{"expanded_layers": [1, 3]}')
+        flags["llama_pro_path"] = folder
     common = dict(
         model_name=folder,
         load_format="dummy",
@@ -118,11 +121,13 @@ class Run:
 
     def step(self, batch: int, length: int) -> None:
         """One optimizer step on `batch` rows of `length` random tokens, all of them in the loss."""
-        ids = torch.randint(0, self.model.config.vocab_size, (batch, length), device=self.device)
-        targets = ids[:, 1:].flatten()
-        positions = torch.arange(batch * length, device=self.device).view(batch, length)[:, :-1].flatten()
-        loss = self.loss_sum(dict(input_ids=ids, positions=positions, targets=targets))
-        (loss / len(targets)).backward()
+        ids = torch.randint(0, self.model.config.vocab_size, (batch, length))
+        self.step_on(with_targets(dict(input_ids=ids, labels=ids)))
+
+    def step_on(self, inputs: dict[str, torch.Tensor]) -> None:
+        """One optimizer step on a micro-batch from `with_targets`."""
+        inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
+        (self.loss_sum(inputs) / max(len(inputs["targets"]), 1)).backward()
         gradients = self.trained.collect_gradients()
         global_norm(
             gradients, group=None if self.mesh is None else distributed.shard_group(self.mesh), device=self.device

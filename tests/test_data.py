@@ -114,7 +114,7 @@ def trained_text(prepared, tokenizer, row=0):
 def fake_data(lengths):
     """Rows whose ids tell the sample and the position: 1000 * (sample + 1) + position."""
     ids = [[1000 * (i + 1) + p for p in range(n)] for i, n in enumerate(lengths)]
-    labels = [[-100] + row[1:] for row in ids]
+    labels = [[-100, *row[1:]] for row in ids]
     rows = datasets.Dataset.from_dict({"input_ids": ids, "labels": labels}).with_format("numpy")
     return TokenizedData(dataset=rows, lengths=np.array(lengths, dtype=np.int64), report=None, name="fake")
 
