@@ -40,7 +40,7 @@ def write_config(shape: str, folder: str | Path, **more) -> Path:
 def make_config(folder, **flags) -> TrainConfig:
     """A run's settings with what the benchmarks have in common."""
     if "llama_pro" in flags.get("train_type", ""):
-        (Path(folder) / "expanded_layers.json").write_text('{"expanded_layers": [1, 3]}')
+        (Path(folder) / "expanded_layers.json").write_text('{"expanded_layers": [1]}')
         flags["llama_pro_path"] = folder
     common = dict(
         model_name=folder,

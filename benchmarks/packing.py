@@ -36,9 +36,8 @@ def useful_speed(run: Run, data: TokenizedData, *, batch: int, packing: bool, st
     """Tokens of samples (not padding) per second."""
     settings = dict(batch_size=batch, gradient_accumulation_steps=1, rank=0, world_size=1, seed=0, epoch=0)
     done, start = 0, None
-    for i, (inputs,) in enumerate(
-        epoch_steps(data, **settings, pad_token_id=0, context_length=LENGTH, packing=packing)
-    ):
+    settings.update(pad_token_id=0, context_length=LENGTH, packing=packing)
+    for i, (inputs,) in enumerate(epoch_steps(data, **settings)):
         if i == warmup:
             torch.cuda.synchronize()
             start = time.perf_counter()

@@ -1,5 +1,6 @@
 """Saving: what is trainable is what is saved, gathered tensor by tensor, in formats that stock libraries load."""
 
+import copy
 import os
 import shutil
 from dataclasses import asdict
@@ -20,6 +21,7 @@ from methods.rows import gather
 
 RUN_FILE = "run.json"
 PACKAGES = ("torch", "transformers", "bitsandbytes", "hqq", "peft", "accelerate", "datasets", "safetensors")
+DESCRIPTIONS = ("adapter_config.json", "config.json", "generation_config.json", EXPANDED_LAYERS_FILE)
 OWN_FILES = {RUN_FILE, "metrics.jsonl"}  # what a run without --save_model leaves behind
 
 
@@ -79,15 +81,11 @@ def save(model: nn.Module, tokenizer, method, config) -> None:
 
 
 def _move_in(temporary: Path, folder: Path) -> None:
-    """Replaces an older result: its weights must not lie beside the new ones."""
-    for stale in [
-        *folder.glob("*.safetensors"),
-        folder / INDEX_NAME,
-        folder / "adapter_config.json",
-        folder / "config.json",
-    ]:
+    """Replaces an older result: none of its files that say how to read weights may lie beside the new ones."""
+    for stale in [*folder.glob("*.safetensors"), *(folder / name for name in (INDEX_NAME, *DESCRIPTIONS))]:
         stale.unlink(missing_ok=True)
-    for path in temporary.iterdir():
+    # what makes the folder loadable comes last: a move that is interrupted leaves nothing that looks finished
+    for path in sorted(temporary.iterdir(), key=lambda path: path.name in DESCRIPTIONS):
         os.replace(path, folder / path.name)
     temporary.rmdir()
 
@@ -164,7 +162,9 @@ def _save_model(model, method, config, folder: Path) -> None:
     _write_tensors(folder, specs, whole)
     if not is_main():
         return
-    model.config.save_pretrained(folder)
+    described = copy.deepcopy(model.config)
+    described.use_cache = True  # training switched it off; generation without it is slow
+    described.save_pretrained(folder)
     source = model_folder(resolve_model(config.source)) if _has_files(config) else None
     for name in ("generation_config.json", EXPANDED_LAYERS_FILE):
         if source and (source / name).exists():

@@ -93,9 +93,11 @@ def adapter_targets(model: nn.Module, spec: str) -> list[str]:
     """
     linears = block_linears(model)
     rule = _RULES.get(spec)
-    if rule:
-        return rule(model, linears)
-    return _named([name.strip() for name in spec.split(",") if name.strip()], linears)
+    chosen = rule(model, linears) if rule else _named([n.strip() for n in spec.split(",") if n.strip()], linears)
+    if not chosen:
+        offered = ", ".join(sorted({path.split(".")[-1] for path in linears})) or "none"
+        raise UserError(f"--lora_target_modules {spec}: matches no linear of a decoder block; there are {offered}")
+    return chosen
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:

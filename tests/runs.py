@@ -8,7 +8,7 @@ from fsdp_utils import distributed, loading
 from fsdp_utils.config import TrainConfig
 from fsdp_utils.flags import parse
 from fsdp_utils.losses import CausalLMLoss
-from fsdp_utils.model import load, plan
+from fsdp_utils.model import compiler, load, plan
 from methods.rows import gather, local
 
 
@@ -29,7 +29,8 @@ def prepared(config):
     mesh = None
     if distributed.world_size() > 1 or config.use_cpu_offload:
         mesh = distributed.make_mesh(config.sharding_strategy, device, hybrid_shard_size=config.hybrid_shard_size)
-    return load(planned, config, mesh=mesh, device=device), planned, mesh, device
+    model = load(planned, config, mesh=mesh, device=device, compile_block=compiler(config, device))
+    return model, planned, mesh, device
 
 
 def perturb(model, seed: int = 1) -> None:

@@ -1,0 +1,72 @@
+"""What only CUDA shows: compiled blocks, kernels in training, offload. One GPU; two are the benchmarks' business."""
+
+import pytest
+import torch
+from runs import first_step, make_config, prepared
+from test_parity import assert_close
+
+import train
+from fsdp_utils import loading
+from methods import TRAIN_TYPES
+
+pytestmark = pytest.mark.gpu
+ADAPTED = [name for name, row in TRAIN_TYPES.items() if row.method != "llama_pro"]
+
+
+@pytest.fixture(scope="module")
+def flags(tiny, tiny_data):
+    def make(**more):
+        return dict(model_name=tiny("llama"), dataset=tiny_data, batch_size=8, device="cuda", compile=False, **more)
+
+    return make
+
+
+@pytest.mark.parametrize("train_type", ADAPTED)
+def test_gpu_equals_cpu(flags, train_type):
+    """fp32 on the GPU gives the CPU's loss and gradients, for every train type."""
+    reference = first_step({**flags(train_type=train_type), "device": "cpu"})
+    assert_close(first_step(flags(train_type=train_type)), reference, relative=1e-3)
+
+
+@pytest.mark.parametrize("train_type", ["custom_qlora", "bnb_dora", "hqq_lora", "hqq_dora", "qlora", "full"])
+def test_fast_equals_plain_in_bf16(flags, train_type):
+    """Compiled blocks, fused operator and fused loss together give the plain loss and gradients."""
+    plain = first_step(flags(train_type=train_type, precision="bf16", fused_kernels=False, fused_loss=False))
+    fast = first_step({**flags(train_type=train_type, precision="bf16"), "compile": True})
+    assert fast[0] == pytest.approx(plain[0], rel=1e-2)
+    for name, gradient in plain[1].items():
+        error = (fast[1][name].float() - gradient.float()).norm() / gradient.float().norm()
+        assert error < 5e-2, name
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "more",
+    [dict(use_activation_cpu_offload=True), dict(use_cpu_offload=True), dict(use_gradient_checkpointing=False),
+     dict(reentrant_checkpointing=True)],
+    ids=str,
+)  # fmt: skip
+def test_memory_options_change_nothing(flags, more, compiled):
+    """Offload and checkpointing give the same loss and gradients, compiled or not."""
+    plain = first_step(flags(train_type="bnb_dora"))
+    other = first_step({**flags(train_type="bnb_dora", **more), "compile": compiled})
+    assert_close(other, plain, relative=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "fused_adamw", "adamw_8bit", "sgd"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16_autocast"])
+def test_whole_run(flags, tmp_path, optimizer, precision):
+    """train.main runs, saves and logs on the GPU."""
+    more = dict(train_type="bnb_dora", optimizer=optimizer, precision=precision, max_steps=3, save_model=True)
+    config = make_config(**flags(**more), output_dir=tmp_path / "out", log_to="stdout")
+    train.main(config)
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_dummy_weights_need_no_files(flags, tiny):
+    """Dummy weights fill every parameter."""
+    model, *_ = prepared(
+        make_config(model_name=tiny("llama"), load_format="dummy", train_type="bnb_dora", device="cuda")
+    )
+    loading.check_loaded(model)
+    assert all(torch.isfinite(p.float()).all() for p in model.parameters() if p.dtype != torch.float8_e4m3fn)

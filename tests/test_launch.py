@@ -1,0 +1,139 @@
+"""Starting: plain python, torchrun and SLURM give the same run, and a wrong start ends on every process."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fsdp_utils import distributed
+from methods.errors import UserError
+
+REPOSITORY = Path(__file__).parent.parent
+TRAIN = str(REPOSITORY / "train.py")
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def start(command: list, **environment) -> subprocess.CompletedProcess:
+    """A command in a clean environment: this test process may have set torchrun's variables."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TORCHELASTIC_"))}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        clean.pop(name, None)
+    clean.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", **environment)
+    command = [str(word) for word in command]
+    return subprocess.run(command, capture_output=True, text=True, env=clean, timeout=120, cwd=REPOSITORY)
+
+
+def losses(folder) -> list[float]:
+    return [json.loads(line)["loss"] for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_plain_python_starts_processes(tiny, tiny_data, tmp_path):
+    """`python train.py --world_size 2` trains on two processes, to the losses of one."""
+    flags = dict(model_name=tiny(), dataset=tiny_data, train_type="bnb_dora", device="cpu", precision="fp32")
+    flags |= dict(lora_dropout=0.0, lora_rank=8, max_steps=3, lr=0.01, use_cpu_offload=False, master_port=free_port())
+    for count, batch_size in ((1, 4), (2, 2)):
+        more = dict(world_size=count, batch_size=batch_size, output_dir=tmp_path / f"{count}")
+        done = start([sys.executable, TRAIN, *(f"--{k}={v}" for k, v in {**flags, **more}.items())])
+        assert done.returncode == 0, done.stderr
+        assert f"x {count} processes x" in done.stdout
+        assert done.stdout.count("trained parameters") == 1  # process 0 speaks
+    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-5)
+
+
+def test_help():
+    """--help is a page on stdout, without a traceback, and comes in seconds."""
+    begun = time.perf_counter()
+    done = start([sys.executable, TRAIN, "--help"])
+    assert done.returncode == 0 and done.stderr == ""
+    assert "--train_type" in done.stdout and "torchrun" in done.stdout
+    assert time.perf_counter() - begun < 30  # a busy machine included
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu[03-05,9],login1", "gpu03"),
+        ("gpu[7,9-12]", "gpu7"),
+        ("node1,node2", "node1"),
+        ("node-a-1", "node-a-1"),
+        ("rack[1-2]-ib", "rack1-ib"),
+        ("r[1-2]n[3-4]", "r1n3"),
+        ("a[1-2],b[3-4]", "a1"),
+    ],
+)
+def test_first_host(nodes, first):
+    """The first host of every way in which SLURM writes lists."""
+    assert distributed.first_host(nodes) == first
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets variables; whatever the test adds is gone after it."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in [*names, *(n for n in os.environ if n.startswith("SLURM_"))]:
+        monkeypatch.setenv(name, "")  # registers the name, so that it is restored
+        monkeypatch.delenv(name)
+
+    def set_all(**variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return set_all
+
+
+def test_slurm_environment(environment):
+    """srun's variables become torchrun's: two nodes of four tasks, this one the sixth."""
+    environment(SLURM_PROCID="5", SLURM_NTASKS="8", SLURM_LOCALID="1", SLURM_TASKS_PER_NODE="4(x2)")
+    environment(SLURM_JOB_NODELIST="gpu[03-04]")
+    distributed.read_slurm_environment("localhost", "12355")
+    assert (distributed.rank(), distributed.world_size(), distributed.local_rank()) == (5, 8, 1)
+    assert os.environ["LOCAL_WORLD_SIZE"] == "4"
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("gpu03", "12355")
+
+
+def test_slurm_respects_flags(environment):
+    """--master_addr wins over the node list; --ntasks-per-node over its summary."""
+    environment(SLURM_PROCID="0", SLURM_NTASKS="2", SLURM_NTASKS_PER_NODE="2", SLURM_TASKS_PER_NODE="1(x2)")
+    environment(SLURM_STEP_NODELIST="a1", SLURM_JOB_NODELIST="b1")
+    distributed.read_slurm_environment("10.0.0.7", "555")
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("10.0.0.7", "555")
+    assert os.environ["LOCAL_WORLD_SIZE"] == "2"
+
+
+@pytest.mark.parametrize("variables", [dict(RANK="1"), dict(SLURM_NTASKS="1"), {}])
+def test_slurm_is_left_alone(environment, variables):
+    """torchrun's own variables win inside a SLURM job, and a single task or no job is a plain start."""
+    if variables:
+        environment(**{"SLURM_PROCID": "0", "SLURM_NTASKS": "4", **variables})
+    before = dict(os.environ)
+    distributed.read_slurm_environment("localhost", "12355")
+    assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize("local_rank", [0, 1, 2])
+def test_more_processes_than_gpus(environment, monkeypatch, local_rank):
+    """Every process of the node refuses, the ones that would have a GPU too: process 0 is the one that says it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    environment(RANK=f"{local_rank}", LOCAL_RANK=f"{local_rank}", WORLD_SIZE="3", LOCAL_WORLD_SIZE="3")
+    with pytest.raises(UserError, match=r"3 processes but 2 visible GPU"):
+        distributed.pick_device("auto")
+    assert distributed.pick_device("cpu").type == "cpu"
+
+
+def test_device_that_is_not_there(monkeypatch):
+    """--device cuda without CUDA is named."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--device cuda: no CUDA device"):
+        distributed.pick_device("cuda")
