@@ -13,6 +13,7 @@ Weights are streamed one tensor at a time, and the folder appears when it is com
 transformers (and PEFT) load it, with the trained model on held-out text.
 """
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,6 +57,8 @@ class ExportConfig:
     def errors(self) -> list[str]:
         """One line for each flag that cannot work beside the others."""
         found = [f"--{name}: required" for name in ("model", "save_dir") if not getattr(self, name)]
+        if "WORLD_SIZE" in os.environ:
+            found.append("torchrun: an export is one process; start it with plain python")
         others = {"symmetric", "group_size", "gptq", "gptq_samples"} & self.explicit_flags
         if self.infer_type != "w4a16":
             found += [f"--{name}: has no meaning for --infer_type {self.infer_type}" for name in sorted(others)]

@@ -51,7 +51,8 @@ def batch_arithmetic(config, tokenized, *, steps: int) -> str:
 
 def steps_of(config, tokenized, tokenizer, *, total: int):
     """Exactly `total` optimizer steps, epoch after epoch, each a list of this process's micro-batches."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    # padding is told by its place: any id does that the embedding has, and a tokenizer's own may lie beyond it
+    pad = min(tokenizer.pad_token_id or 0, tokenized.report.max_token_id)
 
     def endless():
         for epoch in itertools.count():
@@ -69,6 +70,16 @@ def steps_of(config, tokenized, tokenizer, *, total: int):
             )
 
     return itertools.islice(endless(), total)
+
+
+def steps_of_epochs(config, tokenized) -> int:
+    """Optimizer steps of --num_epochs; with packing, epochs may differ by a step."""
+    batch = {name: getattr(config, name) for name in ("batch_size", "gradient_accumulation_steps")}
+    rows = {name: getattr(config, name) for name in ("packing", "context_length", "seed")}
+    return sum(
+        steps_per_epoch(tokenized, **batch, **rows, world_size=world_size(), epoch=epoch)
+        for epoch in range(config.num_epochs)
+    )
 
 
 def backward(model, loss_sum_of, micro_batches, config, *, device, scale: float) -> tuple[float, int]:
@@ -91,16 +102,7 @@ def backward(model, loss_sum_of, micro_batches, config, *, device, scale: float)
 
 def train(model, method, tokenized, tokenizer, config, *, mesh, device) -> None:
     """The loop: one pass over `micro_batches` per optimizer step, metrics after each."""
-    per_epoch = steps_per_epoch(
-        tokenized,
-        batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        world_size=world_size(),
-        packing=config.packing,
-        seed=config.seed,
-        context_length=config.context_length,
-    )
-    total = config.max_steps if config.max_steps > 0 else per_epoch * config.num_epochs
+    total = config.max_steps if config.max_steps > 0 else steps_of_epochs(config, tokenized)
     say(batch_arithmetic(config, tokenized, steps=total))
     trained = LocalParameters(model)
     optimizer = OPTIMIZERS[config.optimizer](trained.plain, config.lr, config.wd)
@@ -117,7 +119,7 @@ def train(model, method, tokenized, tokenizer, config, *, mesh, device) -> None:
             gradients = trained.collect_gradients()
             scaler.unscale_(gradients)
             norm = global_norm(gradients, group=group, device=device).item()
-            if not (scaler.enabled or torch.isfinite(torch.tensor([loss, norm])).all()):
+            if not (scaler.can_shrink or torch.isfinite(torch.tensor([loss, norm])).all()):
                 raise FloatingPointError(
                     f"step {step + 1}: loss {loss}, gradient norm {norm}; lower --lr or check the data"
                 )
@@ -143,6 +145,7 @@ def train(model, method, tokenized, tokenizer, config, *, mesh, device) -> None:
                     tokens=tokens,
                     tokens_per_s=clock.step(sum(b["input_ids"].numel() for b in micro_batches) * world_size()),
                     memory_gib=metrics.peak_memory_gib(device),
+                    **(metrics.memory_now(device) if config.profile_memory else {}),
                 )
             )
             if profiler:

@@ -21,7 +21,7 @@ from methods.rows import gather
 
 RUN_FILE = "run.json"
 PACKAGES = ("torch", "transformers", "bitsandbytes", "hqq", "peft", "accelerate", "datasets", "safetensors")
-DESCRIPTIONS = ("adapter_config.json", "config.json", "generation_config.json", EXPANDED_LAYERS_FILE)
+DESCRIPTIONS = (EXPANDED_LAYERS_FILE, "generation_config.json", "config.json", "adapter_config.json")
 OWN_FILES = {RUN_FILE, "metrics.jsonl"}  # what a run without --save_model leaves behind
 
 
@@ -85,7 +85,8 @@ def _move_in(temporary: Path, folder: Path) -> None:
     for stale in [*folder.glob("*.safetensors"), *(folder / name for name in (INDEX_NAME, *DESCRIPTIONS))]:
         stale.unlink(missing_ok=True)
     # what makes the folder loadable comes last: a move that is interrupted leaves nothing that looks finished
-    for path in sorted(temporary.iterdir(), key=lambda path: path.name in DESCRIPTIONS):
+    last = {name: place for place, name in enumerate(DESCRIPTIONS)}
+    for path in sorted(temporary.iterdir(), key=lambda path: last.get(path.name, -1)):
         os.replace(path, folder / path.name)
     temporary.rmdir()
 

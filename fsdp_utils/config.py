@@ -69,6 +69,11 @@ class TrainConfig:
     hybrid_shard_size: int = flag(-1, "processes that share one copy (hybrid_*); -1: those of a node", minimum=-1)
     use_cpu_offload: bool = flag(True, "keep parameters in host memory between uses")
     use_gradient_checkpointing: bool = flag(True, "recompute decoder blocks in backward")
+    checkpoint_policy: str = flag(
+        "full",
+        "products: keep matrix products and attention, recompute the rest; faster, more memory",
+        choices=("full", "products"),
+    )
     reentrant_checkpointing: bool = flag(False, "use re-entrant checkpointing")
     use_activation_cpu_offload: bool = flag(False, "keep checkpointed block inputs in host memory")
     no_sync: bool = flag(False, "reduce gradients only at the last accumulation step")
@@ -97,7 +102,7 @@ class TrainConfig:
     master_port: str = flag("12355", "port of process 0")
 
     _profiling: str = section("profiling")
-    profile_memory: bool = flag(False, "log allocated and reserved memory at every step")
+    profile_memory: bool = flag(False, "log allocated and reserved memory at every step, and into the profile")
     profile: bool = flag(False, "run torch.profiler")
     profiling_output: str = flag("profiles", "folder of the profiles")
     with_stack: bool = flag(False, "record Python stacks")
@@ -134,6 +139,8 @@ class TrainConfig:
             found.append(
                 f"--llama_pro_path: has no meaning for --train_type {self.train_type}; use bnb_llama_pro or its like"
             )
+        if self.checkpoint_policy == "products" and self.reentrant_checkpointing:
+            found.append("--checkpoint_policy products: not with --reentrant_checkpointing true")
         if self.quantize_lm_head and self.quantizer == "none":
             found.append(f"--quantize_lm_head true: {self.train_type} quantizes nothing; use a bnb or hqq train type")
         if self.use_activation_cpu_offload and not self.use_gradient_checkpointing:

@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import time
 import traceback
 
 import torch
@@ -10,6 +11,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from methods.errors import UserError
+
+FAIL_GRACE_SECONDS = 15.0
 
 
 def rank() -> int:
@@ -21,7 +24,7 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
 
 
 def is_main() -> bool:
@@ -51,8 +54,8 @@ def all_reduce_sum(value: float, device: torch.device) -> float:
 
 def first_host(node_list: str) -> str:
     """The first host of a SLURM node list such as `gpu[03-05,9],login1`."""
-    match = re.match(r"([^\[,]+)(?:\[(\d+))?", node_list)
-    return match.group(1) + (match.group(2) or "")
+    first = re.match(r"(?:\[[^\]]*\]|[^\[,])+", node_list).group()  # up to a comma outside brackets
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first)
 
 
 def read_slurm_environment(master_addr: str, master_port: str) -> None:
@@ -78,13 +81,14 @@ def pick_device(wanted: str) -> torch.device:
         raise UserError("--device cuda: no CUDA device is visible; use --device cpu")
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    if local_rank() >= torch.cuda.device_count():
-        count = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    visible, count = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    own = visible == 1 and "SLURM_GPUS_PER_TASK" in os.environ  # SLURM shows each task its own GPU as the only one
+    if count > visible and not own:  # on every process: those that have a GPU would wait for the others
         raise UserError(
-            f"--nproc_per_node {count}: {count} processes but {torch.cuda.device_count()} visible GPU(s); "
+            f"--nproc_per_node {count}: {count} processes but {visible} visible GPU(s); "
             "start one process per GPU or pass --device cpu"
         )
-    device = torch.device("cuda", local_rank())
+    device = torch.device("cuda", 0 if own else local_rank())
     torch.cuda.set_device(device)
     return device
 
@@ -155,10 +159,15 @@ def launch(function, config) -> None:
 
 
 def fail(error: UserError) -> None:
-    """Shows bad input as its message alone, once per node, and exits with 2."""
-    if local_rank() == 0:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr, flush=True)
+    """Shows bad input as its message alone, once per node, and exits with 2.
+
+    A launcher ends all processes when the first exits. So the others leave that to process 0, which says it; where
+    process 0 does not fail, they speak for themselves.
+    """
+    if local_rank() != 0:
+        time.sleep(FAIL_GRACE_SECONDS)
+    for line in str(error).splitlines():
+        print(f"error: {line}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     # not sys.exit: leaving through a process group that waits for another process can hang
     os._exit(2)

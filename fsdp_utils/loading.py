@@ -229,6 +229,11 @@ def _plan(model, weights) -> list[_Step]:
     return plan
 
 
+def check_weights(model: nn.Module, weights) -> None:
+    """Raises the CheckpointError that `load_weights` would, from names and shapes alone."""
+    _plan(model, weights)
+
+
 @torch.no_grad()
 def load_weights(model: nn.Module, weights, *, device: torch.device, cache=None, readers: int = 2) -> None:
     """Fills this process's rows of every base parameter: reads them, quantizes them on `device`, drops them.

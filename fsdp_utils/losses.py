@@ -69,6 +69,7 @@ class CausalLMLoss:
             if out is self.pending.loss:
                 self.pending.loss = None
                 return out.sum()
+            self.pending.loss = None  # it holds the graph of the whole forward pass
             self.fused = False  # this family changes its logits after the head (capping, scaling)
         # use_cache=True would make transformers ignore the sequence boundaries in position_ids
         logits = self.model(**inputs, use_cache=False).logits.flatten(0, 1)  # [b*L, vocabulary]

@@ -4,6 +4,7 @@ from torch import nn
 
 from fsdp_utils.distributed import world_size
 from methods.errors import UserError
+from methods.kernels.cross_entropy import LOGITS_BYTES
 from methods.rows import local
 
 GIB = 2**30
@@ -25,7 +26,7 @@ def breakdown(model: nn.Module, config) -> dict[str, float]:
     hidden, layers = shape.hidden_size, shape.num_hidden_layers
     inside = tokens * width * (6 * hidden + 4 * shape.intermediate_size)  # what one block keeps for backward, about
     kept = layers * tokens * hidden * width + inside if config.use_gradient_checkpointing else layers * inside
-    logits = 2**28 if config.fused_loss else tokens * shape.vocab_size * (width + 8)
+    logits = LOGITS_BYTES if config.fused_loss else tokens * shape.vocab_size * (width + 8)
     on_host = config.use_cpu_offload
     sizes = {
         "base": 0 if on_host else frozen,

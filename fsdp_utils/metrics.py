@@ -1,8 +1,11 @@
 """Where numbers go: progress bar, stdout or wandb, always metrics.jsonl; plus memory readings and the profiler."""
 
 import json
+import math
+import os
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -82,7 +85,9 @@ class Logger:
         self.sink = SINKS[config.log_to](config, total)
 
     def log(self, row: dict) -> None:
-        self.file.write(json.dumps(row) + "\n")
+        # a skipped step's infinite norm is no JSON
+        finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()}
+        self.file.write(json.dumps(finite, allow_nan=False) + "\n")
         self.sink.log(row)
 
     def close(self) -> None:
@@ -102,6 +107,15 @@ def peak_memory_gib(device: torch.device) -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+def memory_now(device: torch.device) -> dict[str, float]:
+    """GiB allocated and reserved on the GPU at this moment; on a CPU, resident in this process."""
+    if device.type == "cuda":
+        allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+        return dict(allocated_gib=allocated / GIB, reserved_gib=reserved / GIB)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return dict(resident_gib=pages * os.sysconf("SC_PAGE_SIZE") / GIB)
 
 
 class Clock:
@@ -146,7 +160,8 @@ def make_profiler(config, device: torch.device):
         if config.export_trace:
             profiler.export_chrome_trace(str(folder / f"{name}.json.gz"))
         if config.export_memory_timeline:
-            profiler.export_memory_timeline(str(folder / f"{name}_memory.html"), device=str(device))
+            suffix = "html" if find_spec("matplotlib") else "json.gz"  # torch plots with it, or writes nothing
+            profiler.export_memory_timeline(str(folder / f"{name}_memory.{suffix}"), device=str(device))
 
     recorded = config.warmup_steps + config.active_steps
     wait = max(config.wait_steps, config.profiling_frequency - recorded)

@@ -50,7 +50,11 @@ def plan(config, *, device: torch.device) -> Plan:
     varlen = config.packing and config.attn_implementation == "auto"
     if varlen and attention.supported(model_config, dtype=compute, device=device):
         model_config._attn_implementation = attention.NAME
-    model = loading.build_on_meta(model_config, dtype=dtype)
+    try:
+        model = loading.build_on_meta(model_config, dtype=dtype)
+    except (ImportError, ValueError) as error:  # an attention that is unknown, not installed, or not for this family
+        asked = f"--model_name {config.source} with --attn_implementation {config.attn_implementation}"
+        raise UserError(f"{asked}: {str(error).splitlines()[0]}") from None
     refuse_experts(model)
     weights = loading.open_weights(
         model, config.source, load_format=config.load_format, dtype=dtype, device=device, seed=config.seed
@@ -63,6 +67,7 @@ def plan(config, *, device: torch.device) -> Plan:
     method.attach(model, dtype=dtype)
     if not any(p.requires_grad for p in model.parameters()):
         raise RuntimeError(f"{config.train_type} left no parameter to train")
+    loading.check_weights(model, weights)
     return Plan(model, method, quantizer, weights, dtype, fingerprint)
 
 

@@ -83,6 +83,11 @@ class LossScaler:
         self.scale = start if enabled else 1.0
         self.enabled, self.growth_interval, self.good_steps = enabled, growth_interval, 0
 
+    @property
+    def can_shrink(self) -> bool:
+        """Whether an overflow may be the scale's fault. At 1 it is not: then the model diverged."""
+        return self.enabled and self.scale > 1
+
     def unscale_(self, gradients: list[torch.Tensor]) -> None:
         if self.enabled and gradients:
             torch._foreach_mul_(gradients, 1 / self.scale)

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fsdp_utils.offload import InputOffloader
 
@@ -19,7 +19,20 @@ RESHARD_AFTER_FORWARD = {
 }
 
 
-def checkpoint_block(block: nn.Module, *, reentrant: bool, preserve_rng: bool) -> None:
+def keep_products(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    """What `--checkpoint_policy products` keeps: the outputs that cost a matrix product or attention."""
+    name = str(op)
+    kept = any(word in name for word in ("adapted_linear.", "aten.mm.", "aten.addmm.", "_attention"))
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+POLICIES = {
+    "full": {},
+    "products": {"context_fn": partial(create_selective_checkpoint_contexts, keep_products)},
+}
+
+
+def checkpoint_block(block: nn.Module, *, reentrant: bool, preserve_rng: bool, policy: str = "full") -> None:
     """Makes a block keep only its input and run forward again in backward.
 
     It wraps `forward`, not the module: FSDP2's hooks stay outside the recomputed region, and names do not change.
@@ -30,7 +43,7 @@ def checkpoint_block(block: nn.Module, *, reentrant: bool, preserve_rng: bool) -
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         run = partial(forward, **kwargs)  # re-entrant checkpointing takes no keyword arguments
-        return checkpoint(run, *args, use_reentrant=reentrant, preserve_rng_state=preserve_rng)
+        return checkpoint(run, *args, use_reentrant=reentrant, preserve_rng_state=preserve_rng, **POLICIES[policy])
 
     block.forward = checkpointed
 
@@ -52,7 +65,8 @@ def prepare_blocks(model: nn.Module, blocks: dict[str, nn.Module], config, *, co
         if compile_block and reentrant:
             block.forward = compile_block(block.forward)
         if config.use_gradient_checkpointing:
-            checkpoint_block(block, reentrant=reentrant, preserve_rng=config.lora_dropout > 0)
+            preserve_rng = config.lora_dropout > 0
+            checkpoint_block(block, reentrant=reentrant, preserve_rng=preserve_rng, policy=config.checkpoint_policy)
         if compile_block and not reentrant:
             block.forward = compile_block(block.forward)
         if offloader:

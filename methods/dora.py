@@ -9,10 +9,11 @@ away in bf16 as they would be beside a norm near one, and weight decay pulls tow
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from methods.kernels import norms
 from methods.lora import LoRA, LoRALinear
-from methods.quantizers.linear import QuantizedLinear, weight_rows
+from methods.quantizers.linear import weight_rows
 from methods.rows import fill, gather_each, local
 
 
@@ -51,10 +52,19 @@ def row_norms(weight, weight_norm, lora_a, lora_b, scaling) -> torch.Tensor:
     Args:
         weight: `[n, in]`; weight_norm: fp32 `[n]`; lora_a: `[r, in]`; lora_b: `[n, r]`.
     """
-    a, b = lora_a.to(weight.dtype), lora_b.float()
-    cross = (weight @ a.T).float()  # [n, r]
-    gram = lora_a.float() @ lora_a.float().T  # [r, r]
-    squared = weight_norm.square() + 2 * scaling * (cross * b).sum(1) + scaling**2 * ((b @ gram) * b).sum(1)
+    cross = weight @ lora_a.to(weight.dtype).T  # [n, r]
+    wide = lora_a.float()
+    gram = wide @ wide.T  # [r, r]
+    if norms.fits(cross):
+        return norms.finish(weight_norm, cross, lora_b, gram, scaling)
+    return finish_norms(weight_norm, cross, lora_b, gram, scaling)
+
+
+def finish_norms(weight_norm, cross, lora_b, gram, scaling) -> torch.Tensor:
+    """The small terms of `row_norms`; cross `[n, r]`, gram fp32 `[r, r]`."""
+    b = lora_b.float()
+    low_rank = ((b @ gram) * b).sum(1)
+    squared = weight_norm.square() + 2 * scaling * (cross.float() * b).sum(1) + scaling**2 * low_rank
     return squared.clamp_min(0).sqrt()
 
 
@@ -65,7 +75,7 @@ class DoRA(LoRA):
 
     def __init__(self, config):
         super().__init__(config)
-        self._adapted = None
+        self._adapted, self._graph = None, None
 
     @torch.no_grad()
     def initialize(self, model, *, device):
@@ -81,24 +91,29 @@ class DoRA(LoRA):
 
     @torch.no_grad()
     def after_step(self, model, *, device):
-        if self._adapted is None:  # walking the modules at every step costs the host milliseconds
+        if self._graph is not None:
+            self._graph.replay()
+            return
+        first = self._adapted is None
+        if first:  # walking the modules at every step costs the host milliseconds
             self._adapted = list(self.layers(model).values())
+        if first or device.type != "cuda" or isinstance(self._adapted[0].lora_A, DTensor):
+            self._refresh(device)
+            return
+        # unsharded tensors stay where they are: from the second step on, a thousand launches become one
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._refresh(device)
+        self._graph.replay()
+
+    def _refresh(self, device) -> None:
+        """Recomputes the norms of the adapted weight, this process's rows of every layer."""
         wholes = gather_each([layer.lora_A for layer in self._adapted], device=device)
         for layer, lora_a in zip(self._adapted, wholes, strict=True):
-            local(layer.adapted_norm).copy_(adapted_norms(layer, lora_a, device=device))
+            norm, b = local(layer.weight_norm).to(device), local(layer.lora_B).to(device)
+            weight = weight_rows(layer.base_layer, local, dtype=self._norm_dtype(layer), device=device)
+            local(layer.adapted_norm).copy_(row_norms(weight, norm, lora_a, b, layer.scaling))
 
     @staticmethod
     def _norm_dtype(layer) -> torch.dtype:
         return layer.lora_A.dtype
-
-
-def adapted_norms(layer: DoRALinear, lora_a: torch.Tensor, *, device: torch.device) -> torch.Tensor:
-    """`||W + s B A||` of this process's rows of a layer, fp32 `[n]`; lora_a is the whole `[r, in]`."""
-    norm, b = local(layer.weight_norm).to(device), local(layer.lora_B).to(device)
-    base = layer.base_layer
-    if isinstance(base, QuantizedLinear):
-        packed = tuple(local(p).to(device) for p in base.packed())
-        if norms.fits(base.quantizer, packed, lora_a):
-            return norms.table_row_norms(base.quantizer, packed, norm, lora_a, b, layer.scaling)
-    weight = weight_rows(base, local, dtype=lora_a.dtype, device=device)
-    return row_norms(weight, norm, lora_a, b, layer.scaling)

@@ -94,6 +94,7 @@ MERGED = [
     ("gemma", "hqq_dora", {}),  # tied head
     ("phi3", "custom_qlora", {"lora_target_modules": "qkv_proj,down_proj"}),  # fused; linears without an adapter
     ("qwen2", "dora", {}),
+    ("mistral", "lora", {}),
     ("llama", "hqq_lora", {"n_bits": 3}),
     ("llama", "bnb_dora", {"quant_scales": "double", "quant_group_size": 32, "quant_type": "fp4"}),
     ("llama", "full", {}),
@@ -132,14 +133,13 @@ def test_unmerged_qdora_of_any_quantizer(save_run, tiny, export):
 
 
 def test_unmerged_qdora_in_bf16(save_run, tiny, export):
-    """In bf16 the most likely token is the trained model's, almost everywhere."""
+    """In bf16 the most likely token is the trained model's, wherever bf16 tells its two best apart."""
     run, model = save_run(tiny(dtype=torch.bfloat16), "bnb_dora", precision="bf16")
     found, wanted = logits(stock(export(run, "bnb_dora"), dtype=torch.bfloat16), rows=100), logits(model, rows=100)
     top = wanted.topk(2).values
     clear = top[..., 0] - top[..., 1] > 2 * torch.finfo(torch.bfloat16).eps * top[..., 0].abs()
     agreed = found.argmax(-1) == wanted.argmax(-1)
-    print('AGREED', agreed.float().mean(), clear.float().mean())
-    assert agreed[clear].float().mean() > 0.99, (agreed.float().mean(), clear.float().mean())
+    assert agreed[clear].float().mean() > 0.99
 
 
 def test_nf4(save_run, tiny, export):
@@ -224,7 +224,7 @@ def test_packing_is_that_of_compressed_tensors(symmetric):
 
 def test_fidelity_report(save_run, tiny, tiny_data, export):
     """The report compares trained, exported and base on the run's data; an exact export has no divergence."""
-    run, _ = save_run(tiny(), "bnb_dora")
+    run, _ = save_run(tiny(), "bnb_dora", context_length=128)
     folder = export(run, "bnb_dora", dtype="fp32", fidelity_samples=4)
     found = json.loads((folder / "fidelity.json").read_text())
     assert found["texts"] == 4 and "trained on" in found["data"]
@@ -236,6 +236,8 @@ def test_fidelity_report(save_run, tiny, tiny_data, export):
     assert found["data"] == "demo" and 0 < found["exported"]["kl"] < 0.01
     with pytest.raises(UserError, match="--fidelity_samples 0"):
         export(merged, "bnb_nf4", name="nf4", fidelity_samples=4)
+    nf4 = export(merged, "bnb_nf4", name="nf4", fidelity_samples=4, fidelity_data=tiny_data)
+    assert "base" not in json.loads((nf4 / "fidelity.json").read_text())
 
 
 def test_interrupted_export_leaves_nothing(save_run, tiny, export, tmp_path, monkeypatch):

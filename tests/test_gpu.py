@@ -43,7 +43,7 @@ def test_fast_equals_plain_in_bf16(flags, train_type):
 @pytest.mark.parametrize(
     "more",
     [dict(use_activation_cpu_offload=True), dict(use_cpu_offload=True), dict(use_gradient_checkpointing=False),
-     dict(reentrant_checkpointing=True)],
+     dict(reentrant_checkpointing=True), dict(checkpoint_policy="products")],
     ids=str,
 )  # fmt: skip
 def test_memory_options_change_nothing(flags, more, compiled):

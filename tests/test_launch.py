@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import make_config
 
+import train
 from fsdp_utils import distributed
+from fsdp_utils.flags import as_dict
 from methods.errors import UserError
 
 REPOSITORY = Path(__file__).parent.parent
@@ -40,15 +43,16 @@ def losses(folder) -> list[float]:
 
 def test_plain_python_starts_processes(tiny, tiny_data, tmp_path):
     """`python train.py --world_size 2` trains on two processes, to the losses of one."""
-    flags = dict(model_name=tiny(), dataset=tiny_data, train_type="bnb_dora", device="cpu", precision="fp32")
-    flags |= dict(lora_dropout=0.0, lora_rank=8, max_steps=3, lr=0.01, use_cpu_offload=False, master_port=free_port())
-    for count, batch_size in ((1, 4), (2, 2)):
-        more = dict(world_size=count, batch_size=batch_size, output_dir=tmp_path / f"{count}")
-        done = start([sys.executable, TRAIN, *(f"--{k}={v}" for k, v in {**flags, **more}.items())])
-        assert done.returncode == 0, done.stderr
-        assert f"x {count} processes x" in done.stdout
-        assert done.stdout.count("trained parameters") == 1  # process 0 speaks
+    flags = dict(model_name=tiny(), dataset=tiny_data, train_type="bnb_dora", max_steps=3, lr=0.01)
+    config = make_config(**flags, batch_size=4, output_dir=tmp_path / "1")
+    train.main(config)
+    flags = as_dict(config) | dict(world_size=2, batch_size=2, output_dir=tmp_path / "2", master_port=free_port())
+    done = start([sys.executable, TRAIN, *(f"--{k}={v}" for k, v in flags.items() if v is not None)])
+    assert done.returncode == 0, done.stderr
+    assert "global batch: 2 rows x 2 processes" in done.stdout
+    assert done.stdout.count("trained parameters") == 1  # process 0 speaks
     assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-5)
+    assert len(losses(tmp_path / "2")) == 3
 
 
 def test_help():

@@ -88,12 +88,14 @@ def test_splits_of_the_global_batch(pair, flags, train_type, no_sync):
     assert_close(first_step({**flags(train_type=train_type), **more}), alone, relative=1e-5)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    "how", [dict(), dict(reentrant_checkpointing=True), dict(checkpoint_policy="products")], ids=str
+)
 @pytest.mark.parametrize("train_type", ["qlora", "bnb_dora", "hqq_lora", "full"])
-def test_checkpointing(pair, flags, train_type, reentrant):
-    """Recomputing blocks, re-entrant or not, changes no gradient."""
+def test_checkpointing(pair, flags, train_type, how):
+    """Recomputing blocks, re-entrant or in part, changes no gradient."""
     alone = first_step(flags(train_type=train_type, use_gradient_checkpointing=False))
-    more = dict(use_gradient_checkpointing=True, reentrant_checkpointing=reentrant)
+    more = dict(use_gradient_checkpointing=True, **how)
     assert_close(first_step(flags(train_type=train_type, **more)), alone, relative=1e-5)
     both = pair.run(first_step, {**flags(train_type=train_type, **more), "batch_size": 4})
     assert_close(both[0], alone, relative=1e-5)

@@ -77,7 +77,7 @@ def assert_close(got, want):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "gemma"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
 @pytest.mark.parametrize("train_type", ["qlora", "custom_qlora", "bnb_dora", "hqq_dora", "lora", "dora"])
 def test_peft_computes_the_runs_logits(pair, tiny, tmp_path, family, train_type):
     """On the dequantized base, to 1e-4; biases, tied heads and fused projections too. 2 processes save 1's bytes."""

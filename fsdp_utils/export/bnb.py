@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from fsdp_utils import loading, runs
+from fsdp_utils.distributed import say
 from fsdp_utils.export.formats import Format
 from methods.errors import UserError
 from methods.quantizers.bnb import Bnb4bit
@@ -75,7 +76,8 @@ class BnbNF4(Bnb):
     """Any run, its merged weights quantized (again). The blocks that Llama-Pro trained stay in 16 bits.
 
     A run with a bitsandbytes base keeps its code and block size, so the frozen blocks of a Llama-Pro model come out
-    as they were trained.
+    as they were trained. An adapter on such a base suffers for the same reason: the base already lies on the grid, and
+    a change smaller than half a step is rounded away.
     """
 
     def __init__(self, trained, options):
@@ -83,6 +85,10 @@ class BnbNF4(Bnb):
         own = trained.quantizer if isinstance(trained.quantizer, Bnb4bit) else Bnb4bit()
         self.quantizer = replace(own, scales="fp32")
         self.check_group(self.quantizer.group_size, way_out="use --infer_type merged")
+        if trained.run.kind == "adapter" and isinstance(trained.quantizer, Bnb4bit):
+            say(
+                "note: rounding to the grid it was trained on undoes part of an adapter; --infer_type bnb_dora is exact"
+            )
 
     def linear_tensors(self, path):
         return self.stored(path, *self.quantizer.quantize(self.trained.merged(path)))

@@ -37,6 +37,7 @@ class TrainedWeights:
             raise UserError(f"--model {run.folder}: was trained on random weights (--load_format dummy)")
         self.run, self.device = run, device
         self.quantizer, self._trained_dtype, self._adapter = runs.quantizer_object(run), None, {}
+        self._last = {}
         if run.kind == "adapter":
             self._trained_dtype = runs.default_dtype(run)
             _, self._adapter, _ = runs.plan_adapter(run, device=device, dtype=self._trained_dtype)
@@ -73,7 +74,9 @@ class TrainedWeights:
 
     def packed(self, path: str) -> tuple[torch.Tensor, ...]:
         """The packed weight under the adapters, quantized again exactly as in training."""
-        return self.quantizer.quantize(self._read(f"{path}.weight"))
+        if path not in self._last:  # asked for up to three times in a row; HQQ's solver takes the time of an export
+            self._last = {path: self.quantizer.quantize(self._read(f"{path}.weight"))}
+        return self._last[path]
 
     def merged(self, path: str) -> torch.Tensor:
         """The weight of a linear with its adapter folded into the base it was trained on, fp32 `[out, in]`."""
@@ -101,11 +104,10 @@ class TrainedWeights:
 
     def _base_weight(self, path):
         """`[out, in]` in the dtype of training (a model's own dtype where there is no adapter)."""
-        rows = self._read(f"{path}.weight")
         if self.run.kind != "adapter" or not self.quantizer or path not in self.in_blocks:
-            return rows.to(self._trained_dtype)
-        packed = self.quantizer.quantize(rows)
-        return self.quantizer.dequantize(packed, in_features=rows.shape[1], dtype=self._trained_dtype)
+            return self.tensor(f"{path}.weight")
+        width = self.linears[path].in_features
+        return self.quantizer.dequantize(self.packed(path), in_features=width, dtype=self._trained_dtype)
 
     def _read(self, name):
         return self.reader.tensor(self._stored[name]).to(self.device)

@@ -9,6 +9,7 @@ The plain version is `LoRALinear.plain_forward`. What this one does differently:
 """
 
 import torch
+import torch.nn.functional as F
 
 from methods.kernels import reduce
 from methods.quantizers.linear import parse_quantizer
@@ -28,21 +29,19 @@ def _weight(parts, spec: str, factor: Tensor | None, *, dtype, in_features: int,
 
 def _scaled_b(b: Tensor, scaling: float, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
     """`s c B`, `[out, r]`."""
-    scaled = b.float() * scaling
-    return (scaled if factor is None else scaled * factor.unsqueeze(1)).to(dtype)
+    return (b * scaling if factor is None else b * (factor * scaling).unsqueeze(1)).to(dtype)
 
 
 def forward(
-    x: Tensor, p0: Tensor, p1: Tensor | None, p2: Tensor | None, spec: str,
+    x: Tensor, hidden: Tensor | None, p0: Tensor, p1: Tensor | None, p2: Tensor | None, spec: str,
     a: Tensor | None, b: Tensor | None, factor: Tensor | None, scaling: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """x `[..., in]` to output `[..., out]` and `A x` `[..., r]` (empty without adapter)."""
+) -> Tensor:  # fmt: skip
+    """x `[..., in]` and hidden = A x `[..., r]` to `[..., out]`. A itself is only here for its gradient."""
     shape, width, dtype = x.shape[:-1], x.shape[-1], x.dtype
     rows, parts = x.reshape(-1, width), (p0, p1, p2)  # [t, in]
     if a is None:
-        weight = _weight(parts, spec, factor, dtype=dtype, in_features=width)
-        return (rows @ weight.T).view(*shape, -1), x.new_empty(0)
-    hidden = rows @ a.to(dtype).T  # [t, r]
+        return (rows @ _weight(parts, spec, factor, dtype=dtype, in_features=width).T).view(*shape, -1)
+    hidden = hidden.reshape(-1, a.shape[0])  # [t, r]
     scaled_b = _scaled_b(b, scaling, factor, dtype)
     if p0.shape[0] > 2 * width:  # copying x costs less than writing and reading the output once more
         both = torch.empty(p0.shape[0], width + a.shape[0], dtype=dtype, device=x.device)
@@ -52,17 +51,16 @@ def forward(
     else:
         out = hidden @ scaled_b.T
         out.addmm_(rows, _weight(parts, spec, factor, dtype=dtype, in_features=width).T)
-    return out.view(*shape, -1), hidden.view(*shape, -1)
+    return out.view(*shape, -1)
 
 
-def forward_shapes(x, p0, p1, p2, spec, a, b, factor, scaling):
+def forward_shape(x, hidden, p0, p1, p2, spec, a, b, factor, scaling):
     """What `forward` returns, without values."""
-    hidden = x.new_empty(0) if a is None else x.new_empty(*x.shape[:-1], a.shape[0])
-    return x.new_empty(*x.shape[:-1], p0.shape[0]), hidden
+    return x.new_empty(*x.shape[:-1], p0.shape[0])
 
 
 def backward(
-    grad: Tensor, x: Tensor | None, hidden: Tensor, out: Tensor | None,
+    grad: Tensor, x: Tensor | None, hidden: Tensor | None, out: Tensor | None,
     p0: Tensor, p1: Tensor | None, p2: Tensor | None, spec: str,
     a: Tensor | None, b: Tensor | None, factor: Tensor | None, scaling: float, in_features: int, needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -73,14 +71,13 @@ def backward(
         rows, hidden = x.reshape(-1, in_features), hidden.reshape(-1, a.shape[0])
         through_b = grads @ _scaled_b(b, scaling, factor, grad.dtype)  # [t, r]
         grad_a = (through_b.T @ rows).to(a.dtype)
-        product = (grads.T @ hidden).float() * scaling  # [out, r]
-        grad_b = (product if factor is None else product * factor.unsqueeze(1)).to(b.dtype)
+        grad_b = _scaled_b(grads.T @ hidden, scaling, factor, b.dtype)
         if needs_x:
             grad_x = through_b @ a.to(grad.dtype)
     if factor is not None:
         # d/dc sum(grad * c V x) = sum(grad * out) / c; a row with c = 0 has no output to learn from
         summed = reduce.column_dot(grads, out.reshape(grads.shape))  # fp32 [out]
-        grad_factor = torch.where(factor == 0, torch.zeros_like(summed), summed / factor)
+        grad_factor = torch.where(factor == 0, 0.0, summed / factor)
     if needs_x:
         weight = _weight((p0, p1, p2), spec, factor, dtype=grad.dtype, in_features=in_features)
         grad_x = grads @ weight if a is None else grad_x.addmm_(grads, weight)
@@ -99,40 +96,41 @@ def backward_shapes(grad, x, hidden, out, p0, p1, p2, spec, a, b, factor, scalin
 # Registered by hand: torch.library.custom_op checks every call for aliasing, which costs more than a small product.
 _library = torch.library.Library("fsdp_qlora", "DEF")
 _library.define(
-    "adapted_linear(Tensor x, Tensor p0, Tensor? p1, Tensor? p2, str spec, Tensor? a, Tensor? b, Tensor? factor, "
-    "float scaling) -> (Tensor, Tensor)"
+    "adapted_linear(Tensor x, Tensor? hidden, Tensor p0, Tensor? p1, Tensor? p2, str spec, Tensor? a, Tensor? b, "
+    "Tensor? factor, float scaling) -> Tensor"
 )
 _library.define(
-    "adapted_linear_backward(Tensor grad, Tensor? x, Tensor hidden, Tensor? out, Tensor p0, Tensor? p1, Tensor? p2, "
+    "adapted_linear_backward(Tensor grad, Tensor? x, Tensor? hidden, Tensor? out, Tensor p0, Tensor? p1, Tensor? p2, "
     "str spec, Tensor? a, Tensor? b, Tensor? factor, float scaling, SymInt in_features, bool needs_x) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 for _name, _run, _shapes in (
-    ("adapted_linear", forward, forward_shapes),
+    ("adapted_linear", forward, forward_shape),
     ("adapted_linear_backward", backward, backward_shapes),
 ):
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fsdp_qlora::{_name}", _shapes, lib=_library)
 
 
-class _AdaptedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, p0, p1, p2, spec, a, b, factor, scaling):
-        out, hidden = torch.ops.fsdp_qlora.adapted_linear(x, p0, p1, p2, spec, a, b, factor, scaling)
-        # what backward does not need is not kept: x only for A, the output only for the magnitude
-        kept = (x if a is not None else None, hidden, out if factor is not None else None)
-        ctx.save_for_backward(*kept, p0, p1, p2, a, b, factor)
-        ctx.spec, ctx.scaling, ctx.in_features, ctx.needs_x = spec, scaling, x.shape[-1], ctx.needs_input_grad[0]
-        return out
+def _keep(ctx, inputs, output):
+    x, hidden, p0, p1, p2, spec, a, b, factor, scaling = inputs
+    # what backward does not need is not kept: x only for A, the output only for the magnitude
+    kept = (x if a is not None else None, hidden, output if factor is not None else None)
+    ctx.save_for_backward(*kept, p0, p1, p2, a, b, factor)
+    ctx.spec, ctx.scaling, ctx.in_features, ctx.needs_x = spec, scaling, x.shape[-1], ctx.needs_input_grad[0]
 
-    @staticmethod
-    def backward(ctx, grad):
-        x, hidden, out, p0, p1, p2, a, b, factor = ctx.saved_tensors
-        grad_x, grad_a, grad_b, grad_factor = torch.ops.fsdp_qlora.adapted_linear_backward(
-            grad, x, hidden, out, p0, p1, p2, ctx.spec, a, b, factor, ctx.scaling, ctx.in_features, ctx.needs_x
-        )
-        adapters = (g if t is not None else None for g, t in ((grad_a, a), (grad_b, b), (grad_factor, factor)))
-        return (grad_x if ctx.needs_x else None, None, None, None, None, *adapters, None)
+
+def _backward(ctx, grad):
+    x, hidden, out, p0, p1, p2, a, b, factor = ctx.saved_tensors
+    grad_x, grad_a, grad_b, grad_factor = torch.ops.fsdp_qlora.adapted_linear_backward(
+        grad, x, hidden, out, p0, p1, p2, ctx.spec, a, b, factor, ctx.scaling, ctx.in_features, ctx.needs_x
+    )
+    adapters = (g if t is not None else None for g, t in ((grad_a, a), (grad_b, b), (grad_factor, factor)))
+    return (grad_x if ctx.needs_x else None, None, None, None, None, None, *adapters, None)
+
+
+# not an autograd.Function: compiled checkpointing would take its outputs for something it has to keep
+torch.library.register_autograd("fsdp_qlora::adapted_linear", _backward, setup_context=_keep, lib=_library)
 
 
 def adapted_linear(
@@ -147,4 +145,6 @@ def adapted_linear(
         a, b: `[r, in]` and `[out, r]`, or None for the base product alone.
         factor: fp32 `[out]` or None.
     """
-    return _AdaptedLinear.apply(x, p0, p1, p2, spec, a, b, factor, scaling)
+    # A x apart from the operator: backward needs it, but not the output, which recomputation can then leave out
+    hidden = None if a is None else F.linear(x.detach(), a.detach().to(x.dtype))
+    return torch.ops.fsdp_qlora.adapted_linear(x, hidden, p0, p1, p2, spec, a, b, factor, scaling)

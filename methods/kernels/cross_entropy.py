@@ -13,7 +13,7 @@ try:
 except ImportError:
     triton = None
 
-LOGITS_BYTES = 256 * 2**20  # of one chunk
+LOGITS_BYTES = 128 * 2**20  # of one chunk
 
 
 def linear_cross_entropy_plain(hidden, weight, bias, targets) -> torch.Tensor:

@@ -1,0 +1,427 @@
+"""The loop: steps, optimizers, clipping, scaling, schedules, packing, what is logged, and what loading costs."""
+
+import gzip
+import json
+import math
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from runs import first_step, make_config, perturb, prepared
+from test_parity import assert_close
+from tiny import FAMILIES, byte_tokenizer
+
+import train
+from fsdp_utils import distributed, loading, metrics
+from fsdp_utils.losses import CausalLMLoss, with_targets
+from fsdp_utils.optim import OPTIMIZERS, SCHEDULES, LocalParameters, LossScaler, global_norm, schedule_factor
+from fsdp_utils.packing import IGNORED, collate_packed, epoch_rows
+from fsdp_utils.safetensors_io import StreamingWriter
+from methods.rows import gather, local
+
+
+def run(flags: dict, **patches) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """A whole run in this process: the rows of metrics.jsonl, and the trained parameters before and after."""
+    config, found = make_config(**flags), {}
+    original = {name: getattr(train, name) for name in ("train", *patches)}
+
+    def snapshot(model):
+        return {name: gather(p.detach()).clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    def observed(model, *args, **kwargs):
+        found["before"] = snapshot(model)
+        original["train"](model, *args, **kwargs)
+        found["after"] = snapshot(model)
+
+    for name, value in {"train": observed, **patches}.items():
+        setattr(train, name, value)
+    try:
+        train.main(config)
+    finally:
+        for name, value in original.items():
+            setattr(train, name, value)
+    torch.distributed.is_initialized() and torch.distributed.barrier()
+    lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines], found
+
+
+@pytest.fixture
+def flags(tiny, tiny_data, tmp_path):
+    def make(folder="out", family="llama", **more):
+        more = {"lr": 0.01, "batch_size": 4, "train_type": "custom_qlora", **more}
+        return dict(model_name=tiny(family), dataset=tiny_data, output_dir=tmp_path / folder, **more)
+
+    return make
+
+
+def column(rows, name):
+    return [row[name] for row in rows]
+
+
+@pytest.mark.parametrize(("settings", "steps"), [
+    (dict(max_steps=3), 3), (dict(max_steps=11), 11), (dict(num_epochs=2), 8), (dict(max_steps=5, num_epochs=9), 5),
+])  # fmt: skip
+def test_number_of_steps(flags, settings, steps):
+    """max_steps runs exactly so many optimizer steps, below and above an epoch of 4; -1 runs the epochs."""
+    rows, _ = run(flags(**settings))
+    assert column(rows, "step") == list(range(1, steps + 1))
+
+
+def test_steps_of_packed_epochs(flags, tiny_data):
+    """With packing an epoch is over when its packs are: every sample of every epoch is in a step."""
+    config = make_config(**flags(packing=True, num_epochs=6, batch_size=1, context_length=80))
+    tokenized = train.prepare_data(
+        config, loading.read_tokenizer(config.source), loading.read_model_config(config.source)
+    )
+    rows = dict(seed=config.seed, context_length=80, packing=True)
+    packs = [len(epoch_rows(tokenized.lengths, epoch=epoch, **rows)[0]) for epoch in range(6)]
+    assert train.steps_of_epochs(config, tokenized) == sum(packs)
+    steps = train.steps_of(config, tokenized, loading.read_tokenizer(config.source), total=sum(packs))
+    labels = sum(len(with_targets(batch)["targets"]) for micro_batches in steps for batch in micro_batches)
+    assert labels == 6 * tokenized.report.label_tokens
+
+
+def test_metrics(flags):
+    """Every row has the fields, and an epoch's tokens are the labels of the data."""
+    rows, _ = run(flags(profile_memory=True, log_to="stdout"))
+    fields = ["step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "memory_gib", "resident_gib"]
+    assert [list(row) for row in rows] == [fields] * 4
+    assert all(isinstance(v, (int, float)) and math.isfinite(v) for row in rows for v in row.values())
+    config = make_config(**flags())
+    data = train.prepare_data(config, byte_tokenizer(), loading.read_model_config(config.source))
+    assert sum(column(rows, "tokens")) == data.report.label_tokens
+    assert 0.05 < rows[0]["resident_gib"] <= rows[0]["memory_gib"] * 1.01
+
+
+LR = dict(sgd=1.0, adadelta=1.0)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("train_type", ["custom_qlora", "full"])
+def test_optimizers(pair, flags, optimizer, train_type):
+    """Three steps on two processes move every parameter to where three steps of one move it."""
+    if train_type == "full" and optimizer not in ("adamw", "adamw_8bit"):
+        pytest.skip("one sharded matrix is like another to the rest")
+    more = dict(optimizer=optimizer, train_type=train_type, max_steps=3, lr=LR.get(optimizer, 1e-3), lora_rank=3)
+    alone_rows, alone = run(flags("one", **more))
+    both_rows, both = pair.run(run, flags("two", **{**more, "batch_size": 2}))[1]
+    assert column(both_rows, "loss") == pytest.approx(column(alone_rows, "loss"), rel=1e-5)
+    # 8-bit states round in blocks that a shard cuts elsewhere
+    relative = 1e-5 if optimizer != "adamw_8bit" or train_type == "custom_qlora" else 1e-3
+    for name, parameter in alone["after"].items():
+        assert not torch.equal(parameter, alone["before"][name]), name
+        assert (both["after"][name] - parameter).norm() <= relative * parameter.norm().clamp_min(1e-4), name
+
+
+def test_optimizer_is_torchs(flags):
+    """AdamW on the parameters' local rows is torch's own AdamW on the parameters."""
+    config = make_config(**flags())
+    model, _, _, _ = prepared(config)
+    perturb(model)
+    trained = LocalParameters(model)
+    reference = [p.detach().clone().requires_grad_() for p in trained.plain]
+    optimizers = [OPTIMIZERS["adamw"](trained.plain, 0.01, 0.1), torch.optim.AdamW(reference, 0.01, weight_decay=0.1)]
+    for _ in range(3):
+        for sharded, copy in zip(trained.sharded, reference, strict=True):
+            sharded.grad = torch.sin(copy.detach() * 100)
+            copy.grad = sharded.grad.clone()
+        trained.collect_gradients()
+        for optimizer in optimizers:
+            optimizer.step()
+        trained.zero_grad()
+    for sharded, copy in zip(trained.sharded, reference, strict=True):
+        assert torch.equal(local(sharded), copy)
+
+
+def clipped_against_torch(flags: dict) -> tuple[float, float]:
+    """Norms of this step's gradients: ours over the processes, torch's over the gathered gradients."""
+    config = make_config(**flags)
+    model, planned, mesh, device = prepared(config)
+    perturb(model)
+    planned.method.after_step(model, device=device)
+    tokenizer = loading.read_tokenizer(config.source)
+    tokenized = train.prepare_data(config, tokenizer, model.config)
+    steps = train.steps_of(config, tokenized, tokenizer, total=1)
+    train.backward(model, CausalLMLoss(model, fused=True), next(steps), config, device=device, scale=1.0)
+    whole = [p for p in model.parameters() if p.requires_grad]
+    gathered = [torch.nn.Parameter(torch.empty(p.shape)) for p in whole]
+    for copy, p in zip(gathered, whole, strict=True):
+        copy.grad = gather(p.grad).clone()
+    group = distributed.shard_group(mesh) if mesh is not None else None
+    ours = global_norm(LocalParameters(model).collect_gradients(), group=group, device=device)
+    return ours.item(), torch.nn.utils.clip_grad_norm_(gathered, 1.0).item()
+
+
+@pytest.mark.parametrize("strategy", ["full_shard", "ddp", "hybrid_full_shard"])
+def test_gradient_norm_is_global(pair, flags, strategy):
+    """Each row counts once, however the gradients are sharded or replicated."""
+    settings = flags(train_type="bnb_dora", sharding_strategy=strategy, lora_rank=3)
+    for ours, torchs in [clipped_against_torch(settings), *pair.run(clipped_against_torch, settings)]:
+        assert ours == pytest.approx(torchs, rel=1e-6)
+
+
+def test_clipping_in_the_loop(pair, flags):
+    """With SGD at rate 1 the step is the clipped gradient: its global norm is --grad_norm, its direction the same."""
+    settings = dict(optimizer="sgd", lr=1.0, wd=0.0, max_steps=1, apply_gradient_clipping=True, grad_norm=0.01)
+    _, gradients = first_step(flags(), perturbed=False)
+    norm = torch.stack([g.norm() for g in gradients.values()]).norm()
+    rows, moved = pair.run(run, flags(**{**settings, "batch_size": 2}))[0]
+    assert rows[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)  # logged before it is clipped
+    assert norm > 0.01
+    for name, gradient in gradients.items():
+        step = moved["before"][name] - moved["after"][name]
+        torch.testing.assert_close(step, gradient * 0.01 / norm, rtol=1e-3, atol=1e-7)
+    _, free = run(flags("free", **{**settings, "grad_norm": 1000.0}))
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(free["before"][name] - free["after"][name], gradient, rtol=1e-3, atol=1e-6)
+
+
+class OverflowingScaler(LossScaler):
+    """Starts where the first gradients overflow fp16."""
+
+    scales: list
+
+    def __init__(self, enabled):
+        super().__init__(enabled, start=2.0**40)
+        OverflowingScaler.scales = [self.scale]
+
+    def update(self, finite):
+        super().update(finite)
+        OverflowingScaler.scales.append(self.scale)
+
+
+def overflowing_run(flags):
+    rows, found = run(flags, LossScaler=OverflowingScaler)
+    return rows, found, OverflowingScaler.scales
+
+
+def test_fp16_overflow_is_skipped(pair, flags):
+    """An overflowing step changes no parameter and halves the scale, alike on every process; its norm is null."""
+    settings = flags(precision="fp16_autocast", max_steps=2, train_type="custom_lora")
+    for rows, found, scales in [overflowing_run(settings), *pair.run(overflowing_run, settings)]:
+        assert scales == [2.0**40, 2.0**39, 2.0**38]
+        assert column(rows, "grad_norm") == [None, None]
+        assert all(math.isfinite(row["loss"]) for row in rows)
+        assert all(torch.equal(found["after"][name], p) for name, p in found["before"].items())
+
+
+def test_loss_scaler():
+    """Doubles after so many good steps in a row, halves after a bad one, never below 1; does nothing when off."""
+    scaler = LossScaler(True, start=8.0, growth_interval=2)
+    scales = []
+    for finite in (True, False, True, True, True, True, False, False, False, False, False, False):
+        scaler.update(finite)
+        scales.append(scaler.scale)
+    assert scales == [8, 4, 4, 8, 8, 16, 8, 4, 2, 1, 1, 1]
+    assert not scaler.can_shrink
+    off = LossScaler(False)
+    off.update(False)
+    assert off.scale == 1.0 and not off.can_shrink
+    gradients = [torch.tensor([8.0, torch.inf])]
+    LossScaler(True, start=4.0).unscale_(gradients)
+    assert gradients[0].tolist() == [2.0, torch.inf]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16_autocast"])
+def test_divergence_ends_the_run(flags, precision):
+    """A loss that is not finite is an error that names the step; in fp16, once the scale cannot be the reason."""
+    tired = lambda enabled: LossScaler(enabled, start=2.0)
+    nowhere = lambda *args, **kwargs: torch.tensor(torch.nan)
+    step = 1 if precision == "fp32" else 2
+    with pytest.raises(FloatingPointError, match=f"step {step}: .*--lr"):
+        run(flags(precision=precision, train_type="custom_lora"), LossScaler=tired, global_norm=nowhere)
+
+
+def test_schedules():
+    """Warm-up rises to the peak without a zero step; then constant, straight to zero, or a cosine to a tenth."""
+    values = {name: [schedule_factor(name, s, total=100, warmup_ratio=0.1) for s in range(100)] for name in SCHEDULES}
+    assert values["constant"] == [1.0] * 100
+    for name in ("linear", "cosine"):
+        assert values[name][:10] == pytest.approx([(s + 1) / 10 for s in range(10)])
+        assert values[name][10] == 1.0
+        assert all(a > b > 0 for a, b in zip(values[name][10:], values[name][11:], strict=False))
+    assert values["linear"][55] == pytest.approx(0.5)
+    assert values["linear"][99] == pytest.approx(1 / 90)
+    assert values["cosine"][55] == pytest.approx(0.55)
+    assert values["cosine"][99] == pytest.approx(0.1, abs=1e-3)
+    assert schedule_factor("linear", 0, total=1, warmup_ratio=0.1) == 1.0  # a run of one step trains
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedule_in_the_loop(pair, flags, schedule):
+    """The learning rate logged is the schedule's over all steps, not multiplied by the processes (accelerate#2926)."""
+    settings = flags(lr_scheduler=schedule, max_steps=6, lr_warmup_ratio=0.34, batch_size=2)
+    rows, _ = pair.run(run, settings)[0]
+    want = [0.01 * schedule_factor(schedule, s, total=6, warmup_ratio=0.34) for s in range(6)]
+    assert column(rows, "lr") == pytest.approx(want)
+
+
+def test_wandb_offline(flags, tmp_path, monkeypatch):
+    """--log_to wandb writes an offline run without a network, with the flags and the same numbers as metrics.jsonl."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logged, original = [], metrics.Wandb.log
+    monkeypatch.setattr(metrics.Wandb, "log", lambda self, row: (logged.append(row), original(self, row))[1])
+    rows, _ = run(flags(log_to="wandb", project_name="trial", name="first", max_steps=2))
+    (recorded,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    content = recorded.read_bytes()
+    for word in (b"trial", b"first", b"custom_qlora", b"grad_norm"):
+        assert word in content
+    assert logged == rows
+
+
+def test_profiler(pair, flags, tmp_path):
+    """--profile writes one readable trace per process and cycle, and trains the same."""
+    profile = dict(profile=True, profiling_output=tmp_path / "profiles", profiling_frequency=2, active_steps=1)
+    rows, _ = pair.run(run, flags("with", **profile, with_shapes=True, max_steps=4, batch_size=2))[0]
+    plain, _ = pair.run(run, flags("without", max_steps=4, batch_size=2))[0]
+    assert column(rows, "loss") == column(plain, "loss")
+    names = sorted(p.name for p in (tmp_path / "profiles").iterdir())
+    assert names == [f"rank{rank}_step{step}.json.gz" for rank in (0, 1) for step in (2, 4)]
+    for name in names:
+        with gzip.open(tmp_path / "profiles" / name) as file:
+            assert json.load(file)["traceEvents"]
+
+
+def test_memory_timeline(flags, tmp_path):
+    """--export_memory_timeline writes one also where there is no matplotlib."""
+    profile = dict(profile=True, profiling_output=tmp_path / "profiles", profiling_frequency=1, active_steps=1)
+    run(flags(**profile, export_memory_timeline=True, export_trace=False, max_steps=1))
+    (timeline,) = (tmp_path / "profiles").iterdir()
+    assert timeline.name.startswith("rank0_step1_memory.")
+    assert timeline.stat().st_size > 1000
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packing_isolates_samples(flags, family, attention):
+    """In a pack every sample has the loss that it has alone."""
+    if (family, attention) == ("gemma2", "sdpa"):
+        pytest.skip("transformers offers eager and flex for capped attention")
+    config = make_config(**flags(family=family, attn_implementation=attention, packing=True, batch_size=1))
+    model, planned, _, device = prepared(config)
+    perturb(model)
+    planned.method.after_step(model, device=device)
+    generator = torch.Generator().manual_seed(0)
+    samples = [torch.randint(0, 256, (n,), generator=generator).numpy() for n in (9, 1, 23, 14)]
+    loss_of = CausalLMLoss(model, fused=False)
+    shape = dict(pad_token_id=0, multiple=1, context_length=64)
+
+    def loss(pack, *, labelled):
+        rows = [(ids, ids if i == labelled else ids * 0 + IGNORED) for i, ids in enumerate(pack)]
+        with torch.no_grad():
+            return loss_of(with_targets(collate_packed([rows], **shape))).item()
+
+    for i, sample in enumerate(samples):
+        if len(sample) > 1:
+            assert loss(samples, labelled=i) == pytest.approx(loss([sample], labelled=0), rel=1e-5)
+
+
+@pytest.mark.parametrize("train_type", ["bnb_dora", "full"])
+def test_packed_step_equals_padded_step(flags, train_type):
+    """A global batch of all samples gives the same loss and gradients packed and padded."""
+    padded = flags(train_type=train_type, batch_size=16, context_length=96)
+    config = make_config(**padded)
+    data = train.prepare_data(config, byte_tokenizer(), loading.read_model_config(config.source))
+    packs, _ = epoch_rows(data.lengths, seed=config.seed, epoch=0, context_length=96, packing=True)
+    assert len(packs) < 16
+    packed = first_step({**padded, "packing": True, "batch_size": len(packs)})
+    assert_close(packed, first_step(padded), relative=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fused_loss_in_a_model(pair, flags, family):
+    """Loss and gradients without full logits are those with them; where a family caps its logits it falls back."""
+    settings = flags(family=family, train_type="full")
+    plain = first_step({**settings, "fused_loss": False})
+    assert_close(first_step(settings), plain, relative=1e-5)
+    both = pair.run(first_step, {**settings, "batch_size": 2})
+    assert_close(both[1], plain, relative=1e-5)
+
+
+def test_fallback_of_the_fused_loss_keeps_no_graph(flags):
+    """The first forward of a family that caps its logits is not kept alive by what the head remembers."""
+    model, *_ = prepared(make_config(**flags(family="gemma2")))
+    loss_of = CausalLMLoss(model, fused=True)
+    ids = torch.arange(8).view(1, 8)
+    loss_of(with_targets(dict(input_ids=ids, labels=ids)))
+    assert not loss_of.fused
+    assert loss_of.pending.loss is None
+
+
+def test_padding_id_beyond_the_embedding(flags, tiny, tmp_path):
+    """A tokenizer whose padding token was added without growing the embedding trains as any other."""
+    import shutil
+
+    folder = shutil.copytree(tiny(), tmp_path / "model")
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<new pad>"})
+    tokenizer._tokenizer.add_tokens([f"<{i}>" for i in range(60)])
+    tokenizer.add_special_tokens({"pad_token": "<last pad>"})
+    tokenizer.save_pretrained(folder)
+    assert loading.read_tokenizer(folder).pad_token_id >= 300
+    rows, _ = run({**flags("grown", max_steps=2), "model_name": folder})
+    plain, _ = run(flags("plain", max_steps=2))
+    assert column(rows, "loss") == column(plain, "loss")
+
+
+WIDE = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=8, num_key_value_heads=8)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A bf16 checkpoint of about 400 MB, and its bytes."""
+    from tiny import SHAPE
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    folder = tmp_path_factory.mktemp("wide")
+    config = LlamaConfig(
+        **{**SHAPE, **WIDE, "num_hidden_layers": 12, "tie_word_embeddings": False, "dtype": "bfloat16"}
+    )
+    config.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {n: tuple(p.shape) for n, p in AutoModelForCausalLM.from_config(config).named_parameters()}
+    writer = StreamingWriter(folder, {name: (torch.bfloat16, shape) for name, shape in shapes.items()})
+    noise = (torch.randn(4096 * 1024) * 0.02).bfloat16()
+    for name, shape in shapes.items():
+        writer.write(name, noise[: math.prod(shape)].view(shape))
+    writer.finish()
+    return folder, 2 * sum(math.prod(shape) for shape in shapes.values())
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that is not a mapped file."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+
+def loading_growth(flags: dict) -> tuple[int, int]:
+    """Peak growth of this process's anonymous memory while a model is planned and loaded; bytes of its shard."""
+    config = make_config(**flags)
+    before, peak, done = anonymous_bytes(), [0], threading.Event()
+
+    def watch():
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    model, *_ = prepared(config)
+    done.set()
+    watcher.join()
+    return peak[0] - before, sum(local(p).nbytes for p in model.parameters())
+
+
+@pytest.mark.parametrize("train_type", ["bnb_dora", "custom_lora"])
+def test_host_memory_of_loading(pair, wide, train_type):
+    """A process grows by its shard and a few tensors, never by the model: the sum is far below the checkpoint."""
+    folder, checkpoint_bytes = wide
+    assert checkpoint_bytes > 380e6
+    flags = dict(model_name=folder, train_type=train_type, precision="bf16", lora_target_modules="q_proj")
+    largest = 4096 * 1024 * 4  # bytes of the largest tensor in fp32
+    for growth, shard in pair.run(loading_growth, flags):
+        assert shard < checkpoint_bytes * (0.52 if train_type == "custom_lora" else 0.16)
+        assert growth < shard + 8 * largest
