@@ -57,6 +57,10 @@ class ExportConfig:
     def errors(self) -> list[str]:
         """One line for each flag that cannot work beside the others."""
         found = [f"--{name}: required" for name in ("model", "save_dir") if not getattr(self, name)]
+        try:
+            parse_size(self.max_shard_size)
+        except UserError as error:
+            found.append(f"--max_shard_size: {error}")
         if "WORLD_SIZE" in os.environ:
             found.append("torchrun: an export is one process; start it with plain python")
         others = {"symmetric", "group_size", "gptq", "gptq_samples"} & self.explicit_flags

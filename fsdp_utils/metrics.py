@@ -155,7 +155,12 @@ def make_profiler(config, device: torch.device):
     folder = Path(config.profiling_output)
     folder.mkdir(parents=True, exist_ok=True)
 
+    exported = set()
+
     def export(profiler):
+        if profiler.step_num in exported:
+            return  # a window that opened as the run ended is empty, and has the name of the one before
+        exported.add(profiler.step_num)
         name = f"rank{rank()}_step{profiler.step_num}"
         if config.export_trace:
             profiler.export_chrome_trace(str(folder / f"{name}.json.gz"))

@@ -141,3 +141,15 @@ def test_device_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="--device cuda: no CUDA device"):
         distributed.pick_device("cuda")
+
+
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_failing_waits_for_process_0(environment, monkeypatch, capsys, local_rank):
+    """Process 0 speaks at once; another only after it had the time to, because the first to exit ends all."""
+    events = []
+    monkeypatch.setattr(distributed.time, "sleep", lambda seconds: events.append(("sleep", capsys.readouterr().err)))
+    monkeypatch.setattr(os, "_exit", lambda code: events.append((code, capsys.readouterr().err)))
+    environment(LOCAL_RANK=f"{local_rank}")
+    distributed.fail(UserError("--lr nan: wrong"))
+    waited = [("sleep", "")] if local_rank else []
+    assert events == [*waited, (2, "error: --lr nan: wrong\n")]

@@ -116,6 +116,26 @@ def test_full_model_folder(pair, tiny, tmp_path, family):
     assert (tmp_path / "two/model.safetensors").read_bytes() == (tmp_path / "one/model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("train_type", ["bnb_dora", "full"])
+@pytest.mark.parametrize(
+    "sharding",
+    [
+        dict(use_cpu_offload=True),
+        dict(sharding_strategy="ddp"),
+        dict(sharding_strategy="hybrid_full_shard", hybrid_shard_size=1),
+        dict(sharding_strategy="shard_grad_op"),
+    ],
+    ids=str,
+)
+def test_sharding_does_not_change_the_files(pair, tiny, tmp_path, train_type, sharding):
+    """However the run was sharded or offloaded, 2 processes save the bytes of 1."""
+    flags = dict(model_name=tiny("qwen2"), train_type=train_type)
+    saved({**flags, "output_dir": tmp_path / "one"})
+    pair.run(saved, {**flags, **sharding, "output_dir": tmp_path / "two"})
+    (weights,) = (tmp_path / "one").glob("*.safetensors")
+    assert (tmp_path / "two" / weights.name).read_bytes() == weights.read_bytes()
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_saved_config_is_that_of_the_base(tiny, tmp_path, precision):
     """Nothing that training set (no cache, the attention chosen) stays in config.json; only the dtype may change."""
