@@ -49,7 +49,7 @@ def batch_arithmetic(config, tokenized, *, steps: int) -> str:
     )
 
 
-def steps_of(config, tokenized, tokenizer, *, total: int):
+def steps_of(config, tokenized, tokenizer, *, total: int, pad_to_multiple_of: int = 1):
     """Exactly `total` optimizer steps, epoch after epoch, each a list of this process's micro-batches."""
     # padding is told by its place: any id does that the embedding has, and a tokenizer's own may lie beyond it
     pad = min(tokenizer.pad_token_id or 0, tokenized.report.max_token_id)
@@ -67,6 +67,7 @@ def steps_of(config, tokenized, tokenizer, *, total: int):
                 pad_token_id=pad,
                 context_length=config.context_length,
                 packing=config.packing,
+                pad_to_multiple_of=pad_to_multiple_of,
             )
 
     return itertools.islice(endless(), total)
@@ -111,9 +112,11 @@ def train(model, method, tokenized, tokenizer, config, *, mesh, device) -> None:
     logger = metrics.make_logger(config, total=total)
     clock = metrics.Clock(device)
     loss_sum_of = CausalLMLoss(model, fused=config.fused_loss)
+    multiple = 64 if device.type == "cuda" else 1  # compiled blocks and matrix units like few, even shapes
+    steps = steps_of(config, tokenized, tokenizer, total=total, pad_to_multiple_of=multiple)
     model.train()
     with metrics.make_profiler(config, device) or nullcontext() as profiler:
-        for step, micro_batches in enumerate(steps_of(config, tokenized, tokenizer, total=total)):
+        for step, micro_batches in enumerate(steps):
             clock.begin()
             loss, tokens = backward(model, loss_sum_of, micro_batches, config, device=device, scale=scaler.scale)
             gradients = trained.collect_gradients()

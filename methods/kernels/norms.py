@@ -41,7 +41,11 @@ def fits(cross: torch.Tensor) -> bool:
 
 
 def finish(weight_norm, cross, b, gram, scaling: float) -> torch.Tensor:
-    """`sqrt(norm^2 + 2 s rowsum(cross * B) + s^2 rowsum((B gram) * B))`, fp32 `[n]`; cross and b `[n, r]`, gram fp32."""
+    """`sqrt(norm^2 + 2 s rowsum(cross * B) + s^2 rowsum((B gram) * B))`, fp32 `[n]`.
+
+    Args:
+        weight_norm: fp32 `[n]`; cross, b: `[n, r]`; gram: fp32 `[r, r]`.
+    """
     rows, rank = cross.shape
     out = torch.empty(rows, dtype=torch.float32, device=cross.device)
     if rows:
