@@ -5,11 +5,13 @@ import re
 import sys
 import time
 import traceback
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from fsdp_utils.flags import parse
 from methods.errors import UserError
 
 FAIL_GRACE_SECONDS = 15.0
@@ -101,8 +103,10 @@ def start(device: torch.device, *, alone: bool = False) -> None:
     if dist.is_initialized() or (world_size() == 1 and not alone):
         return
     on_gpu = device.type == "cuda"
-    store = dict(store=dist.HashStore(), rank=0, world_size=1) if world_size() == 1 else {}
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", device_id=device if on_gpu else None, **store)
+    settings = dict(store=dist.HashStore(), rank=0, world_size=1) if world_size() == 1 else {}
+    settings["timeout"] = timedelta(hours=2)  # the others wait while process 0 tokenizes or writes
+    device_id = device if on_gpu else None
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", device_id=device_id, **settings)
 
 
 def make_mesh(strategy: str, device: torch.device, *, hybrid_shard_size: int = -1) -> DeviceMesh:
@@ -171,6 +175,14 @@ def fail(error: UserError) -> None:
     sys.stdout.flush()
     # not sys.exit: leaving through a process group that waits for another process can hang
     os._exit(2)
+
+
+def parse_or_fail(config, **options):
+    """`flags.parse`, where a wrong flag ends every process with one line and exit code 2."""
+    try:
+        return parse(config, **options)
+    except UserError as error:
+        fail(error)
 
 
 def run(function, config) -> None:

@@ -1,0 +1,53 @@
+"""What memory goes to, and the one message that ends a run without enough of it."""
+
+import pytest
+import torch
+from runs import make_config, prepared
+
+import train
+from fsdp_utils.memory import OutOfMemory, breakdown, remedies
+from methods.rows import local
+
+
+def test_breakdown_counts_what_is_there(tiny):
+    """Base, adapters and optimizer are the bytes of the parameters; offloaded ones are not on the GPU."""
+    config = make_config(model_name=tiny("llama"), train_type="bnb_dora")
+    model, *_ = prepared(config)
+    sizes = breakdown(model, config)
+    trained = sum(local(p).nbytes for p in model.parameters() if p.requires_grad) / 2**30
+    frozen = sum(local(p).nbytes for p in model.parameters() if not p.requires_grad) / 2**30
+    assert sizes["base"] == pytest.approx(frozen)
+    assert sizes["adapters and gradients"] == pytest.approx(2 * trained)
+    assert sizes["optimizer"] == pytest.approx(2 * trained)
+    assert list(sizes) == ["base", "adapters and gradients", "optimizer", "activations", "logits"]
+    offloaded = breakdown(model, make_config(model_name=tiny("llama"), train_type="bnb_dora", use_cpu_offload=True))
+    assert offloaded["base"] == offloaded["optimizer"] == 0
+
+
+def test_remedies_name_only_what_is_not_in_use():
+    """A flag that is already set is not offered."""
+    assert "--use_cpu_offload true" in remedies(make_config())
+    assert "--use_cpu_offload true" not in remedies(make_config(use_cpu_offload=True))
+    assert "--quant_scales double" not in remedies(make_config(train_type="hqq_lora"))
+
+
+def test_out_of_memory_is_one_message(tiny, tiny_data, tmp_path, monkeypatch):
+    """torch's error becomes one line: what the memory went to, then the flags that would lower it."""
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.\nmore")
+
+    monkeypatch.setattr(train, "train", full)
+    config = make_config(
+        model_name=tiny("llama"), dataset=tiny_data, train_type="bnb_dora", output_dir=tmp_path / "out"
+    )
+    with pytest.raises(OutOfMemory) as error:
+        train.main(config)
+    message = str(error.value)
+    assert len(message.splitlines()) == 1
+    assert (
+        message.index("base")
+        < message.index("optimizer")
+        < message.index("logits")
+        < message.index("--quantize_lm_head")
+    )
