@@ -20,7 +20,7 @@ import torch
 from fsdp_utils import data, distributed, runs
 from fsdp_utils.config import TrainConfig
 from fsdp_utils.distributed import rank, say, world_size
-from fsdp_utils.flags import as_dict, flag, parse, section
+from fsdp_utils.flags import as_dict, flag, section
 from fsdp_utils.generation import HFGenerator, Output, VLLMGenerator, check_vllm, prompt_ids
 from fsdp_utils.loading import write_json
 from fsdp_utils.partial import Partial
@@ -182,7 +182,8 @@ def main(config: EvalConfig) -> None:
         partial.resume(overwrite=config.overwrite)
     distributed.barrier()
     done = partial.done()
-    say(f"{run.folder}: {run.kind} {run.train_type or ''}, {len(questions)} questions, {len(done)} answered before")
+    before = f", {len(done)} answered before" if done else ""
+    say(f"{run}, {len(questions)} questions{before}")
     distributed.barrier()  # nobody appends before all have read
     mine = [(i, ids) for i, ids in enumerate(prompts) if i not in done][rank() :: world_size()]
     if len(done) < len(questions):
@@ -212,11 +213,8 @@ def finish(config: EvalConfig, run: runs.Run, partial: Partial) -> None:
 
 
 def cli() -> None:
-    """Parses the flags; a wrong one ends every process with one line and exit code 2."""
-    try:
-        config = parse(EvalConfig, prog="evaluate.py", description=__doc__)
-    except UserError as error:
-        distributed.fail(error)
+    """What a shell starts."""
+    config = distributed.parse_or_fail(EvalConfig, prog="evaluate.py", description=__doc__)
     if config.backend == "vllm":
         config.world_size = 1
     distributed.launch(main, config)

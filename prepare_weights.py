@@ -23,7 +23,7 @@ from fsdp_utils.export import INFER_TYPES, format_of
 from fsdp_utils.export.formats import DTYPES, write_rest, write_weights
 from fsdp_utils.export.gptq import check_gptq, write_gptq
 from fsdp_utils.export.trained import TrainedWeights
-from fsdp_utils.flags import as_dict, flag, parse, section
+from fsdp_utils.flags import as_dict, flag, section
 from fsdp_utils.loading import write_json
 from fsdp_utils.safetensors_io import new_folder, parse_size
 from methods.errors import UserError
@@ -128,19 +128,15 @@ def main(config: ExportConfig) -> None:
     text = None
     if config.fidelity_samples:
         text = fidelity.held_out(run, tokenizer, name=config.fidelity_data, samples=config.fidelity_samples)
-    say(f"{run.folder}: {run.kind} {run.train_type or ''} -> {config.infer_type} in {target}")
+    say(f"{run} -> {config.infer_type} in {target}")
     export(config, run, tokenizer, target, device=device)
     if text:
         report(config, run, text, target, device=device)
 
 
 def cli() -> None:
-    """Parses the flags; a wrong one ends the process with one line and exit code 2."""
-    try:
-        config = parse(ExportConfig, prog="prepare_weights.py", description=__doc__)
-    except UserError as error:
-        distributed.fail(error)
-    distributed.run(main, config)
+    """What a shell starts."""
+    distributed.run(main, distributed.parse_or_fail(ExportConfig, prog="prepare_weights.py", description=__doc__))
 
 
 if __name__ == "__main__":

@@ -11,26 +11,27 @@ from contextlib import nullcontext
 
 import torch
 
-from fsdp_utils import checkpoint, data, distributed, loading, metrics, sharding
+from fsdp_utils import checkpoint, distributed, loading, metrics, sharding
 from fsdp_utils.config import TrainConfig
 from fsdp_utils.distributed import say, world_size
-from fsdp_utils.flags import as_dict, parse
+from fsdp_utils.flags import as_dict
 from fsdp_utils.losses import CausalLMLoss, with_targets
 from fsdp_utils.memory import out_of_memory
 from fsdp_utils.model import PRECISIONS, compiler, load, plan, size_report
 from fsdp_utils.optim import OPTIMIZERS, LocalParameters, LossScaler, global_norm, schedule_factor
 from fsdp_utils.packing import epoch_steps, steps_per_epoch
-from methods.errors import UserError
+from fsdp_utils.tokens import TokenizedData, check_global_batch, prepare_dataset
+from methods.errors import UserError, naming
 
 
-def prepare_data(config, tokenizer, model_config) -> data.TokenizedData:
+def prepare_data(config, tokenizer, model_config) -> TokenizedData:
     """The tokenized training set; every rank returns the same one.
 
     Raises:
         UserError: too few samples for one global batch, or token ids that the embedding has no row for.
     """
-    tokenized = data.prepare_dataset(config, tokenizer)
-    data.check_global_batch(tokenized, config, world_size=world_size())
+    tokenized = prepare_dataset(config, tokenizer)
+    check_global_batch(tokenized, config, world_size=world_size())
     rows = model_config.get_text_config().vocab_size
     if tokenized.report.max_token_id >= rows:
         raise UserError(
@@ -168,8 +169,9 @@ def main(config: TrainConfig) -> None:
     if config.verbose:
         say(as_dict(config))
     torch.manual_seed(config.seed + distributed.rank())  # dropout differs between processes, as between samples
-    model_config = loading.read_model_config(config.source)
-    tokenizer = loading.read_tokenizer(config.source)
+    with naming("--llama_pro_path" if config.llama_pro_path else "--model_name"):
+        model_config = loading.read_model_config(config.source)
+        tokenizer = loading.read_tokenizer(config.source)
     tokenized = prepare_data(config, tokenizer, model_config)
     say(tokenized.report)
     planned = plan(config, device=device)
@@ -193,12 +195,8 @@ def main(config: TrainConfig) -> None:
 
 
 def cli() -> None:
-    """Parses the flags; a wrong one ends every process with one line and exit code 2."""
-    try:
-        config = parse(TrainConfig, prog="train.py", description=__doc__)
-    except UserError as error:
-        distributed.fail(error)
-    distributed.launch(main, config)
+    """What a shell starts."""
+    distributed.launch(main, distributed.parse_or_fail(TrainConfig, prog="train.py", description=__doc__))
 
 
 if __name__ == "__main__":

@@ -50,8 +50,8 @@ def main() -> None:
         results.append(dict(shape=args.shape, train_type=args.train_type, row=row, host_gib=round(host, 1), **measured))
         say(
             f"{args.shape} {args.train_type} {row}: step {measured['step_s']:.2f} s, {measured['tokens_s']} tokens/s "
-            f"per process, peak {measured['peak_gib']:.2f} GiB (loading {loaded:.2f}), host {host:.1f} GiB per process, "
-            f"load {measured['load_s']} s"
+            f"per process, peak {measured['peak_gib']:.2f} GiB (loading {loaded:.2f}), host {host:.1f} GiB "
+            f"per process, load {measured['load_s']} s"
         )
     write_results(args.json, [{**r, "cap_gib": args.cap_gib, "extra": extra} for r in results])
 

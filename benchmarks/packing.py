@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from benchmarks.common import SHAPES, Run, make_config, write_config, write_results
-from fsdp_utils.data import TokenizedData
 from fsdp_utils.losses import with_targets
 from fsdp_utils.packing import epoch_rows, epoch_steps, padding_share
+from fsdp_utils.tokens import TokenizedData
 
 LENGTH = 2048
 

@@ -1,29 +1,23 @@
-"""Data: a named or local dataset becomes prompts and completions, then token rows with labels."""
+"""Data: a named dataset or a local file becomes rows of prompt and completion."""
 
 import difflib
 import hashlib
 import itertools
 import json
 import os
-import re
 import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
-import numpy as np
-import torch
 from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
-from datasets.fingerprint import Hasher
 
-from fsdp_utils.packing import IGNORED, epoch_rows
 from methods.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# part of every cache key: rows tokenized by an older version of the code are not read back
+# part of every cache key: rows read by an older version of the code are not taken back
 CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
 
 
@@ -225,14 +219,15 @@ def read_local(path: str | Path) -> Dataset:
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         if isinstance(cause, DataError):
             raise cause from None
-        raise DataError(f"{path}: cannot be read ({_one_line(cause)}); write the file again") from error
+        raise DataError(f"{path}: cannot be read ({one_line(cause)}); write the file again") from error
     if len(loaded) == 0:
         raise DataError(f"{path}: the file has no rows; give one with at least one global batch")
     find_layout(loaded.column_names, source=str(path))
     return loaded
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """Type and message of an error of another library."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
@@ -242,7 +237,7 @@ def _hub(path: str, split: str = "train") -> Dataset:
         return datasets.load_dataset(path, split=split)
     except Exception as error:  # no network, no such name, no access, a broken cache: each has its own type
         raise DataError(
-            f"--dataset: {path} is neither in the cache nor can it be loaded ({_one_line(error)}); "
+            f"--dataset: {path} is neither in the cache nor can it be loaded ({one_line(error)}); "
             "connect to the hub, or give a local file"
         ) from error
 
@@ -310,7 +305,7 @@ DATASETS = {
 }
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
     """Raises DataError where `name` is neither in DATASETS nor a path."""
     if name in DATASETS or Path(name).exists() or Path(name).suffix or os.sep in name:
         return
@@ -319,13 +314,23 @@ def _check_name(name: str) -> None:
     raise DataError(f"--dataset {name}: {hint}give one of {', '.join(DATASETS)}, or a local file or folder")
 
 
+def layout_of(name: str, examples: Dataset) -> str:
+    """The key in LAYOUTS of a named dataset, or of what a local one holds.
+
+    Raises:
+        DataError: no layout fits.
+    """
+    spec = DATASETS.get(name)
+    return spec.layout if spec else find_layout(examples.column_names, source=name)
+
+
 def load_examples(config) -> Dataset:
     """The raw rows to train on, capped to `config.dataset_samples` where that applies.
 
     Raises:
         DataError: unknown name, file missing, malformed, empty or of unknown columns, hub not reachable.
     """
-    _check_name(config.dataset)
+    check_name(config.dataset)
     spec = DATASETS.get(config.dataset)
     examples = spec.train(config) if spec else read_local(config.dataset)
     if (spec and spec.capped) or "dataset_samples" in config.explicit_flags:
@@ -343,13 +348,13 @@ def validation_examples(name: str, *, samples: int | None = None) -> Dataset:
     Raises:
         DataError: as `load_examples`; no validation set; chats or plain text, which have no one answer.
     """
-    _check_name(name)
+    check_name(name)
     spec = DATASETS.get(name)
     if spec and not spec.validation:
         having = ", ".join(key for key, value in DATASETS.items() if value.validation)
         raise DataError(f"--dataset {name}: has no validation set; give one of {having}, or a local file")
     examples = spec.validation() if spec else read_local(name)
-    layout = spec.layout if spec else find_layout(examples.column_names, source=name)
+    layout = layout_of(name, examples)
     if layout in ("messages", "text"):
         raise DataError(f"--dataset {name}: rows of {layout} have no answer to compare with; give question and answer")
     found = []
@@ -382,307 +387,3 @@ def drop_overlap(train: Dataset, validation: Dataset) -> tuple[Dataset, int]:
     held_out = set(keys(validation))
     kept = [i for i, key in enumerate(keys(train)) if key not in held_out]
     return (train.select(kept) if len(kept) < len(train) else train), len(train) - len(kept)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokens
-# ---------------------------------------------------------------------------------------------------------------------
-
-GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-FEATURES = datasets.Features(
-    {
-        "input_ids": datasets.Sequence(datasets.Value("int32")),
-        "labels": datasets.Sequence(datasets.Value("int32")),
-        "labelled": datasets.Value("int32"),
-        "truncated": datasets.Value("bool"),
-        "max_token_id": datasets.Value("int32"),
-    }
-)
-
-
-@dataclass(frozen=True)
-class DataReport:
-    """What became of the rows.
-
-    Args:
-        samples: rows to train on.
-        dropped: rows left out because no token of theirs has a label.
-        truncated: how many of `samples` were cut to `context_length`.
-        tokens: of all samples; `label_tokens` of them count in the loss.
-        max_token_id: the largest id, which the embedding must hold.
-        has_eos: whether samples end with an end-of-sequence token.
-    """
-
-    samples: int
-    dropped: int
-    truncated: int
-    tokens: int
-    label_tokens: int
-    max_token_id: int
-    context_length: int
-    has_eos: bool = True
-
-    def __str__(self) -> str:
-        text = (
-            f"{self.samples:,} samples, {self.tokens:,} tokens, {self.label_tokens:,} of them in the loss; "
-            f"{self.truncated:,} truncated to {self.context_length:,} tokens, {self.dropped:,} dropped without labels"
-        )
-        return text if self.has_eos else f"{text}; the tokenizer has no end-of-sequence token, so no end is learned"
-
-
-@dataclass(frozen=True)
-class TokenizedData:
-    """Token rows, ready to batch.
-
-    Args:
-        dataset: columns `input_ids` and `labels`, int32 [tokens] a row; label -100 where there is no loss.
-        lengths: tokens of each row, int64 [samples].
-        report: what became of the raw rows.
-        name: the value of --dataset, for messages.
-    """
-
-    dataset: Dataset
-    lengths: np.ndarray
-    report: DataReport
-    name: str
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-
-def _special_prefix(tokenizer) -> list[int]:
-    """The ids a tokenizer puts before a text, as [BOS] or []; what it puts behind would end the prompt too early."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    starts = [i for i in range(len(full)) if full[i : i + len(plain)] == plain]
-    return full[: starts[0]] if starts else []
-
-
-def _tokenize(texts: list[str], tokenizer) -> dict[str, list[int]]:
-    """Ids of each distinct text, without special tokens."""
-    distinct = list(dict.fromkeys(texts))
-    encoded = tokenizer(
-        distinct, add_special_tokens=False, truncation=False, return_attention_mask=False, verbose=False
-    )
-    return dict(zip(distinct, encoded["input_ids"], strict=True))
-
-
-def _chat_segments(messages: list[dict], *, tokenizer) -> list[tuple[str, bool]]:
-    """The chat as the template writes it, cut into (text, is the assistant's) for a template without generation marks.
-
-    A turn runs from the header that asks for it to the last visible character that its message adds, so the
-    end-of-turn token is learned and the header is not.
-
-    Raises:
-        ValueError: the template writes a turn differently once others follow, so its place cannot be told.
-    """
-
-    def render(upto: int, *, header: bool = False) -> str:
-        return tokenizer.apply_chat_template(messages[:upto], tokenize=False, add_generation_prompt=header)
-
-    full, segments, cursor = render(len(messages)), [], 0
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        content = message["content"].strip()
-        before = render(i, header=True) if i else full[: max(0, full.find(content))]
-        after = render(i + 1)
-        if not full.startswith(before) or not after.startswith(before):
-            raise ValueError(f"it rewrites what stands before message {i + 1}")
-        end = len(after.rstrip())
-        if not full.startswith(after[:end]):  # Qwen3 drops the empty thoughts of all turns but the last
-            start = full.find(content, len(before))
-            tail = after[after.find(content, len(before)) + len(content) :].rstrip()
-            end = start + len(content) + len(tail)
-            if start < 0 or full[end - len(tail) : end] != tail:
-                raise ValueError(f"it rewrites message {i + 1}")
-        segments += [(full[cursor : len(before)], False), (full[len(before) : end], True)]
-        cursor = end
-    if segments and not full[cursor:].strip() and content and full[:cursor].endswith(content) and tokenizer.eos_token:
-        return [*segments, (tokenizer.eos_token, True)]  # a template without end-of-turn would never teach to stop
-    return [*segments, (full[cursor:], False)]
-
-
-def _encode_chats(picked: list[dict], *, tokenizer, where: list[str]) -> list[tuple[list[int], list[bool]]]:
-    """(ids, is trained) of each chat; special tokens come from the template alone."""
-    marked = tokenizer.is_fast and GENERATION_MARK.search(tokenizer.get_chat_template())
-    encoded = []
-    for row, place in zip(picked, where, strict=True):
-        try:
-            if marked:
-                out = tokenizer.apply_chat_template(
-                    row["messages"], return_dict=True, return_assistant_tokens_mask=True
-                )
-                encoded.append((out["input_ids"], [bool(m) for m in out["assistant_masks"]]))
-            else:
-                encoded.append(_join(_chat_segments(row["messages"], tokenizer=tokenizer), tokenizer=tokenizer))
-        except Exception as error:  # templates raise their own types, as for roles that do not alternate
-            raise DataError(
-                f"{place}: the tokenizer's chat template fails ({_one_line(error)}); "
-                "correct the row, or give a template with {% generation %} marks"
-            ) from error
-    return encoded
-
-
-def _join(segments: list[tuple[str, bool]], *, tokenizer) -> tuple[list[int], list[bool]]:
-    """(ids, is trained) of texts that are tokenized apart, so no token spans a boundary."""
-    of = _tokenize([text for text, _ in segments], tokenizer)
-    ids = [token for text, _ in segments for token in of[text]]
-    return ids, [trained for text, trained in segments for _ in of[text]]
-
-
-def _encode_texts(picked: list[dict], *, layout: str, tokenizer) -> list[tuple[list[int], list[bool]]]:
-    """(ids, is trained) of each row: special prefix, prompt, completion, EOS.
-
-    Prompt and completion are tokenized apart: tokenized together, a token may span the boundary, and then the prompt
-    that is trained on is not the prompt that generation starts from.
-    """
-    split = [LAYOUTS[layout].split(row) for row in picked]
-    of = _tokenize([text for pair in split for text in pair], tokenizer)
-    prefix = _special_prefix(tokenizer)
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    encoded = []
-    for prompt, completion in split:
-        asked, answered = prefix + of[prompt], of[completion] + eos
-        encoded.append((asked + answered, [False] * len(asked) + [True] * len(answered)))
-    return encoded
-
-
-def _tokenize_batch(
-    batch: dict, indices: list[int], *, layout: str, tokenizer, context_length: int, source: str
-) -> dict:
-    """Token rows of a batch of raw rows: the columns of FEATURES."""
-    where = [f"{source}, row {i + 1}" for i in indices]
-    raw = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    picked = [pick_fields(row, layout=layout, where=place) for row, place in zip(raw, where, strict=True)]
-    if layout == "messages":
-        encoded = _encode_chats(picked, tokenizer=tokenizer, where=where)
-    else:
-        encoded = _encode_texts(picked, layout=layout, tokenizer=tokenizer)
-    columns = {name: [] for name in FEATURES}
-    for ids, trained in encoded:
-        cut = ids[:context_length]
-        # which labels count never depends on an id: EOS may be the padding token too (trl#1623)
-        labels = [token if learn else IGNORED for token, learn in zip(cut, trained, strict=False)]
-        labels[:1] = [IGNORED] * len(labels[:1])  # nothing predicts the first token
-        columns["input_ids"].append(cut)
-        columns["labels"].append(labels)
-        columns["labelled"].append(sum(label != IGNORED for label in labels))
-        columns["truncated"].append(len(ids) > context_length)
-        columns["max_token_id"].append(max(cut, default=-1))
-    return columns
-
-
-@contextmanager
-def main_process_first():
-    """Process 0 of each node runs the body first; the others then find its cache.
-
-    Its failure lets the others go on too, so that each raises the same error instead of waiting for it.
-    """
-    together = torch.distributed.is_available() and torch.distributed.is_initialized()
-    first = int(os.environ.get("LOCAL_RANK", torch.distributed.get_rank() if together else 0)) == 0
-    if together and not first:
-        torch.distributed.barrier()
-    try:
-        yield
-    finally:
-        if together and first:
-            torch.distributed.barrier()
-
-
-def _cache_key(examples: Dataset, tokenizer, **settings) -> str:
-    """Equal in every process for equal rows, tokenizer, settings and code."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
-    if backend is not None:
-        # earlier calls of the tokenizer leave these behind, and then a cache would be missed
-        state = {key: value for key, value in state.items() if key not in ("truncation", "padding")}
-    special = (tokenizer.chat_template, tokenizer.eos_token_id, tokenizer.bos_token_id)
-    return Hasher.hash(
-        (CODE, examples._fingerprint, type(tokenizer).__name__, state, special, sorted(settings.items()))
-    )
-
-
-def _processes(samples: int) -> int | None:
-    """Worker processes that are worth their start."""
-    wanted = min(os.cpu_count() or 1, samples // 5_000, 32)
-    return wanted if wanted > 1 else None
-
-
-def prepare_dataset(config, tokenizer, *, examples: Dataset | None = None) -> TokenizedData:
-    """Tokenizes the rows of `config.dataset`, once a machine: the result is kept in the cache of `datasets`.
-
-    Every process must call it.
-
-    Args:
-        examples: rows to use instead of `load_examples(config)`, of the same layout.
-
-    Raises:
-        DataError: as `load_examples`; a row of the wrong type; chats without a chat template; no row with a label.
-    """
-    with main_process_first():
-        examples = load_examples(config) if examples is None else examples
-        spec = DATASETS.get(config.dataset)
-        layout = spec.layout if spec else find_layout(examples.column_names, source=config.dataset)
-        if layout == "messages" and not tokenizer.chat_template:
-            raise DataError(
-                f"--dataset {config.dataset}: has messages, but the tokenizer of --model_name has no chat template"
-            )
-        settings = {"layout": layout, "context_length": config.context_length}
-        key = _cache_key(examples, tokenizer, **settings)
-        cache = Path(datasets.config.HF_DATASETS_CACHE) / "fsdp_utils"
-        cache.mkdir(parents=True, exist_ok=True)
-        tokenized = examples.map(
-            _tokenize_batch,
-            batched=True,
-            with_indices=True,
-            fn_kwargs={"tokenizer": tokenizer, "source": config.dataset, **settings},
-            remove_columns=examples.column_names,
-            features=FEATURES,
-            num_proc=_processes(len(examples)),
-            new_fingerprint=key,
-            cache_file_name=str(cache / f"{key}.arrow"),  # never beside the user's own files
-            desc="Tokenizing",
-        )
-    return _without_unlabelled(tokenized, config, has_eos=layout == "messages" or tokenizer.eos_token_id is not None)
-
-
-def _without_unlabelled(tokenized: Dataset, config, *, has_eos: bool) -> TokenizedData:
-    """Drops rows without labels, and counts."""
-    table = tokenized.data
-    lengths = table.column("input_ids").combine_chunks().value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
-    labelled, truncated, largest = (table.column(c).to_numpy() for c in ("labelled", "truncated", "max_token_id"))
-    keep = labelled > 0
-    if not keep.any():
-        raise DataError(
-            f"--dataset {config.dataset}: no label is left in any of its {len(keep):,} samples with "
-            f"--context_length {config.context_length}; raise it, or shorten the prompts"
-        )
-    report = DataReport(
-        samples=int(keep.sum()),
-        dropped=int((~keep).sum()),
-        truncated=int(truncated[keep].sum()),
-        tokens=int(lengths[keep].sum()),
-        label_tokens=int(labelled.sum()),
-        max_token_id=int(largest[keep].max()),
-        context_length=config.context_length,
-        has_eos=has_eos,
-    )
-    kept = tokenized if keep.all() else tokenized.select(np.flatnonzero(keep))
-    columns = kept.select_columns(["input_ids", "labels"]).with_format("numpy")
-    return TokenizedData(dataset=columns, lengths=lengths[keep], report=report, name=config.dataset)
-
-
-def check_global_batch(data: TokenizedData, config, *, world_size: int) -> None:
-    """Raises DataError where `data` does not fill one global batch."""
-    rows, _ = epoch_rows(
-        data.lengths, seed=config.seed, epoch=0, context_length=config.context_length, packing=config.packing
-    )
-    needed = config.batch_size * config.gradient_accumulation_steps * world_size
-    if len(rows) < needed:
-        kind = f"packs of {config.context_length} tokens" if config.packing else "samples"
-        raise DataError(
-            f"--dataset {data.name}: {len(rows)} {kind} do not fill one global batch of {needed} (batch_size "
-            f"{config.batch_size} x gradient_accumulation_steps {config.gradient_accumulation_steps} x {world_size} "
-            "processes); lower one of these or give more data"
-        )

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from fsdp_utils import data, loading, runs
 from fsdp_utils.packing import IGNORED
 from fsdp_utils.safetensors_io import CheckpointError, model_folder
+from fsdp_utils.tokens import tokenize_batch
 from methods.errors import UserError
 
 MOST_TOKENS = 4096  # their log-probabilities go to disk: 2 GB with a vocabulary of 128k
@@ -44,7 +45,7 @@ def held_out(run: runs.Run, tokenizer, *, name: str | None, samples: int) -> Hel
     source, examples, layout = _named(name) if name else _of_run(run)
     examples = examples.select(range(min(samples, len(examples))))
     context = run.config.context_length if run.config else CONTEXT
-    batch = data._tokenize_batch(
+    batch = tokenize_batch(
         examples[:],
         list(range(len(examples))),
         layout=layout,
@@ -64,12 +65,12 @@ def held_out(run: runs.Run, tokenizer, *, name: str | None, samples: int) -> Hel
 
 
 def _named(name: str) -> tuple[str, datasets.Dataset, str]:
-    data._check_name(name)
+    data.check_name(name)
     spec = data.DATASETS.get(name)
     if spec and not spec.validation:
         raise UserError(f"--fidelity_data {name}: has no validation set; give a local file")
     examples = spec.validation() if spec else data.read_local(name)
-    return name, examples, spec.layout if spec else data.find_layout(examples.column_names, source=name)
+    return name, examples, data.layout_of(name, examples)
 
 
 def _of_run(run: runs.Run) -> tuple[str, datasets.Dataset, str]:
@@ -84,7 +85,7 @@ def _of_run(run: runs.Run) -> tuple[str, datasets.Dataset, str]:
     if spec and spec.validation:
         return f"{config.dataset} (validation)", spec.validation(), spec.layout
     examples = spec.train(config) if spec else data.read_local(config.dataset)
-    layout = spec.layout if spec else data.find_layout(examples.column_names, source=config.dataset)
+    layout = data.layout_of(config.dataset, examples)
     if spec and spec.capped and len(examples) > config.dataset_samples:
         unseen = examples.select(range(config.dataset_samples, len(examples)))
         return f"{config.dataset} (rows beyond those trained on)", unseen, layout
@@ -143,7 +144,7 @@ class _Reference:
 
     def score(self, model: nn.Module, rows, *, device: torch.device, name: str) -> dict:
         first, start, loss, divergence, agreed = self.stored is None, 0, 0.0, 0.0, 0
-        for row in tqdm(rows, desc=f"scoring {name}", unit="text"):
+        for row in tqdm(rows, desc=f"scoring {name}", unit="text", leave=False):
             found, targets = log_probs(model, *(tensor.to(device) for tensor in row))  # [n, vocabulary], [n]
             if self.stored is None:
                 self._create(found.shape[1])

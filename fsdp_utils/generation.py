@@ -10,11 +10,11 @@ from torch import nn
 from tqdm import tqdm
 from transformers import GenerationConfig, StoppingCriteria
 
-from fsdp_utils import data
 from fsdp_utils.distributed import is_main
 from fsdp_utils.metrics import peak_memory_gib
 from fsdp_utils.runs import Run, tokenizer_folder
 from fsdp_utils.scoring import NEXT_PROMPT
+from fsdp_utils.tokens import special_prefix
 from methods.errors import UserError
 
 TAIL = 16  # tokens, enough for the longest mark of a next prompt even byte by byte
@@ -42,7 +42,7 @@ class Output(NamedTuple):
 
 def prompt_ids(prompts: list[str], tokenizer) -> list[list[int]]:
     """Ids that generation starts from: the special prefix and the prompt, exactly as in training."""
-    prefix = data._special_prefix(tokenizer)
+    prefix = special_prefix(tokenizer)
     encoded = tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
     return [prefix + ids for ids in encoded]
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.initialization import no_init_weights
 
 from fsdp_utils.distributed import is_main
-from fsdp_utils.safetensors_io import CheckpointError, CheckpointReader, model_folder
+from fsdp_utils.safetensors_io import CheckpointError, CheckpointReader, model_folder, refuse_missing_folder
 from methods.errors import UserError
 from methods.quantizers.linear import QuantizedWeight, quantized
 from methods.rows import local, row_range
@@ -36,14 +36,15 @@ def read_model_config(name: str, *, attn_implementation: str = "auto"):
     Raises:
         UserError: there is none, or it is not a causal language model.
     """
+    refuse_missing_folder(resolve_model(name))
     try:
         config = AutoConfig.from_pretrained(resolve_model(name))
     except (OSError, ValueError) as error:
-        raise UserError(f"--model_name {name}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{name}: {str(error).splitlines()[0]}") from None
     if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise UserError(f"--model_name {name}: {config.model_type} is not a causal language model")
+        raise UserError(f"{name}: {config.model_type} is not a causal language model")
     if getattr(config, "quantization_config", None):
-        raise UserError(f"--model_name {name}: its weights are quantized already; give the 16-bit model")
+        raise UserError(f"{name}: its weights are quantized already; give the 16-bit model")
     if attn_implementation != "auto":
         config._attn_implementation = attn_implementation
     config.use_cache = False
@@ -56,10 +57,11 @@ def read_tokenizer(name: str):
     Raises:
         UserError: the folder or hub repository has none.
     """
+    refuse_missing_folder(resolve_model(name))
     try:
         return AutoTokenizer.from_pretrained(resolve_model(name))
     except (OSError, ValueError) as error:
-        raise UserError(f"--model_name {name}: no tokenizer ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{name}: no tokenizer ({str(error).splitlines()[0]})") from None
 
 
 def build_on_meta(model_config, *, dtype: torch.dtype) -> nn.Module:
@@ -166,7 +168,7 @@ def fingerprint(weights) -> str:
     return digest.hexdigest()
 
 
-def _sources(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None, torch.Tensor]]:
+def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None, torch.Tensor]]:
     """`(checkpoint name, module, parameter name, parameter whose rows say which rows to read)`.
 
     The parameter name is None for a packed weight. Parameters that a method added are left out; tied ones come once.
@@ -194,7 +196,7 @@ def _stored_name(weights, name: str, model: nn.Module) -> str:
     raise CheckpointError(f"{weights.folder}: no tensor for {name}, which {type(model).__name__} needs")
 
 
-class _Step(NamedTuple):
+class Read(NamedTuple):
     """One tensor to read: its name in the model and in the checkpoint, where it goes, which rows."""
 
     name: str
@@ -205,14 +207,14 @@ class _Step(NamedTuple):
     stop: int
 
 
-def _plan(model, weights) -> list[_Step]:
+def plan_reads(model: nn.Module, weights) -> list[Read]:
     """What to read for this process.
 
     Raises:
         CheckpointError: a parameter without tensor, a tensor without parameter, or a shape that differs.
     """
     plan = []
-    for name, module, parameter_name, parameter in _sources(model):
+    for name, module, parameter_name, parameter in _parameters(model):
         stored = _stored_name(weights, name, model)
         expected = tuple(parameter.shape)
         if parameter_name is None:
@@ -220,7 +222,7 @@ def _plan(model, weights) -> list[_Step]:
         if weights.shape(stored) != expected:
             shape = weights.shape(stored)
             raise CheckpointError(f"{weights.folder}: {stored} has shape {shape}, the model wants {expected}")
-        plan.append(_Step(name, stored, module, parameter_name, *row_range(parameter)))
+        plan.append(Read(name, stored, module, parameter_name, *row_range(parameter)))
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     ignorable = tied | {n for n in weights.names() if n.endswith("inv_freq")}
     unused = set(weights.names()) - {step.stored for step in plan} - ignorable
@@ -231,7 +233,7 @@ def _plan(model, weights) -> list[_Step]:
 
 def check_weights(model: nn.Module, weights) -> None:
     """Raises the CheckpointError that `load_weights` would, from names and shapes alone."""
-    _plan(model, weights)
+    plan_reads(model, weights)
 
 
 @torch.no_grad()
@@ -245,9 +247,9 @@ def load_weights(model: nn.Module, weights, *, device: torch.device, cache=None,
     Raises:
         CheckpointError: naming the file and the tensor that is missing, superfluous or of another shape.
     """
-    plan = _plan(model, weights)
+    plan = plan_reads(model, weights)
 
-    def read(step: _Step):
+    def read(step: Read):
         path = step.name.removesuffix(".weight")
         if step.parameter_name is None and cache is not None and path in cache:
             return cache.packed_rows(path, step.module, device=device), True

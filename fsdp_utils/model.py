@@ -53,8 +53,8 @@ def plan(config, *, device: torch.device) -> Plan:
     try:
         model = loading.build_on_meta(model_config, dtype=dtype)
     except (ImportError, ValueError) as error:  # an attention that is unknown, not installed, or not for this family
-        asked = f"--model_name {config.source} with --attn_implementation {config.attn_implementation}"
-        raise UserError(f"{asked}: {str(error).splitlines()[0]}") from None
+        asked = f"--attn_implementation {config.attn_implementation}"
+        raise UserError(f"{config.source} with {asked}: {str(error).splitlines()[0]}") from None
     refuse_experts(model)
     weights = loading.open_weights(
         model, config.source, load_format=config.load_format, dtype=dtype, device=device, seed=config.seed

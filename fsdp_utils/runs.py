@@ -38,6 +38,14 @@ EVAL_TYPES = (
     "hqq_llama_pro",
 )
 PRECISION_OF = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+TITLES = {
+    "base": "model",
+    "model": "fine-tuned model",
+    "llama_pro": "Llama-Pro model",
+    "adapter": "adapter",
+    "stock": "quantized model",
+    "stock_adapter": "quantized model with adapter",
+}
 # what PEFT offers and our adapter layers do not compute
 PEFT_DEFAULTS = {
     "peft_type": "LORA",
@@ -74,6 +82,9 @@ class Run:
     base_fingerprint: str | None = None
     adapter: dict | None = None
     adapter_folder: Path | None = None
+
+    def __str__(self) -> str:
+        return f"{self.folder}: {TITLES[self.kind]}" + (f" ({self.train_type})" if self.train_type else "")
 
     @property
     def train_type(self) -> str | None:
@@ -217,8 +228,6 @@ def _find_base(folder: Path, adapter: dict, record: dict | None) -> Path:
         if name and candidate.is_dir():
             return candidate
     try:
-        if name.count("/") > 1 or name.startswith((".", "/")) or not name:
-            raise CheckpointError("no such folder")
         return model_folder(name)
     except CheckpointError:
         raise UserError(
@@ -372,7 +381,9 @@ def inference_config(run: Run, *, dtype: torch.dtype, eval_type: str | None = No
     config = run.config or _foreign_config(run)
     if eval_type:
         config = replace(config, train_type=eval_type)
-    return replace(config, precision=PRECISION_OF[dtype], use_gradient_checkpointing=False)
+    # the attention of packed rows knows no cache, and another one may be missing where there is no GPU
+    attention = dict(packing=False, attn_implementation="auto")
+    return replace(config, precision=PRECISION_OF[dtype], use_gradient_checkpointing=False, **attention)
 
 
 def _foreign_config(run: Run) -> TrainConfig:

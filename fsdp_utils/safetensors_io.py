@@ -228,8 +228,16 @@ def parse_size(text):
     return int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " "))
 
 
+def refuse_missing_folder(name):
+    """Raises CheckpointError where `name` can only be a folder and is none: the hub's answer would not say so."""
+    named = str(name)
+    if not os.path.isdir(named) and (named.startswith((".", "/", "~")) or named.count("/") > 1):
+        raise CheckpointError(f"{named}: no such folder")
+
+
 def model_folder(name):
     """The local folder of a model: itself, or the hub snapshot of that name (from the cache when offline)."""
+    refuse_missing_folder(name)
     if os.path.isdir(name):
         return Path(name)
     from huggingface_hub import snapshot_download

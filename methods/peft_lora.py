@@ -1,5 +1,7 @@
 """PEFT's own LoRA layers around our base linears, for those who want exactly what PEFT computes."""
 
+import warnings
+
 import torch
 
 from methods.base import Method
@@ -24,7 +26,9 @@ class PeftLoRA(Method):
             target_modules=adapter_targets(model, c.lora_target_modules),
         )
         config._register_custom_module({QuantizedLinear: Linear})
-        inject_adapter_in_model(config, model, low_cpu_mem_usage=True)  # stays on meta
+        with warnings.catch_warnings():  # PEFT doubts every layer it does not know, and asks to use this very hook
+            warnings.filterwarnings("ignore", message="Unsupported layer type")
+            inject_adapter_in_model(config, model, low_cpu_mem_usage=True)  # stays on meta
         for layer in self.layers(model).values():
             for parameter in self._pair(layer):
                 parameter.data = parameter.data.to(dtype)

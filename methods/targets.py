@@ -19,7 +19,7 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     blocks = {path: m for path, m in model.named_modules() if type(m).__name__ in names}
     if not blocks:
         raise UserError(
-            f"--model_name: {type(model).__name__} names no decoder blocks (_no_split_modules); not supported"
+            f"{type(model).__name__} names no decoder blocks (_no_split_modules), so the model is not supported"
         )
     return blocks
 
@@ -39,7 +39,7 @@ def refuse_experts(model: nn.Module) -> None:
     for path, parameter in model.named_parameters():
         if parameter.dim() == 3:
             raise UserError(
-                f"--model_name: {path} {tuple(parameter.shape)} holds mixture-of-experts weights; not supported yet"
+                f"{type(model).__name__}: {path} {tuple(parameter.shape)} holds experts, which are not supported yet"
             )
 
 

@@ -143,7 +143,7 @@ def pretraining_texts(*, seed=0):
         yield rng.choice([statement, told])
 
 
-def make_tokenizer(texts):
+def make_tokenizer(texts, *, vocab_size=768):
     """Byte-level BPE that never joins digits, so any text has tokens and comes back unchanged."""
     bos, eos, pad = "<|bos|>", "<|eos|>", "<|pad|>"
     tokenizer = Tokenizer(models.BPE())
@@ -152,7 +152,7 @@ def make_tokenizer(texts):
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=768, special_tokens=[bos, eos, pad], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size, special_tokens=[bos, eos, pad], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 0)])

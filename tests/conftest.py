@@ -52,6 +52,24 @@ def tiny_data(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp("data") / "data.jsonl")
 
 
+@pytest.fixture(scope="session")
+def save_run(tmp_path_factory, tiny_data):
+    """`save_run(base, train_type)`: folder of a run with changed weights, and the model it had in memory; made once."""
+    from runs import make_config, save_trained
+
+    made = {}
+
+    def save(base, train_type, **flags):
+        key = (base, train_type, *sorted(flags.items()))
+        if key not in made:
+            folder = tmp_path_factory.mktemp(train_type) / "run"
+            given = dict(model_name=base, train_type=train_type, save_model=True, output_dir=folder, dataset=tiny_data)
+            made[key] = folder, save_trained(make_config(**{**given, "lora_rank": 4, **flags}))
+        return made[key]
+
+    return save
+
+
 def pytest_collection_modifyitems(items):
     """GPU tests run where there is a GPU, and are reported as skipped elsewhere."""
     if not torch.cuda.is_available():

@@ -1,14 +1,17 @@
 """One optimizer step of a real run, in this process: what the parity tests compare."""
 
+import json
+
 import torch
 import torch.distributed as dist
 
 import train
-from fsdp_utils import distributed, loading
+from fsdp_utils import checkpoint, distributed, loading
 from fsdp_utils.config import TrainConfig
 from fsdp_utils.flags import parse
 from fsdp_utils.losses import CausalLMLoss
 from fsdp_utils.model import compiler, load, plan
+from methods.quantizers.linear import QuantizedLinear, weight_rows
 from methods.rows import gather, local
 
 
@@ -42,6 +45,38 @@ def perturb(model, seed: int = 1) -> None:
             generator = torch.Generator().manual_seed(seed * 1000 + i)
             noise = torch.randn(parameter.shape, generator=generator) * 0.02
             fill(parameter, (gather(parameter.detach()).cpu().float() + noise).to(parameter.dtype))
+
+
+def save_trained(config):
+    """Saves the run of `config` with changed weights, as finished; returns the model it had in memory."""
+    model, planned, _, device = prepared(config)
+    perturb(model)
+    planned.method.after_step(model, device=device)
+    checkpoint.save(model, loading.read_tokenizer(config.source), planned.method, config)
+    facts = dict(base_fingerprint=planned.base_fingerprint, quantizer=planned.quantizer)
+    checkpoint.write_run(config, **facts, finished=True)
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model, *, rows: int = 2) -> torch.Tensor:
+    """Of fixed random tokens, fp32."""
+    ids = torch.randint(0, 250, (rows, 12), generator=torch.Generator().manual_seed(0))
+    return model(input_ids=ids).logits.float()
+
+
+def dequantized(model) -> dict[str, torch.Tensor]:
+    """The quantized weights of a run's model under their names in the checkpoint."""
+    return {
+        f"{path.replace('.base_layer', '')}.weight": weight_rows(module, gather, dtype=torch.float32)
+        for path, module in model.named_modules()
+        if isinstance(module, QuantizedLinear)
+    }
+
+
+def set_json(path, **values) -> None:
+    """Changes values of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def first_step(flags: dict, *, perturbed: bool = True) -> tuple[float, dict[str, torch.Tensor]]:

@@ -5,10 +5,10 @@ import torch
 from runs import first_step, make_config, prepared
 
 from fsdp_utils import attention
-from fsdp_utils.data import prepare_dataset
 from fsdp_utils.loading import read_tokenizer
 from fsdp_utils.losses import CausalLMLoss, with_targets
 from fsdp_utils.packing import collate_packed, collate_padded, epoch_rows
+from fsdp_utils.tokens import prepare_dataset
 
 
 def samples(count=5):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_launch import TRAIN, free_port, start
-from tiny import byte_tokenizer
+from tiny import SHAPE, byte_tokenizer
 from transformers import GraniteMoeConfig, MixtralConfig, Qwen3MoeConfig
 
 import train
@@ -209,26 +209,17 @@ def test_models(refuse, tiny, tmp_path, case):
 def test_missing_model(refuse, tmp_path):
     """Neither a folder nor, without a network, a hub name."""
     refuse("--model_name", "no/such-model", model_name="no/such-model")
-    refuse("--model_name", tmp_path / "none", model_name=tmp_path / "none")
-
-
-MOE = dict(
-    hidden_size=64,
-    intermediate_size=64,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=300,
-)
+    refuse("--model_name", tmp_path / "none", "no such folder", model_name=tmp_path / "none")
+    refuse("--model_name", "./none", "no such folder", model_name="./none")
 
 
 @pytest.mark.parametrize("kind", [MixtralConfig, Qwen3MoeConfig, GraniteMoeConfig], ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("train_type", ["bnb_dora", "full"])
 def test_experts(refuse, tmp_path, kind, train_type):
     """Mixture-of-experts weights are refused, never trained half-quantized."""
-    kind(**MOE).save_pretrained(tmp_path / "moe")
+    kind(**SHAPE).save_pretrained(tmp_path / "moe")
     byte_tokenizer().save_pretrained(tmp_path / "moe")
-    refuse("--model_name", "experts", "not supported", model_name=tmp_path / "moe", train_type=train_type)
+    refuse("experts", "not supported", model_name=tmp_path / "moe", train_type=train_type)
 
 
 def test_llama_pro_paths(refuse, tiny):

@@ -1,4 +1,4 @@
-"""Tests of fsdp_utils.data and fsdp_utils.packing."""
+"""Tests of fsdp_utils.data, fsdp_utils.tokens and fsdp_utils.packing."""
 
 import itertools
 import json
@@ -12,15 +12,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fsdp_utils import data as data_module
+from fsdp_utils import tokens as tokens_module
 from fsdp_utils.data import (
     DATASETS,
     QUESTION_PROMPT,
     DataError,
-    TokenizedData,
-    check_global_batch,
     drop_overlap,
     load_examples,
-    prepare_dataset,
     validation_examples,
 )
 from fsdp_utils.packing import (
@@ -33,6 +31,7 @@ from fsdp_utils.packing import (
     padding_share,
     steps_per_epoch,
 )
+from fsdp_utils.tokens import TokenizedData, check_global_batch, prepare_dataset
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -393,8 +392,8 @@ def test_cache_is_shared_by_processes_and_missed_after_changes(tmp_path, tokeniz
     first = prepare_dataset(make_config(path), tokenizer)
     tokenizer("a", padding="max_length", truncation=True, max_length=8)  # leaves its state in the tokenizer
     calls = []
-    real = data_module._tokenize_batch
-    monkeypatch.setattr(data_module, "_tokenize_batch", lambda *a, **k: calls.append(1) or real(*a, **k))
+    real = tokens_module.tokenize_batch
+    monkeypatch.setattr(tokens_module, "tokenize_batch", lambda *a, **k: calls.append(1) or real(*a, **k))
     assert prepare_dataset(make_config(path), tokenizer).dataset.to_list() == first.dataset.to_list()
     assert not calls
     prepare_dataset(make_config(path, context_length=100), tokenizer)
@@ -408,7 +407,7 @@ def test_worker_processes_give_the_same_rows(tmp_path, tokenizer, monkeypatch):
     path = tmp_path / "rows.parquet"
     datasets.Dataset.from_list(questions(40)).to_parquet(path)
     alone = prepare_dataset(make_config(path), tokenizer)
-    monkeypatch.setattr(data_module, "_processes", lambda samples: 2)
+    monkeypatch.setattr(tokens_module, "_processes", lambda samples: 2)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "other")
     together = prepare_dataset(make_config(path), tokenizer)
     assert together.dataset.to_list() == alone.dataset.to_list()
@@ -425,7 +424,7 @@ def test_main_process_goes_first_even_if_it_fails(monkeypatch, local_rank):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: local_rank)
     monkeypatch.setattr(torch.distributed, "barrier", lambda: events.append("barrier"))
-    with pytest.raises(DataError), data_module.main_process_first():
+    with pytest.raises(DataError), tokens_module.main_process_first():
         events.append("work")
         raise DataError("bad")
     assert events == (["work", "barrier"] if local_rank == 0 else ["barrier", "work"])

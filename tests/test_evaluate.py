@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from runs import make_config, perturb, prepared
+from runs import logits, set_json
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import evaluate
 from evaluate import EvalConfig, read_questions
-from fsdp_utils import checkpoint, generation, loading, runs
+from fsdp_utils import generation, loading, runs
 from methods.errors import UserError
 from methods.lora import LoRALinear
 from methods.quantizers.linear import QuantizedLinear, weight_rows
@@ -24,50 +24,19 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def save_run(tmp_path_factory):
-    """`save_run(base, train_type)`: folder of a run with changed weights, and the logits it had in memory."""
-
-    def save(base, train_type, **flags):
-        folder = tmp_path_factory.mktemp(train_type) / "run"
-        config = make_config(
-            model_name=base, train_type=train_type, save_model=True, output_dir=folder, lora_rank=4, **flags
-        )
-        model, planned, _, device = prepared(config)
-        perturb(model)
-        planned.method.after_step(model, device=device)
-        facts = dict(base_fingerprint=planned.base_fingerprint, quantizer=planned.quantizer)
-        checkpoint.write_run(config, **facts, finished=False)
-        checkpoint.save(model, loading.read_tokenizer(config.source), planned.method, config)
-        checkpoint.write_run(config, **facts, finished=True)
-        return folder, logits(model.eval())
-
-    return save
-
-
-@pytest.fixture(scope="module")
 def dora(save_run, tiny):
-    """A bnb_dora run and its logits."""
-    return save_run(tiny(), "bnb_dora")
+    """The folder of a bnb_dora run."""
+    return save_run(tiny(), "bnb_dora")[0]
 
 
 @pytest.fixture
 def broken(dora, tmp_path):
     """A copy of the bnb_dora run to damage."""
-    return shutil.copytree(dora[0], tmp_path / "broken")
-
-
-@torch.no_grad()
-def logits(model) -> torch.Tensor:
-    ids = torch.randint(0, 250, (2, 12), generator=torch.Generator().manual_seed(0))
-    return model(input_ids=ids).logits
+    return shutil.copytree(dora, tmp_path / "broken")
 
 
 def opened(folder, **options):
     return runs.load_for_inference(runs.describe(folder), device=CPU, **options)
-
-
-def set_json(path, **values):
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 @torch.no_grad()
@@ -93,7 +62,8 @@ def merged(model):
 @pytest.mark.parametrize("train_type", ["bnb_dora", "hqq_lora", "qlora", "dora"])
 def test_adapter_is_what_was_trained(save_run, tiny, train_type):
     """The unmerged adapter over its base gives the logits that the run had, and so do the merged weights."""
-    folder, expected = save_run(tiny("qwen2"), train_type)
+    folder, trained = save_run(tiny("qwen2"), train_type)
+    expected = logits(trained)
     run = runs.describe(folder)
     assert (run.kind, run.train_type, run.rank, run.scaling) == ("adapter", train_type, 4, 4.0)
     assert run.dora == train_type.endswith("dora")
@@ -106,7 +76,8 @@ def test_adapter_is_what_was_trained(save_run, tiny, train_type):
 
 def test_other_folders(save_run, tiny, tmp_path):
     """Full, Llama-Pro and base folders open densely; a full one can be quantized after training."""
-    folder, expected = save_run(tiny(), "full")
+    folder, trained = save_run(tiny(), "full")
+    expected = logits(trained)
     assert (runs.describe(folder).kind, runs.describe(tiny()).kind) == ("model", "base")
     torch.testing.assert_close(logits(opened(folder)), expected)
     quantized = opened(folder, eval_type="full_post_quantized")
@@ -114,7 +85,8 @@ def test_other_folders(save_run, tiny, tmp_path):
     assert (logits(quantized) - expected).abs().max() > 1e-3
 
     expand(Expansion(model_name=str(tiny()), output_dir=str(tmp_path / "pro"), num_new_blocks=1))
-    pro, expected = save_run(tiny(), "bnb_llama_pro", llama_pro_path=tmp_path / "pro")
+    pro, trained = save_run(tiny(), "bnb_llama_pro", llama_pro_path=tmp_path / "pro")
+    expected = logits(trained)
     assert runs.describe(pro).kind == "llama_pro"
     torch.testing.assert_close(logits(opened(pro)), expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(logits(opened(pro, eval_type="bnb_llama_pro")), expected, atol=1e-5, rtol=0)
@@ -125,9 +97,10 @@ def test_other_folders(save_run, tiny, tmp_path):
         runs.describe(pro)
 
 
-def test_foreign_adapter(save_run, tiny):
+def test_foreign_adapter(save_run, tiny, tmp_path):
     """A PEFT adapter without run.json is computed over the base as it is, or as --eval_type says."""
-    folder, expected = save_run(tiny(), "custom_qlora")
+    saved, trained = save_run(tiny(), "custom_qlora")
+    folder, expected = shutil.copytree(saved, tmp_path / "foreign"), logits(trained)
     (folder / "run.json").unlink()
     assert runs.describe(folder).base_fingerprint is None
     assert (logits(opened(folder)) - expected).abs().max() > 1e-3
@@ -183,6 +156,22 @@ def test_damaged_folders(broken, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["/nowhere/model", "./nowhere", "../nowhere", "some/where/else"])
+def test_missing_folders(name):
+    """A name that can only be a folder is said to be missing, not looked for on the hub."""
+    for read in (runs.describe, loading.read_model_config, loading.read_tokenizer):
+        with pytest.raises(UserError, match=f"^{name}: no such folder$"):
+            read(name)
+
+
+def test_attention_of_training_is_left_behind(broken):
+    """That of packed rows has no cache, and flash attention may be missing where answers are generated."""
+    trained_with = json.loads((broken / "run.json").read_text())["flags"]
+    set_json(broken / "run.json", flags=trained_with | dict(packing=True, attn_implementation="flash_attention_2"))
+    assert runs.inference_config(runs.describe(broken), dtype=torch.bfloat16).packing is False
+    assert opened(broken).config._attn_implementation == "sdpa"
+
+
 def test_tensors_that_do_not_fit(broken, tiny):
     """A missing, superfluous or wrongly shaped tensor, and a base that is not the one trained on, are refused."""
     path, tensors = broken / "adapter_model.safetensors", load_file(broken / "adapter_model.safetensors")
@@ -204,7 +193,7 @@ def test_tensors_that_do_not_fit(broken, tiny):
 
 def test_eval_type_that_does_not_fit(dora, tiny):
     """--eval_type cannot make a DoRA adapter a LoRA, nor a model an adapter."""
-    for folder, eval_type in ((dora[0], "qlora"), (dora[0], "full"), (tiny(), "bnb_dora"), (tiny(), "bnb_llama_pro")):
+    for folder, eval_type in ((dora, "qlora"), (dora, "full"), (tiny(), "bnb_dora"), (tiny(), "bnb_llama_pro")):
         with pytest.raises(UserError, match=f"--eval_type {eval_type}"):
             runs.check_eval_type(runs.describe(folder), eval_type)
 
@@ -216,7 +205,7 @@ def test_eval_type_that_does_not_fit(dora, tiny):
 
 @pytest.fixture(scope="module")
 def generator(dora):
-    run = runs.describe(dora[0])
+    run = runs.describe(dora)
     model = runs.load_for_inference(run, device=CPU)
     return generation.HFGenerator(model, runs.read_tokenizer(run), max_new_tokens=12, temperature=0.0, seed=0)
 
@@ -245,7 +234,7 @@ def test_batches_equal_single_prompts(generator, prompts):
 
 def test_sampling_is_seeded(generator, dora, prompts):
     """Sampled answers differ from greedy ones and repeat, whatever was asked before."""
-    run = runs.describe(dora[0])
+    run = runs.describe(dora)
     model = runs.load_for_inference(run, device=CPU)
     sampling = generation.HFGenerator(model, generator.tokenizer, max_new_tokens=12, temperature=1.0, seed=0)
     first = answers(sampling, prompts)
@@ -293,7 +282,7 @@ def test_generation_ends(generator, prompts, monkeypatch):
 @pytest.fixture
 def config(dora, tiny_data, tmp_path):
     return EvalConfig(
-        model=str(dora[0]),
+        model=str(dora),
         dataset=str(tiny_data),
         samples=6,
         n_shots=1,
@@ -401,7 +390,7 @@ def test_wrong_input(tmp_path, config):
 def test_vllm_gets_only_what_it_can_compute(dora, monkeypatch):
     """vLLM would refuse DoRA, and would put an adapter on a base that was not quantized as in training."""
     monkeypatch.setattr(generation, "find_spec", lambda name: True)
-    run = runs.describe(dora[0])
+    run = runs.describe(dora)
     with pytest.raises(UserError, match="DoRA"):
         generation.check_vllm(run, None)
     with pytest.raises(UserError, match="that we quantized"):

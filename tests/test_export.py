@@ -8,12 +8,11 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from peft import PeftModel
-from runs import make_config, perturb, prepared
+from runs import logits, set_json
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
 import prepare_weights
-from fsdp_utils import checkpoint, loading
 from fsdp_utils.export import w4a16
 from fsdp_utils.flags import ConfigError, parse
 from methods.errors import UserError
@@ -25,30 +24,6 @@ from scripts.block_expansion import Expansion, expand
 def plain_cpu_kernels(monkeypatch):
     """On CPUs with AVX512-BF16 bitsandbytes computes in bf16 whatever it is asked for."""
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
-
-
-@pytest.fixture(scope="module")
-def save_run(tmp_path_factory, tiny_data):
-    """`save_run(base, train_type)`: folder of a run with changed weights, and the model it had in memory; made once."""
-    made = {}
-
-    def save(base, train_type, **flags):
-        key = (base, train_type, *sorted(flags.items()))
-        if key in made:
-            return made[key]
-        folder = tmp_path_factory.mktemp(train_type) / "run"
-        given = dict(model_name=base, train_type=train_type, save_model=True, output_dir=folder, dataset=tiny_data)
-        config = make_config(**{**given, "lora_rank": 4, **flags})
-        model, planned, _, device = prepared(config)
-        perturb(model)
-        planned.method.after_step(model, device=device)
-        facts = dict(base_fingerprint=planned.base_fingerprint, quantizer=planned.quantizer)
-        checkpoint.save(model, loading.read_tokenizer(config.source), planned.method, config)
-        checkpoint.write_run(config, **facts, finished=True)
-        made[key] = (folder, model.eval())
-        return made[key]
-
-    return save
 
 
 @pytest.fixture
@@ -72,20 +47,10 @@ def stock(folder, *, dtype=torch.float32, **options):
     return model.eval()
 
 
-@torch.no_grad()
-def logits(model, *, rows=2) -> torch.Tensor:
-    ids = torch.randint(0, 250, (rows, 12), generator=torch.Generator().manual_seed(0))
-    return model(input_ids=ids).logits.float()
-
-
 def kl(found, wanted) -> float:
     """Mean divergence of logits `found` from logits `wanted`."""
     wanted, found = wanted.log_softmax(-1), found.log_softmax(-1)
     return (wanted.exp() * (wanted - found)).sum(-1).mean().item()
-
-
-def set_json(path, **values):
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 MERGED = [

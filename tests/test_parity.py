@@ -33,14 +33,27 @@ def flags(tiny, tiny_data):
     return make
 
 
+@pytest.fixture(scope="session")
+def one_process():
+    """`first_step` in this process, made once for the same flags: most tests compare with the same few."""
+    made = {}
+
+    def get(flags):
+        key = tuple(sorted((name, str(value)) for name, value in flags.items()))
+        if key not in made:
+            made[key] = first_step(flags)
+        return made[key]
+
+    return get
+
+
 @pytest.mark.parametrize("train_type", ADAPTED)
-def test_two_processes_equal_one(pair, flags, train_type):
+def test_two_processes_equal_one(pair, one_process, flags, train_type):
     """Every train type, with and without CPU offload: loss and gradients of 2 processes are those of 1."""
-    alone = first_step(flags(train_type=train_type))
+    alone = one_process(flags(train_type=train_type))
     assert_learns(alone)
+    assert_close(first_step(flags(train_type=train_type, use_cpu_offload=True)), alone, relative=1e-5)
     for offload in (False, True):
-        here = first_step(flags(train_type=train_type, use_cpu_offload=offload))
-        assert_close(here, alone, relative=1e-5)
         both = pair.run(first_step, {**flags(train_type=train_type, use_cpu_offload=offload), "batch_size": 4})
         for step in both:
             assert_close(step, alone, relative=1e-5)
@@ -48,18 +61,18 @@ def test_two_processes_equal_one(pair, flags, train_type):
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "llama"])
 @pytest.mark.parametrize("train_type", ["full", "qlora", "bnb_dora", "hqq_lora"])
-def test_families(pair, flags, family, train_type):
+def test_families(pair, one_process, flags, family, train_type):
     """Biases, tied heads, fused projections and capped logits shard as plain Llamas do."""
-    alone = first_step(flags(family, train_type=train_type))
+    alone = one_process(flags(family, train_type=train_type))
     assert_learns(alone)
     both = pair.run(first_step, {**flags(family, train_type=train_type), "batch_size": 4})
     assert_close(both[0], alone, relative=1e-5)
 
 
 @pytest.mark.parametrize("train_type", ["full", "custom_qlora", "bnb_dora", "hqq_dora"])
-def test_bf16(pair, flags, train_type):
+def test_bf16(pair, one_process, flags, train_type):
     """The same in bf16, to its own precision."""
-    alone = first_step(flags(train_type=train_type, precision="bf16"))
+    alone = one_process(flags(train_type=train_type, precision="bf16"))
     both = pair.run(first_step, {**flags(train_type=train_type, precision="bf16"), "batch_size": 4})
     assert_close(both[0], alone, relative=3e-2)
 
@@ -68,9 +81,9 @@ def test_bf16(pair, flags, train_type):
     "strategy", ["full_shard", "shard_grad_op", "ddp", "hybrid_full_shard", "hybrid_shard_grad_op"]
 )
 @pytest.mark.parametrize("hybrid_shard_size", [-1, 1])
-def test_strategies(pair, flags, strategy, hybrid_shard_size):
+def test_strategies(pair, one_process, flags, strategy, hybrid_shard_size):
     """Every sharding strategy gives the gradients of one process."""
-    alone = first_step(flags(train_type="bnb_dora"))
+    alone = one_process(flags(train_type="bnb_dora"))
     more = dict(sharding_strategy=strategy, hybrid_shard_size=hybrid_shard_size)
     both = pair.run(first_step, {**flags(train_type="bnb_dora", **more), "batch_size": 4})
     assert_close(both[0], alone, relative=1e-5)
@@ -78,9 +91,9 @@ def test_strategies(pair, flags, strategy, hybrid_shard_size):
 
 @pytest.mark.parametrize("train_type", ["full", "bnb_dora"])
 @pytest.mark.parametrize("no_sync", [False, True])
-def test_splits_of_the_global_batch(pair, flags, train_type, no_sync):
+def test_splits_of_the_global_batch(pair, one_process, flags, train_type, no_sync):
     """1×8, 2×4 and 2×2×(accumulation 2) agree although sample lengths differ widely; so do accumulation 8 and 1×8."""
-    alone = first_step(flags(train_type=train_type))
+    alone = one_process(flags(train_type=train_type))
     for batch, accumulation in ((4, 1), (2, 2), (1, 4)):
         more = dict(batch_size=batch, gradient_accumulation_steps=accumulation, no_sync=no_sync)
         assert_close(pair.run(first_step, {**flags(train_type=train_type), **more})[1], alone, relative=1e-5)
@@ -92,9 +105,9 @@ def test_splits_of_the_global_batch(pair, flags, train_type, no_sync):
     "how", [dict(), dict(reentrant_checkpointing=True), dict(checkpoint_policy="products")], ids=str
 )
 @pytest.mark.parametrize("train_type", ["qlora", "bnb_dora", "hqq_lora", "full"])
-def test_checkpointing(pair, flags, train_type, how):
+def test_checkpointing(pair, one_process, flags, train_type, how):
     """Recomputing blocks, re-entrant or in part, changes no gradient."""
-    alone = first_step(flags(train_type=train_type, use_gradient_checkpointing=False))
+    alone = one_process(flags(train_type=train_type, use_gradient_checkpointing=False))
     more = dict(use_gradient_checkpointing=True, **how)
     assert_close(first_step(flags(train_type=train_type, **more)), alone, relative=1e-5)
     both = pair.run(first_step, {**flags(train_type=train_type, **more), "batch_size": 4})
@@ -103,10 +116,10 @@ def test_checkpointing(pair, flags, train_type, how):
 
 @pytest.mark.parametrize("precision", ["bf16_autocast", "bf16_buffers_autocast", "fp16_autocast"])
 @pytest.mark.parametrize("train_type", ["qlora", "bnb_dora", "hqq_lora", "dora", "full"])
-def test_autocast(pair, flags, train_type, precision):
+def test_autocast(pair, one_process, flags, train_type, precision):
     """Mixed precisions compute what fp32 does, to 16-bit precision, on 1 and 2 processes."""
-    reference = first_step(flags(train_type=train_type))
-    alone = first_step(flags(train_type=train_type, precision=precision))
+    reference = one_process(flags(train_type=train_type))
+    alone = one_process(flags(train_type=train_type, precision=precision))
     assert alone[0] == pytest.approx(reference[0], rel=1e-2)
     both = pair.run(first_step, {**flags(train_type=train_type, precision=precision), "batch_size": 4})
     assert_close(both[0], alone, relative=3e-2)
@@ -142,10 +155,10 @@ def test_base_bytes_per_process(pair, tiny):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma"])
-def test_quantized_head(pair, flags, family):
+def test_quantized_head(pair, one_process, flags, family):
     """Packed embeddings and heads, tied or not, shard like everything else and stay close to the 16-bit ones."""
     more = dict(train_type="bnb_dora", quantize_lm_head=True)
-    alone = first_step(flags(family, **more))
+    alone = one_process(flags(family, **more))
     assert alone[0] == pytest.approx(first_step(flags(family, train_type="bnb_dora"))[0], rel=0.05)
     plain = first_step(flags(family, **more, fused_loss=False, fused_kernels=False))
     assert_close(plain, alone, relative=1e-5)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel
-from runs import make_config, perturb, prepared
+from runs import dequantized, make_config, perturb, prepared
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
@@ -15,8 +15,6 @@ from fsdp_utils.flags import as_dict
 from fsdp_utils.safetensors_io import StreamingWriter
 from methods.errors import UserError
 from methods.llama_pro import EXPANDED_LAYERS_FILE
-from methods.quantizers.linear import QuantizedLinear, weight_rows
-from methods.rows import gather
 from methods.targets import adapter_targets
 
 IDS = torch.arange(24).view(2, 12) * 7 % 256
@@ -26,15 +24,6 @@ def logits_of(model) -> torch.Tensor:
     model.eval()
     with torch.no_grad():
         return model(input_ids=IDS, use_cache=False).logits.float()
-
-
-def dequantized(model) -> dict[str, torch.Tensor]:
-    """The quantized weights of a run's model under their names in the checkpoint."""
-    return {
-        f"{path.replace('.base_layer', '')}.weight": weight_rows(module, gather, dtype=torch.float32)
-        for path, module in model.named_modules()
-        if isinstance(module, QuantizedLinear)
-    }
 
 
 def saved(flags: dict):
@@ -110,6 +99,7 @@ def test_full_model_folder(pair, tiny, tmp_path, family):
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
     assert stock.dtype == torch.float32
     assert_close(logits_of(stock), logits)
+    assert stock.config.use_cache  # training switches it off
     tied = stock.get_input_embeddings().weight is stock.get_output_embeddings().weight
     assert tied is (family == "qwen2")
     pair.run(saved, {**flags, "output_dir": tmp_path / "two"})

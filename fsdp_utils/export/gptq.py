@@ -9,9 +9,9 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 
-from fsdp_utils import data
 from fsdp_utils.export.formats import Merged, write_rest, write_weights
 from fsdp_utils.export.w4a16 import W4A16, scheme
+from fsdp_utils.tokens import prepare_dataset
 from methods.errors import UserError
 
 
@@ -34,7 +34,7 @@ def write_gptq(chosen: W4A16, tokenizer, folder: Path, *, samples: int, max_shar
     write_weights(merged, temporary, max_shard_bytes=max_shard_bytes)
     write_rest(merged, tokenizer, temporary, target=temporary)
     model = AutoModelForCausalLM.from_pretrained(temporary, dtype=chosen.dtype)
-    rows = data.prepare_dataset(run.config, tokenizer).dataset.select_columns(["input_ids"])
+    rows = prepare_dataset(run.config, tokenizer).dataset.select_columns(["input_ids"])
     rows = rows.select(range(min(samples, len(rows)))).map(lambda row: {"attention_mask": [1] * len(row["input_ids"])})
     weights = scheme(symmetric=chosen.symmetric, group_size=chosen.group_size)
     oneshot(

@@ -43,9 +43,7 @@ class TrainedWeights:
             _, self._adapter, _ = runs.plan_adapter(run, device=device, dtype=self._trained_dtype)
         self.reader = CheckpointReader(run.base)
         built = loading.build_on_meta(loading.read_model_config(str(run.base)), dtype=torch.float32)
-        names = [name for name, *_ in loading._sources(built)]
-        steps = loading._plan(built, self.reader)
-        self._stored = {name: stored for name, (stored, *_) in zip(names, steps, strict=True)}
+        self._stored = {read.name: read.stored for read in loading.plan_reads(built, self.reader)}
         self.shapes = {name: self.reader.shape(stored) for name, stored in self._stored.items()}
         self.linears = {path: m for path, m in built.named_modules() if isinstance(m, nn.Linear)}
         self.in_blocks = list(block_linears(built))

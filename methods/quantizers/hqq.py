@@ -62,8 +62,8 @@ class HQQ:
 
     @classmethod
     def from_config(cls, config, *, checkpoint_dtype) -> "HQQ":
-        # codes are solved for the rounded scale and zero, so bf16 costs no accuracy worth its bytes; but at 8 bits a zero
-        # near 128 would be rounded to a whole step
+        # codes are solved for the rounded scale and zero, so bf16 costs no accuracy worth its bytes; but at 8 bits a
+        # zero near 128 would be rounded to a whole step
         auto = "fp32" if config.n_bits == 8 else "bf16"
         return cls(
             config.n_bits, config.quant_group_size, auto if config.quant_scales == "auto" else config.quant_scales

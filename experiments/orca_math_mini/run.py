@@ -1,0 +1,488 @@
+"""Fine-tunes and evaluates every method of the comparison; one JSON line per result.
+
+    python experiments/orca_math_mini/run.py --base output/mini --output_dir output/mini_runs
+    python experiments/orca_math_mini/run.py --base output/mini --only qlora,qdora --sizes 3000 --budget_minutes 8
+
+results.jsonl only grows: what is in it is not run again, so the work may be split over several calls, and the file may
+be carried to another machine. Stages: `rates` tries each method's learning rates, `seeds` repeats the one that did best
+on the validation problems, `ranks` varies LoRA's rank and alpha.
+"""
+
+import gc
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from math import prod
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import evaluate
+import train
+from fsdp_utils import runs
+from fsdp_utils.config import PRECISIONS, TrainConfig
+from fsdp_utils.distributed import fail, pick_device
+from fsdp_utils.flags import flag, parse
+from fsdp_utils.loading import fingerprint
+from fsdp_utils.metrics import peak_memory_gib
+from fsdp_utils.model import plan
+from fsdp_utils.safetensors_io import CheckpointReader
+from fsdp_utils.scoring import wilson_interval
+from methods.dora import DoRALinear
+from methods.errors import UserError
+from scripts.block_expansion import Expansion, expand
+from scripts.make_demo import write_jsonl
+
+SHOTS = 5
+RANK, ALPHA = 64, 16
+RANKS = ((2, 4), (4, 8), (8, 16), (64, 16))
+RANKED_METHODS = ("qlora", "qdora")
+CURVE_POINTS = 60
+RESULTS = "results.jsonl"
+PRETRAIN = "experiments/orca_math_mini/pretrain.py"
+SPLITS = ("test", "validation", "train")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the comparison.
+
+    Args:
+        train_type: of train.py; None: the base model as it is.
+        factors: of --shared_lr, the learning rates that are tried.
+        flags: of train.py.
+        shots: solved problems before each question.
+        also: further results of the same run: their names, and evaluate.py's --eval_type.
+    """
+
+    train_type: str | None
+    factors: tuple[float, ...] = (1, 3, 10)
+    flags: dict = field(default_factory=dict)
+    shots: int = 0
+    also: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def adapter(self) -> bool:
+        return self.train_type is not None and self.train_type.endswith(("lora", "dora"))
+
+
+METHODS = {
+    "zero_shot": Method(None),
+    "five_shot": Method(None, shots=SHOTS),
+    "full": Method("full", (0.3, 1, 3), also={"full_nf4": "full_post_quantized"}),
+    "qlora": Method("custom_qlora"),
+    "qdora": Method("bnb_dora"),
+    "llama_pro": Method("bnb_llama_pro"),
+    "hqq4_lora": Method("hqq_lora", flags={"n_bits": 4}),
+    "hqq4_dora": Method("hqq_dora", flags={"n_bits": 4}),
+    "hqq2_lora": Method("hqq_lora", flags={"n_bits": 2}),
+    "hqq2_dora": Method("hqq_dora", flags={"n_bits": 2}),
+    "lora": Method("custom_lora"),
+    "dora": Method("dora"),
+}
+# every name in the results, and the method whose run it is
+OWNERS = {name: owner for owner, method in METHODS.items() for name in (owner, *method.also)}
+
+
+@dataclass
+class RunConfig:
+    base: str = flag("output/mini", "folder that pretrain.py made")
+    output_dir: str = flag("output/mini_runs", "where results.jsonl and the logs go")
+    only: str = flag(",".join(METHODS), "methods to run")
+    sizes: str = flag("3000,30000", "training problems of a run")
+    stages: str = flag("rates,seeds,ranks", "what to do, in this order")
+    seeds: int = flag(3, "runs at the best learning rate", minimum=1)
+    shared_lr: float = flag(3e-4, "the learning rate that every method tries", above=0.0)
+    tune: bool = flag(True, "try two more learning rates per method")
+    batch_size: int = flag(64, "problems per optimizer step", minimum=1)
+    max_new_tokens: int = flag(112, "longest answer in tokens; worked answers have up to 85", minimum=1)
+    precision: str = flag("auto", "of train.py; auto: bf16 on a GPU, else fp32", choices=("auto", *PRECISIONS))
+    compile: bool = flag(False, "compile decoder blocks; short runs are over before it pays")
+    device: str = flag("auto", "where to compute", choices=("auto", "cuda", "cpu"))
+    processes: int = flag(1, "runs at a time on the one device", minimum=1)
+    budget_minutes: float = flag(0.0, "start no further run after this time; 0: no limit", minimum=0.0)
+
+    def errors(self) -> list[str]:
+        found = []
+        for name, known in (("only", METHODS), ("stages", STAGES)):
+            unknown = [word for word in getattr(self, name).split(",") if word not in known]
+            found += [f"--{name} {word}: choose from {', '.join(known)}" for word in unknown]
+        if not all(size.isdecimal() and int(size) for size in self.sizes.split(",")):
+            found.append(f"--sizes {self.sizes}: give whole numbers with commas between them, as 3000,30000")
+        return found
+
+    @property
+    def methods(self) -> dict[str, Method]:
+        return {name: METHODS[name] for name in self.only.split(",")}
+
+    @property
+    def numbers(self) -> list[int]:
+        return [int(size) for size in self.sizes.split(",")]
+
+    @property
+    def heldout(self) -> Path:
+        return Path(self.output_dir) / "heldout.jsonl"
+
+    @property
+    def expanded(self) -> Path:
+        return Path(self.output_dir) / "base_pro"
+
+
+class Job(NamedTuple):
+    """One training with its evaluation; of a base model only the evaluation, and then the rest is zero."""
+
+    method: str
+    samples: int = 0
+    lr: float = 0.0
+    seed: int = 0
+    rank: int = 0
+    alpha: int = 0
+
+    def __str__(self) -> str:
+        return "_".join(map(str, self))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What to run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def job_of(name: str, samples: int, lr: float, *, seed: int = 0, rank: int = RANK, alpha: int = ALPHA) -> Job:
+    """The job; rank and alpha are zero where there is no adapter, so that no two names mean the same run."""
+    method = METHODS[name]
+    if method.train_type is None:
+        return Job(name)
+    return Job(name, samples, float(f"{lr:.3g}"), seed, *((rank, alpha) if method.adapter else (0, 0)))
+
+
+def rate_jobs(config: RunConfig, rows: list[dict]) -> Iterator[Job]:
+    """Each method at each of its learning rates."""
+    for samples in config.numbers:
+        for name, method in config.methods.items():
+            for factor in method.factors if config.tune else (1,):
+                yield job_of(name, samples, factor * config.shared_lr)
+
+
+def best_rate(rows: list[dict], name: str, samples: int) -> float | None:
+    """The learning rate with the best validation score at seed 0 and the main rank; the lowest of equals."""
+    main = job_of(name, samples, 0.0)
+    tried = [r for r in rows if Job(r["method"], r["samples"], 0.0, r["seed"], r["rank"], r["alpha"]) == main]
+    scored = [row for row in tried if row["validation"] is not None]
+    return min(scored, key=lambda row: (-row["validation"], row["lr"]))["lr"] if scored else None
+
+
+def seed_jobs(config: RunConfig, rows: list[dict]) -> Iterator[Job]:
+    """The best learning rate of each method at further seeds."""
+    for samples in config.numbers:
+        for name, method in config.methods.items():
+            best = best_rate(rows, name, samples)
+            if best and method.train_type:
+                yield from (job_of(name, samples, best, seed=seed) for seed in range(1, config.seeds))
+
+
+def rank_jobs(config: RunConfig, rows: list[dict]) -> Iterator[Job]:
+    """Ranks and alphas at the largest size and the main rank's best learning rate."""
+    samples = max(config.numbers)
+    for name in RANKED_METHODS:
+        best = best_rate(rows, name, samples)
+        if best and name in config.methods:
+            yield from (job_of(name, samples, best, rank=rank, alpha=alpha) for rank, alpha in RANKS)
+
+
+STAGES = {"rates": rate_jobs, "seeds": seed_jobs, "ranks": rank_jobs}
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Every complete line of a JSON-lines file; a line that was cut short is run again."""
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_text().splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def remaining(jobs: Iterable[Job], rows: list[dict]) -> list[Job]:
+    """The jobs without a result, each once."""
+    done = {Job(*(row[name] for name in Job._fields)) for row in rows}
+    return [job for job in dict.fromkeys(jobs) if job not in done]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def train_config(job: Job, config: RunConfig) -> TrainConfig:
+    """The flags of train.py, as a user would give them."""
+    method, device = METHODS[job.method], pick_device(config.device)
+    on_gpu = device.type == "cuda"
+    flags = dict(
+        train_type=method.train_type,
+        model_name=Path(config.base) / "model",
+        dataset=Path(config.base) / "train.jsonl",
+        dataset_samples=job.samples,
+        context_length=512,
+        lora_dropout=0.0,
+        batch_size=config.batch_size,
+        lr=job.lr,
+        lr_scheduler="cosine",
+        wd=0.0,
+        optimizer="fused_adamw" if on_gpu else "adamw",
+        precision=("bf16" if on_gpu else "fp32") if config.precision == "auto" else config.precision,
+        seed=job.seed,
+        device=device.type,
+        use_cpu_offload=False,
+        use_gradient_checkpointing=False,
+        compile=config.compile,
+        save_model=True,
+        overwrite=True,
+        output_dir=Path(config.output_dir) / "work" / str(job),
+        **method.flags,
+    )
+    if method.adapter:
+        flags.update(lora_rank=job.rank, lora_alpha=job.alpha)
+    if method.train_type == "bnb_llama_pro":
+        flags.update(llama_pro_path=config.expanded)
+    return parse(TrainConfig, [f"--{name}={value}" for name, value in flags.items()], prog="train.py")
+
+
+def forget(device: torch.device) -> None:
+    """Gives back what the last run held, so that the next one's peak is its own."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def trained_parameters(flags: TrainConfig) -> dict:
+    """How many parameters train, and their share of the base's; built on meta."""
+    planned = plan(flags, device=torch.device("cpu"))
+    trained = sum(p.numel() for p in planned.model.parameters() if p.requires_grad)
+    base = sum(prod(planned.weights.shape(name)) for name in planned.weights.names())
+    return dict(trained=trained, trained_share=trained / base)
+
+
+def thinned(values: list[float]) -> list[tuple[int, float]]:
+    """`(step, mean since the point before)` of a curve, at most CURVE_POINTS of them."""
+    every = -(-len(values) // CURVE_POINTS)
+    starts = range(0, len(values), every)
+    return [(min(i + every, len(values)), round(mean(values[i : i + every]), 5)) for i in starts]
+
+
+def train_once(flags: TrainConfig, device: torch.device) -> dict:
+    """Trains; returns time (loading included), peak memory, and the curves of metrics.jsonl.
+
+    Raises:
+        FloatingPointError: it diverged.
+    """
+    forget(device)
+    begun = time.perf_counter()
+    train.main(flags)
+    seconds = time.perf_counter() - begun
+    steps = read_rows(Path(flags.output_dir) / "metrics.jsonl")
+    norms = [step["grad_norm"] for step in steps]
+    return dict(
+        train_seconds=round(seconds, 2),
+        train_peak_gib=round(peak_memory_gib(device), 4),
+        steps=len(steps),
+        loss=thinned([step["loss"] for step in steps]),
+        grad_norm=thinned(norms),
+        grad_norm_mean=mean(norms),
+    )
+
+
+def magnitude_change(folder: Path, device: torch.device) -> dict:
+    """How far DoRA's magnitudes are from where they started: mean and largest |m / m0 - 1|."""
+    model = runs.load_for_inference(runs.describe(folder), device=device)
+    layers = [module for module in model.modules() if isinstance(module, DoRALinear)]
+    # a row of zeros has no direction to scale
+    moved = torch.cat([(m.magnitude_delta.float() / m.weight_norm)[m.weight_norm > 0].abs() for m in layers])
+    return dict(magnitude_change=dict(mean=moved.mean().item(), largest=moved.max().item(), rows=len(moved)))
+
+
+def score(model: Path, config: RunConfig, device: torch.device, *, eval_type: str = "auto", shots: int = 0) -> dict:
+    """Exact match on the test problems with its interval, and on the validation problems."""
+    forget(device)
+    test, validation = (len(read_rows(Path(config.base) / f"{name}.jsonl")) for name in SPLITS[:2])
+    output = Path(config.output_dir) / "work" / f"{model.name}_{eval_type}_{shots}.json"
+    flags = dict(
+        model=model,
+        eval_type=eval_type,
+        dataset=config.heldout,
+        samples=test + validation,
+        n_shots=shots,
+        batch_size=1024 if device.type == "cuda" else 32,
+        max_new_tokens=config.max_new_tokens,
+        device=device.type,
+        output_file=output,
+        overwrite=True,
+    )
+    evaluate.main(parse(evaluate.EvalConfig, [f"--{k}={v}" for k, v in flags.items()], prog="evaluate.py"))
+    result = json.loads(output.read_text())
+    output.unlink()
+    right = [row["correct"] for row in result["results"]]  # in the order of the file: test problems first
+    return dict(
+        exact_match=sum(right[:test]) / test,
+        interval_95=wilson_interval(sum(right[:test]), test),
+        test_problems=test,
+        validation=sum(right[test:]) / validation,
+        eval_seconds=round(result["seconds"], 2),
+        eval_peak_gib=round(result["peak_memory_gib"], 4),
+    )
+
+
+def outcome(job: Job, config: RunConfig) -> list[dict]:
+    """The rows of one job: its own, and one for each further reading of what it trained."""
+    method, device, folder = METHODS[job.method], pick_device(config.device), Path(config.base) / "model"
+    readings = {job.method: "auto", **method.also}
+    common = dict(base=base_of(config), device=device_name(device), processes=config.processes)
+    common.update(shared_lr=config.shared_lr)
+    if method.train_type:
+        flags = train_config(job, config)
+        folder = Path(flags.output_dir)
+        common |= trained_parameters(flags)
+        try:
+            common |= train_once(flags, device)
+        except FloatingPointError as error:
+            common.update(exact_match=None, validation=None, error=str(error))
+            return [row_of(job, name, **common) for name in readings]
+        if method.train_type.endswith("dora"):
+            common |= magnitude_change(folder, device)
+    return [
+        row_of(job, name, **common, **score(folder, config, device, eval_type=eval_type, shots=method.shots))
+        for name, eval_type in readings.items()
+    ]
+
+
+def base_of(config: RunConfig) -> str:
+    """Tells one pre-trained base from another."""
+    return fingerprint(CheckpointReader(Path(config.base) / "model"))[:12]
+
+
+def row_of(job: Job, name: str, **values) -> dict:
+    return job._asdict() | values | {"method": name}
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def execute(job: Job, config: RunConfig) -> list[dict]:
+    """`outcome`, with what train.py and evaluate.py say in the job's log; leaves no weights behind."""
+    out = Path(config.output_dir)
+    try:
+        with open(out / "logs" / f"{job}.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
+            return outcome(job, config)
+    finally:
+        shutil.rmtree(out / "work" / str(job), ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All of them
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Here:
+    """The executor of one process: a job is done when `submit` returns."""
+
+    def submit(self, function, *args) -> Future:
+        future = Future()
+        future.set_result(function(*args))
+        return future
+
+
+def executor(config: RunConfig):
+    """Where jobs run; spawned, because CUDA does not survive a fork."""
+    if config.processes == 1:
+        return nullcontext(Here())
+    return ProcessPoolExecutor(config.processes, mp_context=get_context("spawn"))
+
+
+def run_jobs(jobs: list[Job], config: RunConfig, pool, *, deadline: float) -> Iterator[list[dict]]:
+    """The rows of each job as it ends. After the deadline no further one is started."""
+    running = set()
+    for job in jobs:
+        if len(running) == config.processes:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in done)
+        if time.monotonic() > deadline:
+            break
+        running.add(pool.submit(execute, job, config))
+    yield from (future.result() for future in wait(running).done)
+
+
+def prepare(config: RunConfig) -> None:
+    """Folders, the file of questions, and the expanded base for Llama-Pro.
+
+    Raises:
+        UserError: --base is not what pretrain.py makes.
+    """
+    base, out = Path(config.base), Path(config.output_dir)
+    missing = [name for name in ("model", *(f"{split}.jsonl" for split in SPLITS)) if not (base / name).exists()]
+    if missing:
+        raise UserError(
+            f"--base {base}: has no {', '.join(missing)}; make it with experiments/orca_math_mini/pretrain.py"
+        )
+    test, validation, train_rows = (read_rows(base / f"{split}.jsonl") for split in SPLITS)
+    if max(config.numbers) > len(train_rows):
+        raise UserError(f"--sizes {config.sizes}: {base} has {len(train_rows)} training problems")
+    for name in ("logs", "work"):
+        (out / name).mkdir(parents=True, exist_ok=True)
+    write_jsonl(config.heldout, test + validation + train_rows[:SHOTS])  # shots are what is not asked
+    with open(out / "logs" / "expansion.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
+        expand(Expansion(str(base / "model"), str(config.expanded), overwrite=True))
+
+
+def announce(row: dict) -> None:
+    job = Job(*(row[name] for name in Job._fields))
+    if row["exact_match"] is None:
+        print(f"{job}: {row['error']}", flush=True)
+        return
+    low, high = row["interval_95"]
+    trained = f", {row['train_seconds']:.0f} s, {row['train_peak_gib']:.2f} GiB" if "steps" in row else ""
+    print(f"{job}: {row['exact_match']:.1%} ({low:.1%} to {high:.1%}), validation {row['validation']:.1%}{trained}")
+
+
+def main(config: RunConfig) -> None:
+    prepare(config)
+    path = Path(config.output_dir) / RESULTS
+    others = {row["base"] for row in read_rows(path)} - {base_of(config)}
+    if others:
+        print(f"note: {path} has results of other bases ({', '.join(sorted(others))}); they are kept and not run again")
+    deadline = time.monotonic() + 60 * config.budget_minutes if config.budget_minutes else float("inf")
+    with executor(config) as pool, open(path, "a", buffering=1) as file:
+        if path.stat().st_size and not path.read_text().endswith("\n"):
+            file.write("\n")  # a line that was cut short must not swallow the next
+        for stage in config.stages.split(","):
+            rows = read_rows(path)
+            jobs = remaining(STAGES[stage](config, rows), rows)
+            print(f"{stage}: {len(jobs)} runs to do", flush=True)
+            for found in run_jobs(jobs, config, pool, deadline=deadline):
+                file.writelines(json.dumps(row) + "\n" for row in found)
+                for row in found:
+                    announce(row)
+            left = len(remaining(jobs, read_rows(path)))
+            if left:
+                print(f"{stage}: {left} runs left when the time was over; start the same command again", flush=True)
+                return
+
+
+if __name__ == "__main__":
+    try:
+        main(parse(RunConfig, prog="run.py", description=__doc__))
+    except UserError as error:
+        fail(error)
