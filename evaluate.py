@@ -25,7 +25,7 @@ from fsdp_utils.generation import HFGenerator, Output, VLLMGenerator, check_vllm
 from fsdp_utils.loading import write_json
 from fsdp_utils.partial import Partial
 from fsdp_utils.scoring import compare, cut_at_next_prompt, wilson_interval
-from methods.errors import UserError
+from methods.errors import UserError, naming
 
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 NOT_SETTINGS = ("batch_size", "output_file", "overwrite", "device", "world_size", "master_addr", "master_port")
@@ -168,7 +168,8 @@ def main(config: EvalConfig) -> None:
     output = Path(config.output_file)
     if output.exists() and not config.overwrite:
         raise UserError(f"--output_file {output}: exists; choose another or pass --overwrite true")
-    run = runs.describe(config.model)
+    with naming("--model"):
+        run = runs.describe(config.model)
     runs.check_eval_type(run, config.reading)
     if config.backend == "vllm":
         check_vllm(run, config.reading)

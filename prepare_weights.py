@@ -26,7 +26,7 @@ from fsdp_utils.export.trained import TrainedWeights
 from fsdp_utils.flags import as_dict, flag, section
 from fsdp_utils.loading import write_json
 from fsdp_utils.safetensors_io import new_folder, parse_size
-from methods.errors import UserError
+from methods.errors import UserError, naming
 
 
 @dataclass
@@ -120,7 +120,8 @@ def report(config: ExportConfig, run: runs.Run, text: fidelity.HeldOut, target: 
 def main(config: ExportConfig) -> None:
     """The story of an export; every check comes before the first weight is written."""
     device = distributed.pick_device(config.device)
-    run = runs.describe(config.model)
+    with naming("--model"):
+        run = runs.describe(config.model)
     target = check_target(config, run)
     if config.gptq:
         check_gptq(run)
