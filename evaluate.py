@@ -206,6 +206,8 @@ def finish(config: EvalConfig, run: runs.Run, partial: Partial) -> None:
     os.replace(temporary, config.output_file)
     partial.remove()
     low, high = result["interval_95"]
+    first = rows[0]
+    say(f"for example: {first['question']}\n  answered: {first['prediction'].strip()}\n  expected: {first['answer']}")
     say(
         f"score {result['correct']}/{result['total']} = {result['score']:.1%} (95 % interval {low:.1%} to {high:.1%}), "
         f"{result['seconds']:.1f} s, {result['tokens_per_s']:.0f} tokens/s, {result['peak_memory_gib']:.2f} GiB; "

@@ -5,7 +5,8 @@
 
 The folder holds model/ (Hugging Face format, bf16), train.jsonl, validation.jsonl and test.jsonl. The model is
 pre-trained on plain sentences, bare arithmetic and simpler stories, never on a question. The same seed gives the same
-files, and on the same kind of machine the same weights. `full` is for a GPU, `small` takes two to three minutes on 2 cores.
+files, and on the same kind of machine the same weights. `full` is for a GPU; `small` takes two to three minutes on 2
+cores.
 """
 
 import os

@@ -85,7 +85,7 @@ def comparison(rows: list[dict], samples: int) -> str:
     return table(COMPARISON, lines)
 
 
-COSTS = ["peak GiB", "training, s", "trained", "gradient norm"]
+COSTS = ["last loss", "peak GiB", "training, s", "trained", "gradient norm"]
 COMPARISON = ["method", "exact match", "95 % interval", "seeds", "learning rate", "at the shared rate", *COSTS]
 
 
@@ -93,7 +93,11 @@ def costs(found: list[dict]) -> list[str]:
     """The cells under COSTS."""
     columns = (("train_peak_gib", "{:.2f}"), ("train_seconds", "{:.1f}"), ("trained_share", "{:.1%}"))
     cells = [form.format(mean(row[key] for row in found)) for key, form in columns]
-    return [*cells, spread([row["grad_norm_mean"] for row in found], "{:.3f}")]
+    return [
+        f"{mean(row['loss'][-1][1] for row in found):.3f}",
+        *cells,
+        spread([row["grad_norm_mean"] for row in found], "{:.3f}"),
+    ]
 
 
 def learning_rates(rows: list[dict], samples: int) -> str:

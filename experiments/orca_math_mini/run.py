@@ -472,7 +472,7 @@ def main(config: RunConfig) -> None:
             jobs = remaining(STAGES[stage](config, rows), rows)
             print(f"{stage}: {len(jobs)} runs to do", flush=True)
             for found in run_jobs(jobs, config, pool, deadline=deadline):
-                file.writelines(json.dumps(row) + "\n" for row in found)
+                file.write("".join(json.dumps(row) + "\n" for row in found))  # one write: all rows of a run or none
                 for row in found:
                     announce(row)
             left = len(remaining(jobs, read_rows(path)))
