@@ -8,8 +8,6 @@ from tiny import FAMILIES
 
 from methods import TRAIN_TYPES
 
-ADAPTED = [name for name, row in TRAIN_TYPES.items() if row.method != "llama_pro"]
-
 
 def assert_close(got, want, *, relative):
     """Loss and every gradient agree, relative to the largest entry of each."""
@@ -20,6 +18,14 @@ def assert_close(got, want, *, relative):
         assert (got[1][name] - gradient).abs().max() / scale < relative, name
 
 
+def assert_close_norm(got, want, *, relative):
+    """Loss and every gradient agree in norm, as 16-bit numbers can: single entries near zero are mostly rounding."""
+    assert got[0] == pytest.approx(want[0], rel=relative)
+    for name, gradient in want[1].items():
+        difference = (got[1][name].float() - gradient.float()).norm()
+        assert difference / gradient.float().norm().clamp_min(1e-12) < relative, name
+
+
 def assert_learns(step):
     """A parity of zeros would prove nothing."""
     assert all(gradient.abs().max() > 0 for gradient in step[1].values())
@@ -28,6 +34,9 @@ def assert_learns(step):
 @pytest.fixture(scope="session")
 def flags(tiny, tiny_data):
     def make(family="llama", **more):
+        if "llama_pro" in more.get("train_type", ""):
+            more["llama_pro_path"] = tiny(family)
+            (tiny(family) / "expanded_layers.json").write_text('{"expanded_layers": [1]}')
         return dict(model_name=tiny(family), dataset=tiny_data, batch_size=8, **more)
 
     return make
@@ -47,26 +56,18 @@ def one_process():
     return get
 
 
-@pytest.mark.parametrize("train_type", ADAPTED)
-def test_two_processes_equal_one(pair, one_process, flags, train_type):
-    """Every train type, with and without CPU offload: loss and gradients of 2 processes are those of 1."""
-    alone = one_process(flags(train_type=train_type))
-    assert_learns(alone)
-    assert_close(first_step(flags(train_type=train_type, use_cpu_offload=True)), alone, relative=1e-5)
-    for offload in (False, True):
-        both = pair.run(first_step, {**flags(train_type=train_type, use_cpu_offload=offload), "batch_size": 4})
-        for step in both:
-            assert_close(step, alone, relative=1e-5)
-
-
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "llama"])
-@pytest.mark.parametrize("train_type", ["full", "qlora", "bnb_dora", "hqq_lora"])
-def test_families(pair, one_process, flags, family, train_type):
-    """Biases, tied heads, fused projections and capped logits shard as plain Llamas do."""
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("train_type", TRAIN_TYPES)
+def test_two_processes_equal_one(pair, one_process, flags, train_type, family):
+    """Every train type, on plain, biased, tied, fused and capped models, with and without CPU offload: loss and
+    gradients of 2 processes are those of 1."""
     alone = one_process(flags(family, train_type=train_type))
     assert_learns(alone)
-    both = pair.run(first_step, {**flags(family, train_type=train_type), "batch_size": 4})
-    assert_close(both[0], alone, relative=1e-5)
+    offloaded = flags(family, train_type=train_type, use_cpu_offload=True)
+    assert_close(first_step(offloaded), alone, relative=1e-5)
+    for settings in (flags(family, train_type=train_type), offloaded):
+        for step in pair.run(first_step, {**settings, "batch_size": 4}):
+            assert_close(step, alone, relative=1e-5)
 
 
 @pytest.mark.parametrize("train_type", ["full", "custom_qlora", "bnb_dora", "hqq_dora"])
@@ -74,7 +75,7 @@ def test_bf16(pair, one_process, flags, train_type):
     """The same in bf16, to its own precision."""
     alone = one_process(flags(train_type=train_type, precision="bf16"))
     both = pair.run(first_step, {**flags(train_type=train_type, precision="bf16"), "batch_size": 4})
-    assert_close(both[0], alone, relative=3e-2)
+    assert_close_norm(both[0], alone, relative=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +123,7 @@ def test_autocast(pair, one_process, flags, train_type, precision):
     alone = one_process(flags(train_type=train_type, precision=precision))
     assert alone[0] == pytest.approx(reference[0], rel=1e-2)
     both = pair.run(first_step, {**flags(train_type=train_type, precision=precision), "batch_size": 4})
-    assert_close(both[0], alone, relative=3e-2)
+    assert_close_norm(both[0], alone, relative=1e-2)
 
 
 @pytest.mark.parametrize(
