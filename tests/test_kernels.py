@@ -20,22 +20,22 @@ QUANTIZERS = [
     *[HQQ(bits) for bits in (8, 4, 3, 2, 1)],
     None,
 ]
-IN, OUT = 256, 192  # and the other way round below: the operator multiplies differently where it widens
+IN, OUT = 256, 192
 
 
-def weight(device, dtype=torch.float32):
+def weight(device, dtype=torch.float32, *, out=OUT):
     generator = torch.Generator().manual_seed(0)
-    return (torch.randn(OUT, IN, generator=generator) * 0.05).to(device, dtype)
+    return (torch.randn(out, IN, generator=generator) * 0.05).to(device, dtype)
 
 
-def base_linear(quantizer, device, dtype):
+def base_linear(quantizer, device, dtype, *, out=OUT):
     """A frozen base with the values of `weight`."""
-    linear = nn.Linear(IN, OUT, bias=True, device=device, dtype=dtype).requires_grad_(False)
-    linear.weight.copy_(weight(device, dtype))
+    linear = nn.Linear(IN, out, bias=True, device=device, dtype=dtype).requires_grad_(False)
+    linear.weight.copy_(weight(device, dtype, out=out))
     if quantizer is None:
         return linear
     base = QuantizedLinear(linear, quantizer)
-    for name, packed in zip(base.packed_names, quantizer.quantize(weight(device)), strict=True):
+    for name, packed in zip(base.packed_names, quantizer.quantize(weight(device, out=out)), strict=True):
         setattr(base, name, nn.Parameter(packed, requires_grad=False))
     return base
 
@@ -79,11 +79,13 @@ def test_dequantize_kernels_give_the_same_bits(quantizer, dtype):
 @pytest.mark.parametrize("kind", [LoRALinear, DoRALinear])
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_fused_adapter_equals_plain(device, kind, quantizer, dtype, tolerance):
-    """Output and all gradients of the fused operator are those of the definition, for every quantizer."""
-    base = base_linear(quantizer, device, dtype)
+@pytest.mark.parametrize("out_features", [OUT, 576])
+def test_fused_adapter_equals_plain(device, kind, quantizer, dtype, tolerance, out_features):
+    """Output and all gradients of the fused operator are those of the definition, for every quantizer, also where the
+    output is so much wider than the input that the operator multiplies `[x, A x]` at once."""
+    base = base_linear(quantizer, device, dtype, out=out_features)
     x = torch.randn(3, 17, IN, generator=torch.Generator().manual_seed(2)).to(device, dtype)
-    grad = torch.randn(3, 17, OUT, generator=torch.Generator().manual_seed(3)).to(device, dtype)
+    grad = torch.randn(3, 17, out_features, generator=torch.Generator().manual_seed(3)).to(device, dtype)
     results = []
     for fused in (False, True):
         layer = adapter(kind, base, device, dtype, fused=fused)
