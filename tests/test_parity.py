@@ -1,5 +1,7 @@
 """The number of processes, the sharding and the split of the batch do not change what is computed."""
 
+import shutil
+
 import pytest
 import torch
 from runs import first_step, packed_bytes
@@ -32,11 +34,20 @@ def assert_learns(step):
 
 
 @pytest.fixture(scope="session")
-def flags(tiny, tiny_data):
+def flags(tiny, tiny_data, tmp_path_factory):
+    root = tmp_path_factory.mktemp("expanded")
+
+    def expanded(family):
+        """A copy of the tiny model whose last block counts as new."""
+        folder = root / family
+        if not folder.exists():
+            shutil.copytree(tiny(family), folder)
+            (folder / "expanded_layers.json").write_text('{"expanded_layers": [1]}')
+        return folder
+
     def make(family="llama", **more):
         if "llama_pro" in more.get("train_type", ""):
-            more["llama_pro_path"] = tiny(family)
-            (tiny(family) / "expanded_layers.json").write_text('{"expanded_layers": [1]}')
+            more["llama_pro_path"] = expanded(family)
         return dict(model_name=tiny(family), dataset=tiny_data, batch_size=8, **more)
 
     return make
