@@ -175,9 +175,7 @@ def main(config: TrainConfig) -> None:
     tokenized = prepare_data(config, tokenizer, model_config)
     say(tokenized.report)
     planned = plan(config, device=device)
-    mesh = None
-    if world_size() > 1 or config.use_cpu_offload:
-        mesh = distributed.make_mesh(config.sharding_strategy, device, hybrid_shard_size=config.hybrid_shard_size)
+    mesh = distributed.mesh_for(config, device)
     run = dict(base_fingerprint=planned.base_fingerprint, quantizer=planned.quantizer)
     checkpoint.write_run(config, **run, finished=False)
     model = load(planned, config, mesh=mesh, device=device, compile_block=compiler(config, device))

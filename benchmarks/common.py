@@ -106,8 +106,7 @@ class Run:
         self.config = config
         self.device = distributed.pick_device(config.device)
         distributed.start(self.device, alone=config.use_cpu_offload)
-        sharded = distributed.world_size() > 1 or config.use_cpu_offload
-        self.mesh = distributed.make_mesh(config.sharding_strategy, self.device) if sharded else None
+        self.mesh = distributed.mesh_for(config, self.device)
         self.plan = plan(config, device=self.device)
         start = time.perf_counter()
         self.model = load(

@@ -128,6 +128,13 @@ def make_mesh(strategy: str, device: torch.device, *, hybrid_shard_size: int = -
     return init_device_mesh(device.type, (total // size, size), mesh_dim_names=("replicate", "shard"))
 
 
+def mesh_for(config, device: torch.device) -> DeviceMesh | None:
+    """The mesh of a run, or None where one process holds the whole model and nothing is offloaded."""
+    if world_size() == 1 and not config.use_cpu_offload:
+        return None
+    return make_mesh(config.sharding_strategy, device, hybrid_shard_size=config.hybrid_shard_size)
+
+
 def shard_group(mesh: DeviceMesh):
     """The processes that together hold one copy of the model."""
     return (mesh["shard"] if mesh.ndim > 1 else mesh).get_group()

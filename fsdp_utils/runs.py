@@ -265,18 +265,6 @@ def check_base(run: Run, fingerprint: str) -> None:
         )
 
 
-def open_base(run: Run) -> CheckpointReader:
-    """A reader of the weights under an adapter, or of the model itself; the base of an adapter is checked.
-
-    Raises:
-        UserError: another base than the run was trained on.
-    """
-    weights = CheckpointReader(run.base)
-    if run.kind == "adapter":
-        check_base(run, loading.fingerprint(weights))
-    return weights
-
-
 def tokenizer_folder(run: Run) -> Path:
     """The run's folder if a tokenizer was saved in it, else its base's."""
     own = any((run.folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))

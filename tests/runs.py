@@ -3,7 +3,6 @@
 import json
 
 import torch
-import torch.distributed as dist
 
 import train
 from fsdp_utils import checkpoint, distributed, loading
@@ -29,9 +28,7 @@ def prepared(config):
     device = distributed.pick_device(config.device)
     distributed.start(device, alone=config.use_cpu_offload)
     planned = plan(config, device=device)
-    mesh = None
-    if distributed.world_size() > 1 or config.use_cpu_offload:
-        mesh = distributed.make_mesh(config.sharding_strategy, device, hybrid_shard_size=config.hybrid_shard_size)
+    mesh = distributed.mesh_for(config, device)
     model = load(planned, config, mesh=mesh, device=device, compile_block=compiler(config, device))
     return model, planned, mesh, device
 
@@ -104,8 +101,3 @@ def packed_bytes(flags: dict) -> dict[str, torch.Tensor]:
     whole = {name: gather(p).contiguous().view(torch.uint8) for name, p in frozen.items()}
     whole["*shard"] = torch.tensor(sum(local(p).nbytes for p in frozen.values()))
     return whole
-
-
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
