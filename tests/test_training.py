@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import barrier, first_step, make_config, perturb, prepared
+from runs import first_step, make_config, perturb, prepared
 from test_parity import assert_close
 from tiny import FAMILIES, byte_tokenizer
 
@@ -41,7 +41,7 @@ def run(flags: dict, **patches) -> tuple[list[dict], dict[str, torch.Tensor]]:
     finally:
         for name, value in original.items():
             setattr(train, name, value)
-    barrier()  # process 0 has written its last line
+    distributed.barrier()  # process 0 has written its last line
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines], found
 
