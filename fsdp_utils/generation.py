@@ -10,6 +10,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import GenerationConfig, StoppingCriteria
 
+from fsdp_utils import decoding
 from fsdp_utils.distributed import is_main
 from fsdp_utils.metrics import peak_memory_gib
 from fsdp_utils.runs import Run, tokenizer_folder
@@ -18,6 +19,7 @@ from fsdp_utils.tokens import special_prefix
 from methods.errors import UserError
 
 TAIL = 16  # tokens, enough for the longest mark of a next prompt even byte by byte
+READ_EVERY = 8  # tokens between two looks at what was generated; each makes the GPU wait for the host
 VLLM_CHUNK = 512  # prompts between two writes of the partial result
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -66,17 +68,59 @@ class NextPrompt(StoppingCriteria):
         return torch.tensor([bool(NEXT_PROMPT.search(tail)) for tail in tails], device=input_ids.device)
 
 
+class RowEnds:
+    """Where each row ends, found where `generate` with `NextPrompt` ends it, but some tokens later."""
+
+    def __init__(self, tokenizer, ends: list[int], *, rows: int):
+        self.tokenizer, self.ends, self.read = tokenizer, ends, 0
+        self.lengths: list[int | None] = [None] * rows  # with the token that ended the row
+
+    def update(self, rows: list[list[int]]) -> bool:
+        """Takes all tokens generated so far, `[rows][n]`; returns whether every row has ended."""
+        for row, tokens in enumerate(rows):
+            if self.lengths[row] is None:
+                self.lengths[row] = self._length(tokens)
+        self.read = len(rows[0])
+        return None not in self.lengths
+
+    def _length(self, tokens: list[int]) -> int | None:
+        fresh = range(self.read + 1, len(tokens) + 1)
+        ended = next((n for n in fresh if tokens[n - 1] in self.ends), None)
+        last = ended or len(tokens)
+        if not self._marked(tokens[max(0, self.read + 1 - TAIL) : last]):
+            return ended
+        return next((n for n in fresh if n <= last and self._marked(tokens[max(0, n - TAIL) : n])), ended)
+
+    def _marked(self, tokens: list[int]) -> bool:
+        return bool(NEXT_PROMPT.search(self.tokenizer.decode(tokens)))
+
+
 class HFGenerator:
-    """transformers' `generate` on one device, with a KV cache.
+    """Batches of answers from a transformers model on one device, with a KV cache.
+
+    `generate` is the definition; where the model allows, a `StaticDecoder` gives the same tokens with fewer launches.
 
     Args:
         temperature: 0 is greedy.
         seed: of sampling; each batch is seeded on its own, so a resumed evaluation samples what it would have.
+        static_cache: whether to decode by `StaticDecoder`; None: on CUDA, which replays its steps as graphs.
     """
 
-    def __init__(self, model: nn.Module, tokenizer, *, max_new_tokens: int, temperature: float, seed: int):
-        self.model, self.tokenizer, self.seed = model, tokenizer, seed
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer,
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        static_cache: bool | None = None,
+    ):
+        self.model, self.tokenizer, self.temperature, self.seed = model, tokenizer, temperature, seed
         self.device = next(model.parameters()).device
+        wanted = self.device.type == "cuda" if static_cache is None else static_cache
+        self.static = wanted and decoding.supported(model)
+        self.decoder: decoding.StaticDecoder | None = None
         self.ends = end_ids(model, tokenizer)
         self.pad = next(i for i in (tokenizer.pad_token_id, *self.ends, 0) if i is not None)
         sampling = dict(do_sample=True, temperature=temperature, top_k=0) if temperature else dict(do_sample=False)
@@ -109,10 +153,15 @@ class HFGenerator:
                 waiting = waiting[len(batch) :]
                 yield from outputs
                 bar.update(len(batch))
+        self.decoder = None
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.model.generation_config.max_new_tokens
 
     def _check_length(self, longest: int) -> None:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        new = self.model.generation_config.max_new_tokens
+        new = self.max_new_tokens
         if limit and longest + new > limit:
             raise UserError(
                 f"--max_new_tokens {new}: with the longest prompt ({longest} tokens) exceeds the model's {limit} "
@@ -124,6 +173,7 @@ class HFGenerator:
         try:
             return self._generate(batch)
         except torch.OutOfMemoryError:
+            self.decoder = None
             return None
 
     def _halve(self, size: int) -> int:
@@ -136,25 +186,67 @@ class HFGenerator:
 
     @torch.inference_mode()
     def _generate(self, batch) -> list[Output]:
-        width = max(len(ids) for _, ids in batch)
-        input_ids = torch.full((len(batch), width), self.pad)
-        mask = torch.zeros_like(input_ids)
-        for row, (_, ids) in enumerate(batch):  # on the left: what is generated must follow the prompt
-            input_ids[row, width - len(ids) :] = torch.tensor(ids)
-            mask[row, width - len(ids) :] = 1
-        torch.manual_seed(self.seed + batch[0][0])
         begun = time.perf_counter()
-        generated = self.model.generate(
-            input_ids=input_ids.to(self.device),
-            attention_mask=mask.to(self.device),
-            stopping_criteria=[NextPrompt(self.tokenizer, start=width)],
-        )[:, width:].tolist()  # [rows, new]; waits for the device
+        new_tokens = self._by_steps if self.static else self._by_generate
+        generated = new_tokens(*self._padded([ids for _, ids in batch]), seed=self.seed + batch[0][0])
         seconds = (time.perf_counter() - begun) / len(batch)
         peak = peak_memory_gib(self.device)
         return [
             Output(index, self.tokenizer.decode(new, skip_special_tokens=True), len(new), seconds, peak)
             for (index, _), new in zip(batch, map(self._until_end, generated), strict=True)
         ]
+
+    def _padded(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and mask `[rows, L]` on the device."""
+        width = max(map(len, prompts))
+        input_ids = torch.full((len(prompts), width), self.pad)
+        mask = torch.zeros_like(input_ids)
+        for row, ids in enumerate(prompts):  # on the left: what is generated must follow the prompt
+            input_ids[row, width - len(ids) :] = torch.tensor(ids)
+            mask[row, width - len(ids) :] = 1
+        return input_ids.to(self.device), mask.to(self.device)
+
+    def _by_generate(self, input_ids: torch.Tensor, mask: torch.Tensor, *, seed: int) -> list[list[int]]:
+        """Tokens that follow each prompt of `[rows, L]`, padded to the longest answer; waits for the device."""
+        width = input_ids.shape[1]
+        torch.manual_seed(seed)
+        stops = [NextPrompt(self.tokenizer, start=width)]
+        generated = self.model.generate(input_ids=input_ids, attention_mask=mask, stopping_criteria=stops)
+        return generated[:, width:].tolist()
+
+    def _by_steps(self, input_ids: torch.Tensor, mask: torch.Tensor, *, seed: int) -> list[list[int]]:
+        """What `_by_generate` returns, without the padding. Rows that have ended go on, and are cut."""
+        rows, width = input_ids.shape
+        decoder = self._decoder_for(rows=rows, tokens=width + self.max_new_tokens)
+        ends = RowEnds(self.tokenizer, self.ends, rows=rows)
+        generator = torch.Generator(self.device).manual_seed(seed)  # not the default one, which a graph takes hold of
+        new = torch.empty(rows, self.max_new_tokens, dtype=torch.long, device=self.device)
+        logits = decoder.prefill(input_ids, mask)
+        for i in range(self.max_new_tokens):
+            if i:
+                logits = decoder.step(new[:, i - 1])
+            new[:, i] = self._choose(logits, generator)
+            if (i + 1) % READ_EVERY == 0 or i + 1 == self.max_new_tokens:
+                tokens = new[:, : i + 1].tolist()  # waits for the device
+                if ends.update(tokens):
+                    break
+        return [row[:length] for row, length in zip(tokens, ends.lengths, strict=True)]
+
+    def _decoder_for(self, *, rows: int, tokens: int) -> decoding.StaticDecoder:
+        """That of the last batch where it fits: capturing costs two steps that are launched kernel by kernel."""
+        if self.decoder is None or not self.decoder.fits(rows=rows, tokens=tokens):
+            graphs = self.decoder.graphs if self.decoder else self.device.type == "cuda"  # one failure is enough
+            self.decoder = None  # its memory before that of the next
+            length = decoding.cache_length(tokens)
+            self.decoder = decoding.StaticDecoder(self.model, rows=rows, length=length, graphs=graphs)
+        return self.decoder
+
+    def _choose(self, logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Next tokens `[rows]` of fp32 logits `[rows, vocabulary]`, chosen as `generate` does."""
+        if not self.temperature:
+            return logits.argmax(dim=-1)
+        chances = (logits / self.temperature).softmax(dim=-1)
+        return torch.multinomial(chances, 1, generator=generator).squeeze(1)
 
     def _until_end(self, new: list[int]) -> list[int]:
         """Without the padding of a row that ended before the longest of its batch."""
