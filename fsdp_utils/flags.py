@@ -82,7 +82,7 @@ def _add(parser, f):
     if f.metadata["choices"]:
         metavar = "|".join(str(c) for c in f.metadata["choices"])
     help_text = (f.metadata["help"] + default).replace("%", "%%")
-    extra = dict(nargs="?", const=True) if kind is boolean else {}  # a bare --packing means true
+    extra = dict(nargs="?", const=True) if isinstance(f.default, bool) else {}  # a bare --packing means true
     parser.add_argument(f"--{f.name}", type=kind, default=argparse.SUPPRESS, metavar=metavar, help=help_text, **extra)
 
 

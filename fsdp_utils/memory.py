@@ -9,30 +9,40 @@ from methods.rows import local
 
 GIB = 2**30
 
-# bytes of optimizer state per trained parameter byte
-STATE_FACTOR = {"sgd": 0.0, "adamw_8bit": 0.5}
+# bytes of optimizer state per trained element; the others keep two numbers in the parameter's dtype
+STATE_BYTES = {"sgd": 0, "adamw_8bit": 2}
 
 
 class OutOfMemory(UserError):
     """The GPU is full; the message says of what, and which flags lower it."""
 
 
+def optimizer_bytes(optimizer: str, elements: int, element_size: int) -> int:
+    """Bytes that an optimizer keeps for trained elements of so many bytes each."""
+    return elements * STATE_BYTES.get(optimizer, 2 * element_size)
+
+
 def breakdown(model: nn.Module, config) -> dict[str, float]:
     """GiB in this process by purpose, largest micro-batch assumed: `batch_size` rows of `context_length` tokens."""
     shape = model.config.get_text_config()
     frozen = sum(local(p).nbytes for p in model.parameters() if not p.requires_grad)
-    trained = sum(local(p).nbytes for p in model.parameters() if p.requires_grad)
+    rows = [local(p) for p in model.parameters() if p.requires_grad]
+    trained = sum(p.nbytes for p in rows)
+    states = sum(optimizer_bytes(config.optimizer, p.numel(), p.element_size()) for p in rows)
     tokens, width = config.batch_size * config.context_length, 4 if config.precision == "fp32" else 2
     hidden, layers = shape.hidden_size, shape.num_hidden_layers
     inside = tokens * width * (6 * hidden + 4 * shape.intermediate_size)  # what one block keeps for backward, about
-    kept = layers * tokens * hidden * width + inside if config.use_gradient_checkpointing else layers * inside
+    recomputed = sum(getattr(module, "recomputes", False) for module in model.modules())
+    # the last blocks keep everything; when they are done, one at a time of the first holds what it recomputes
+    inputs = 0 if config.use_activation_cpu_offload else recomputed * tokens * hidden * width
+    kept = inputs + max(layers - recomputed, min(recomputed, 1)) * inside
     logits = LOGITS_BYTES if config.fused_loss else tokens * shape.vocab_size * (width + 8)
     on_host = config.use_cpu_offload
     sizes = {
         "base": 0 if on_host else frozen,
         "adapters and gradients" if config.method != "full" else "weights and gradients": 0 if on_host else 2 * trained,
-        "optimizer": 0 if on_host else trained * STATE_FACTOR.get(config.optimizer, 2.0),
-        "activations": inside if config.use_activation_cpu_offload else kept,
+        "optimizer": 0 if on_host else states,
+        "activations": kept,
         "logits": logits,
     }
     return {name: size / GIB for name, size in sizes.items()}
@@ -41,7 +51,7 @@ def breakdown(model: nn.Module, config) -> dict[str, float]:
 def remedies(config) -> list[str]:
     """Flags that lower memory and are not in use, cheapest first."""
     offered = (
-        (not config.use_gradient_checkpointing, "--use_gradient_checkpointing true"),
+        (config.use_gradient_checkpointing is not True, "--use_gradient_checkpointing true"),  # auto estimates
         (not config.fused_loss, "--fused_loss true"),
         (config.batch_size > 1, "a smaller --batch_size with more --gradient_accumulation_steps"),
         (config.quantizer == "none" and config.method != "full", "a quantized --train_type such as bnb_dora"),
