@@ -109,7 +109,7 @@ def test_pretraining_is_another_task():
     assert not [text for text in texts if "?" in text or "answer" in text.lower() or "#" in text]
     assert all(true(equation) for text in texts for equation in equations(text))
     assert texts == list(islice(problems.pretraining_texts(seed=0), 2000))
-    assert sum(not re.search(r"\d", text) for text in texts) > 200  # plain sentences
+    assert sum(not re.search(r"\d", text) for text in texts) > 60  # plain sentences
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_shapes_suit_every_quantizer(scale):
 
 def config_of(base, out, **flags):
     """Settings of a run that ends in seconds."""
-    common = dict(base=base, output_dir=out, sizes=32, batch_size=8, max_new_tokens=8, device="cpu", seeds=1)
+    common = dict(base=base, output_dir=out, sizes=32, epochs=1, batch_size=8, max_new_tokens=8, device="cpu", seeds=1)
     argv = [f"--{name}={value}" for name, value in (common | flags).items()]
     return parse(run.RunConfig, argv, prog="run.py")
 
@@ -165,18 +165,18 @@ def test_learning_rates(base, tmp_path):
     for name, method in run.METHODS.items():
         rates = {job.lr for job in jobs if job.method == name}
         assert rates == {0.0} if method.train_type is None else len(rates) == 3 and config.shared_lr in rates
-    rows = [job._asdict() | {"validation": 0.5 if job.lr == 9e-4 else 0.25} for job in jobs if job.method == "qdora"]
+    rows = [job._asdict() | {"validation": 0.5 if job.lr == 4e-3 else 0.25} for job in jobs if job.method == "qdora"]
     rows += [rows[0] | {"lr": 1.0, "validation": None}, rows[0] | {"lr": 2.0, "validation": 1.0, "rank": 2, "alpha": 4}]
     more = list(run.seed_jobs(config, rows))
-    assert [(job.method, job.lr, job.seed) for job in more] == [("qdora", 9e-4, 1), ("qdora", 9e-4, 2)]
-    assert [(job.rank, job.alpha, job.lr) for job in run.rank_jobs(config, rows)] == [(*r, 9e-4) for r in run.RANKS]
+    assert [(job.method, job.lr, job.seed) for job in more] == [("qdora", 4e-3, 1), ("qdora", 4e-3, 2)]
+    assert [(job.rank, job.alpha, job.lr) for job in run.rank_jobs(config, rows)] == [(*r, 4e-3) for r in run.RANKS]
 
 
 def test_flags_are_checked():
     """Unknown methods and stages and odd sizes are named, all at once."""
     with pytest.raises(ConfigError) as error:
-        parse(run.RunConfig, ["--only=qdora,nosuch", "--stages=all", "--sizes=3k"], prog="run.py")
-    assert all(word in str(error.value) for word in ("--only nosuch", "--stages all", "--sizes 3k"))
+        parse(run.RunConfig, ["--only=qdora,nosuch", "--stages=all", "--sizes=3k", "--epochs=1,2"], prog="run.py")
+    assert all(word in str(error.value) for word in ("--only nosuch", "--stages all", "--sizes 3k", "--epochs 1,2"))
 
 
 def test_missing_base_is_named(tmp_path):

@@ -50,7 +50,7 @@ SCALES = {
     "full": Scale(
         dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12,
              num_key_value_heads=4),
-        vocabulary=1024, steps=3000, rows=16, length=1024, lr=6e-4, start=0.02,
+        vocabulary=1024, steps=3000, rows=32, length=512, lr=8e-4, start=0.02,
     ),
     "small": Scale(
         dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,

@@ -38,7 +38,7 @@ class Number(NamedTuple):
         return step * rng.randint(math.ceil(self.low / step), math.floor(self.high / step))
 
 
-def money(low, high, step="0.05"):
+def money(low, high, step):
     return Number(low, high, step, money=True)
 
 
@@ -72,25 +72,26 @@ class Template:
         return 2 if parts else 0
 
 
-SMALL, MIDDLE, LARGE = Number(2, 12), Number(2, 99), Number(2, 999)
+# of two factors one is at most 12 or a round number: the model has no paper to multiply on
+SMALL, ROUND, MIDDLE, LARGE = Number(2, 12), Number(10, 90, "10"), Number(2, 99), Number(2, 999)
 TEMPLATES = {
     "change": Template(
         "{name} buys {n} {item} at {p} each and pays with {m}.",
         "How much change does {name} get?",
         "The {item} cost {n * p = c}. The change is {m - c = x}.",
-        dict(n=SMALL, p=money(0.5, 30), m=money(20, 200, "10")),
+        dict(n=SMALL, p=money(0.5, 30, "0.25"), m=money(20, 200, "10")),
     ),
     "two_prices": Template(
         "{name} buys {a} {item} at {p} each and {b} {items} at {q} each.",
         "How much does {name} pay?",
         "The {item} cost {a * p = s}. The {items} cost {b * q = t}. Together that is {s + t = x}.",
-        dict(a=SMALL, p=money(0.5, 20), b=SMALL, q=money(0.5, 20)),
+        dict(a=SMALL, p=money(0.5, 20, "0.25"), b=SMALL, q=money(0.5, 20, "0.25")),
     ),
     "discount": Template(
         "A {thing} costs {p}. In the sale it is {r} percent cheaper.",
         "What does the {thing} cost in the sale?",
         "One percent is {p / 100 = u}. The discount is {u * r = d}. The sale price is {p - d = x}.",
-        dict(p=money(20, 900, "1"), r=Number(5, 90, "5")),
+        dict(p=money(20, 900, "5"), r=ROUND),
     ),
     "ratio_share": Template(
         "The ratio of {item} to {items} in a box is {p}:{q}. Together there are {n}.",
@@ -116,7 +117,7 @@ TEMPLATES = {
         "A train goes {v} km an hour for {h} hours, and then {d} km more.",
         "How many km does it go?",
         "In {h} hours it goes {v * h = s}. With the rest it is {s + d = x}.",
-        dict(v=Number(20, 160), h=tenths(0.5, 6), d=MIDDLE),
+        dict(v=Number(20, 160, "10"), h=Number(0.5, 9, "0.5"), d=MIDDLE),
     ),
     "at_first": Template(
         "{name} gave {a} {item} to {other} and then bought {b}. Now {name} has {c} {item}.",
@@ -140,55 +141,55 @@ TEMPLATES = {
         "{name} earns {p} an hour, works {a} hours on Monday and {b} on Tuesday, and spends {m}.",
         "How much money is left?",
         "That is {a + b = h} hours. They bring {h * p = e}. What is left is {e - m = x}.",
-        dict(p=money(8, 40, "0.5"), a=SMALL, b=SMALL, m=money(2, 99, "0.5")),
+        dict(p=money(8, 40, "0.5"), a=Number(2, 6), b=Number(2, 6), m=money(2, 99, "0.5")),
     ),
     "seats": Template(
         "A hall has {a} rows of {b} seats. {c} seats are taken and {d} are broken.",
         "How many seats are free?",
         "There are {a * b = s} seats. Without the taken ones there are {s - c = t}. Free are {t - d = x}.",
-        dict(a=Number(3, 40), b=Number(3, 40), c=LARGE, d=Number(2, 40)),
+        dict(a=SMALL, b=Number(3, 80), c=LARGE, d=Number(2, 40)),
     ),
     "shared_bill": Template(
         "{k} friends share a bill of {p} and a tip of {q} equally.",
         "How much does each of them pay?",
         "Together it is {p + q = s}. Each pays {s / k = x}.",
-        dict(k=SMALL, p=money(10, 300), q=money(1, 40)),
+        dict(k=SMALL, p=money(10, 300, "0.25"), q=money(1, 40, "0.25")),
     ),
     "weight": Template(
         "An empty box weighs {w} kg. {name} puts in {n} {item} of {u} kg each.",
         "How many kg does the full box weigh?",
         "The {item} weigh {n * u = s}. With the box it is {s + w = x}.",
-        dict(w=tenths(0.2, 9), n=Number(2, 60), u=tenths(0.1, 9)),
+        dict(w=tenths(0.2, 9), n=SMALL, u=tenths(0.1, 9)),
     ),
     "rope": Template(
         "A rope is {a} m long. {name} cuts off {n} pieces of {u} m each.",
         "How many m of rope are left?",
         "The pieces make {n * u = s}. What is left is {a - s = x}.",
-        dict(a=tenths(5, 300), n=Number(2, 30), u=tenths(0.2, 12)),
+        dict(a=tenths(5, 300), n=SMALL, u=tenths(0.2, 12)),
     ),
     "saving": Template(
         "{name} wants a {thing} for {p}. So far {name} has {m}, and saves {s} a week.",
         "In how many weeks can {name} buy the {thing}?",
         "Still missing is {p - m = d}. That takes {d / s = x} weeks.",
-        dict(p=money(20, 999, "1"), m=money(2, 500, "1"), s=money(2, 30, "1")),
+        dict(p=money(20, 999, "1"), m=money(2, 500, "1"), s=money(2, 12, "1")),
     ),
     "recipe": Template(
         "A recipe for {k} people needs {g} grams of flour.",
         "How many grams are needed for {n} people?",
         "One person needs {g / k = e} grams. All of them need {e * n = x}.",
-        dict(k=SMALL, g=LARGE, n=Number(2, 60)),
+        dict(k=SMALL, g=LARGE, n=SMALL),
     ),
     "percent_sold": Template(
         "A shop has {n} {item}. It sells {r} percent of them on Monday and {b} on Tuesday.",
         "How many {item} are left?",
         "One percent is {n / 100 = u}. Monday's are {u * r = d}. Then {n - d = s} are there. Left are {s - b = x}.",
-        dict(n=Number(20, 1000, "20"), r=Number(5, 90, "5"), b=MIDDLE),
+        dict(n=Number(20, 1000, "20"), r=ROUND, b=MIDDLE),
     ),
     "for_every": Template(
         "For every {p} {item} that {name} sells, {other} sells {q}. {name} sold {n} {item}.",
         "How many did {other} sell?",
         "{name} sold {n / p = e} times {p}. So {other} sold {e * q = x}.",
-        dict(p=Number(2, 9), q=Number(2, 20), n=LARGE),
+        dict(p=Number(2, 9), q=SMALL, n=LARGE),
     ),
     "bus": Template(
         "{a} people are on a bus. At the first stop {b} get off and {c} get on. At the next stop {d} get off.",
@@ -200,19 +201,19 @@ TEMPLATES = {
         "A garden is {a} m long and {b} m wide. A fence costs {p} for every m.",
         "What does a fence around the garden cost?",
         "Two sides make {a + b = h}. All four make {h * 2 = u}. The fence costs {u * p = x}.",
-        dict(a=MIDDLE, b=MIDDLE, p=money(0.5, 20, "0.5")),
+        dict(a=MIDDLE, b=MIDDLE, p=money(2, 12, "1")),
     ),
     "profit": Template(
         "{name} buys {n} {item} at {p} each and sells all of them at {q} each.",
         "How much money does {name} gain?",
         "Each one brings {q - p = g}. All of them bring {g * n = x}.",
-        dict(n=MIDDLE, p=money(0.5, 20), q=money(0.5, 30)),
+        dict(n=SMALL, p=money(0.5, 20, "0.25"), q=money(0.5, 30, "0.25")),
     ),
     "minutes": Template(
         "{name} needs {a} minutes to paint one {thing}. {name} paints {n} and rests for {b} minutes in between.",
         "How many minutes does that take?",
         "Painting takes {a * n = s}. With the rest it is {s + b = x}.",
-        dict(a=MIDDLE, n=MIDDLE, b=MIDDLE),
+        dict(a=MIDDLE, n=SMALL, b=MIDDLE),
     ),
     "half_spent": Template(
         "{name} has {p}, spends half of it on {item} and {q} on a {thing}.",
@@ -332,13 +333,20 @@ def sentences(rng: random.Random) -> str:
     )
 
 
+SIZES = [SMALL, MIDDLE, LARGE, tenths(0.1, 300), Number(0.25, 99, "0.25"), Number(0.01, 9, "0.01")]
+
+
 def bare_arithmetic(rng: random.Random) -> str:
-    """One true equation between numbers from 0.01 to LARGEST."""
-    sizes = [SMALL, MIDDLE, LARGE, tenths(0.1, 99), Number(0.05, 99, "0.05")]
+    """One true equation between numbers from 0.01 to LARGEST; of two factors, one is small or round."""
     while True:
-        op, a, b = rng.choice("+-*/"), rng.choice(sizes).draw(rng), rng.choice(sizes).draw(rng)
+        op, a, b = rng.choice("+-*/"), rng.choice(SIZES).draw(rng), rng.choice(SIZES).draw(rng)
+        if op in "*/":
+            b = rng.choice((SMALL, ROUND)).draw(rng)
+        if op == "*" and rng.random() < 0.5:
+            a, b = b, a
         if op == "/":
-            a, b = a * b, rng.choice([a, b])  # drawn at random, few divisions would come out even
+            a = a * b  # drawn at random, few divisions would come out even
+            b = rng.choice([b, b, b, Fraction(100)])
         result = Fraction(OPERATIONS[op](a, b))
         if all(0 < v <= LARGEST and (v * 100).denominator == 1 for v in (a, b, result)):
             return f"{show(a)} {op} {show(b)} = {show(result)}."
@@ -352,7 +360,7 @@ def pretraining_texts(*, seed) -> Iterator[str]:
     rng, stories = random.Random(seed), make_demo.pretraining_texts(seed=seed)
     makers = [sentences, bare_arithmetic, lambda rng: next(stories)]
     while True:
-        yield rng.choices(makers, weights=(2, 4, 4))[0](rng)
+        yield rng.choices(makers, weights=(1, 16, 3))[0](rng)
 
 
 def main() -> None:

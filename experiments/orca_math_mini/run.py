@@ -62,13 +62,15 @@ class Method:
         flags: of train.py.
         shots: solved problems before each question.
         also: further results of the same run: their names, and evaluate.py's --eval_type.
+        main: whether its best learning rate is repeated with further seeds.
     """
 
     train_type: str | None
-    factors: tuple[float, ...] = (1, 3, 10)
+    factors: tuple[float, ...] = (1, 2, 4)
     flags: dict = field(default_factory=dict)
     shots: int = 0
     also: dict[str, str] = field(default_factory=dict)
+    main: bool = False
 
     @property
     def adapter(self) -> bool:
@@ -78,10 +80,10 @@ class Method:
 METHODS = {
     "zero_shot": Method(None),
     "five_shot": Method(None, shots=SHOTS),
-    "full": Method("full", (0.3, 1, 3), also={"full_nf4": "full_post_quantized"}),
-    "qlora": Method("custom_qlora"),
-    "qdora": Method("bnb_dora"),
-    "llama_pro": Method("bnb_llama_pro"),
+    "full": Method("full", (0.3, 1, 3), also={"full_nf4": "full_post_quantized"}, main=True),
+    "qlora": Method("custom_qlora", main=True),
+    "qdora": Method("bnb_dora", main=True),
+    "llama_pro": Method("bnb_llama_pro", (0.3, 1, 3), main=True),
     "hqq4_lora": Method("hqq_lora", flags={"n_bits": 4}),
     "hqq4_dora": Method("hqq_dora", flags={"n_bits": 4}),
     "hqq2_lora": Method("hqq_lora", flags={"n_bits": 2}),
@@ -99,11 +101,12 @@ class RunConfig:
     output_dir: str = flag("output/mini_runs", "where results.jsonl and the logs go")
     only: str = flag(",".join(METHODS), "methods to run")
     sizes: str = flag("3000,30000", "training problems of a run")
+    epochs: str = flag("4,1", "passes over the problems, one number for each of --sizes")
     stages: str = flag("rates,seeds,ranks", "what to do, in this order")
     seeds: int = flag(3, "runs at the best learning rate", minimum=1)
-    shared_lr: float = flag(3e-4, "the learning rate that every method tries", above=0.0)
+    shared_lr: float = flag(1e-3, "the learning rate that every method tries", above=0.0)
     tune: bool = flag(True, "try two more learning rates per method")
-    batch_size: int = flag(64, "problems per optimizer step", minimum=1)
+    batch_size: int = flag(32, "problems per optimizer step", minimum=1)
     max_new_tokens: int = flag(112, "longest answer in tokens; worked answers have up to 85", minimum=1)
     precision: str = flag("auto", "of train.py; auto: bf16 on a GPU, else fp32", choices=("auto", *PRECISIONS))
     compile: bool = flag(False, "compile decoder blocks; short runs are over before it pays")
@@ -116,8 +119,12 @@ class RunConfig:
         for name, known in (("only", METHODS), ("stages", STAGES)):
             unknown = [word for word in getattr(self, name).split(",") if word not in known]
             found += [f"--{name} {word}: choose from {', '.join(known)}" for word in unknown]
-        if not all(size.isdecimal() and int(size) for size in self.sizes.split(",")):
-            found.append(f"--sizes {self.sizes}: give whole numbers with commas between them, as 3000,30000")
+        for name, example in (("sizes", "3000,30000"), ("epochs", "4,1")):
+            value = getattr(self, name)
+            if not all(number.isdecimal() and int(number) for number in value.split(",")):
+                found.append(f"--{name} {value}: give whole numbers with commas between them, as {example}")
+        if self.epochs.count(",") != self.sizes.count(","):
+            found.append(f"--epochs {self.epochs}: give one number for each of --sizes {self.sizes}")
         return found
 
     @property
@@ -127,6 +134,9 @@ class RunConfig:
     @property
     def numbers(self) -> list[int]:
         return [int(size) for size in self.sizes.split(",")]
+
+    def epochs_of(self, samples: int) -> int:
+        return dict(zip(self.numbers, map(int, self.epochs.split(",")), strict=True))[samples]
 
     @property
     def heldout(self) -> Path:
@@ -181,11 +191,11 @@ def best_rate(rows: list[dict], name: str, samples: int) -> float | None:
 
 
 def seed_jobs(config: RunConfig, rows: list[dict]) -> Iterator[Job]:
-    """The best learning rate of each method at further seeds."""
+    """The best learning rate of the main rows at further seeds."""
     for samples in config.numbers:
         for name, method in config.methods.items():
             best = best_rate(rows, name, samples)
-            if best and method.train_type:
+            if best and method.main:
                 yield from (job_of(name, samples, best, seed=seed) for seed in range(1, config.seeds))
 
 
@@ -234,6 +244,7 @@ def train_config(job: Job, config: RunConfig) -> TrainConfig:
         model_name=Path(config.base) / "model",
         dataset=Path(config.base) / "train.jsonl",
         dataset_samples=job.samples,
+        num_epochs=config.epochs_of(job.samples),
         context_length=512,
         lora_dropout=0.0,
         batch_size=config.batch_size,
