@@ -14,10 +14,11 @@ transformers (and PEFT) load it, with the trained model on held-out text.
 """
 
 import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fsdp_utils import distributed, fidelity, runs
+from fsdp_utils import distributed, fidelity, metrics, runs
 from fsdp_utils.distributed import say
 from fsdp_utils.export import INFER_TYPES, format_of
 from fsdp_utils.export.formats import DTYPES, write_rest, write_weights
@@ -95,6 +96,7 @@ def export(config: ExportConfig, run: runs.Run, tokenizer, target: Path, *, devi
     Raises:
         UserError: a run that this format cannot store, another base than in training, or a disk too small.
     """
+    begun = time.perf_counter()
     trained = TrainedWeights(run, device=device)
     chosen = format_of(config.infer_type)(trained, config)
     max_shard_bytes = parse_size(config.max_shard_size)
@@ -105,7 +107,8 @@ def export(config: ExportConfig, run: runs.Run, tokenizer, target: Path, *, devi
             write_weights(chosen, folder, max_shard_bytes=max_shard_bytes)
             write_rest(chosen, tokenizer, folder, target=target)
     size = sum(path.stat().st_size for path in target.rglob("*.safetensors"))
-    say(f"{trained.nbytes / 1e9:.3f} GB read, {size / 1e9:.3f} GB of weights in {target}")
+    took, peak = time.perf_counter() - begun, metrics.peak_memory_gib(device)
+    say(f"{trained.nbytes / 1e9:.3f} GB read, {size / 1e9:.3f} GB of weights in {target}; {took:.0f} s, {peak:.2f} GiB")
 
 
 def report(config: ExportConfig, run: runs.Run, text: fidelity.HeldOut, target: Path, *, device) -> None:

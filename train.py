@@ -15,9 +15,10 @@ from fsdp_utils import checkpoint, distributed, loading, metrics, sharding
 from fsdp_utils.config import TrainConfig
 from fsdp_utils.distributed import say, world_size
 from fsdp_utils.flags import as_dict
-from fsdp_utils.losses import CausalLMLoss, with_targets
+from fsdp_utils.losses import label_tokens, with_targets
 from fsdp_utils.memory import out_of_memory
-from fsdp_utils.model import PRECISIONS, compiler, load, plan, size_report
+from fsdp_utils.micro_step import micro_step
+from fsdp_utils.model import compiler, load, plan, size_report
 from fsdp_utils.optim import OPTIMIZERS, LocalParameters, LossScaler, global_norm, schedule_factor
 from fsdp_utils.packing import epoch_steps, steps_per_epoch
 from fsdp_utils.tokens import TokenizedData, check_global_batch, prepare_dataset
@@ -84,21 +85,15 @@ def steps_of_epochs(config, tokenized) -> int:
     )
 
 
-def backward(model, loss_sum_of, micro_batches, config, *, device, scale: float) -> tuple[float, int]:
-    """Gradients of one optimizer step. Returns the mean loss and the number of label tokens of the global batch."""
-    _, autocast = PRECISIONS[config.precision]
-    compute = torch.autocast(device.type, autocast) if autocast else nullcontext()
-    micro_batches = [with_targets(batch) for batch in micro_batches]
-    tokens = int(distributed.all_reduce_sum(sum(len(batch["targets"]) for batch in micro_batches), device))
+def backward(model, run, micro_batches, config, *, device, scale: float) -> tuple[float, int]:
+    """Gradients of one optimizer step, by a MicroStep. Returns loss per token and label tokens of the global batch."""
+    tokens = int(distributed.all_reduce_sum(sum(label_tokens(batch) for batch in micro_batches), device))
     total = torch.zeros((), device=device)
     for i, batch in enumerate(micro_batches, 1):
         sharding.set_gradient_sync(model, i == len(micro_batches) or not config.no_sync)
-        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-        with compute:
-            loss_sum = loss_sum_of(batch)
         # gradient = d/dp (sum over ranks and micro-batches of loss_sum) / tokens; FSDP2 divides by world_size
-        (loss_sum * (scale * world_size() / max(tokens, 1))).backward()
-        total += loss_sum.detach()
+        batch = with_targets(batch, multiple=run.targets_multiple)
+        total += run(batch, scale * world_size() / max(tokens, 1))
     return distributed.all_reduce_sum(total.item(), device) / max(tokens, 1), tokens
 
 
@@ -106,20 +101,20 @@ def train(model, method, tokenized, tokenizer, config, *, mesh, device) -> None:
     """The loop: one pass over `micro_batches` per optimizer step, metrics after each."""
     total = config.max_steps if config.max_steps > 0 else steps_of_epochs(config, tokenized)
     say(batch_arithmetic(config, tokenized, steps=total))
-    trained = LocalParameters(model)
+    run = micro_step(model, config, mesh=mesh, device=device)
+    trained = LocalParameters(model, keep_gradients=run.graphs)
     optimizer = OPTIMIZERS[config.optimizer](trained.plain, config.lr, config.wd)
     scaler = LossScaler(config.precision == "fp16_autocast")
     group = distributed.shard_group(mesh) if mesh is not None else None
     logger = metrics.make_logger(config, total=total)
     clock = metrics.Clock(device)
-    loss_sum_of = CausalLMLoss(model, fused=config.fused_loss)
     multiple = 64 if device.type == "cuda" else 1  # compiled blocks and matrix units like few, even shapes
     steps = steps_of(config, tokenized, tokenizer, total=total, pad_to_multiple_of=multiple)
     model.train()
     with metrics.make_profiler(config, device) or nullcontext() as profiler:
         for step, micro_batches in enumerate(steps):
             clock.begin()
-            loss, tokens = backward(model, loss_sum_of, micro_batches, config, device=device, scale=scaler.scale)
+            loss, tokens = backward(model, run, micro_batches, config, device=device, scale=scaler.scale)
             gradients = trained.collect_gradients()
             scaler.unscale_(gradients)
             norm = global_norm(gradients, group=group, device=device).item()

@@ -3,6 +3,7 @@
 import gc
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,7 +13,8 @@ from transformers import LlamaConfig
 from fsdp_utils import distributed
 from fsdp_utils.config import TrainConfig
 from fsdp_utils.flags import parse
-from fsdp_utils.losses import CausalLMLoss, with_targets
+from fsdp_utils.losses import label_tokens, with_targets
+from fsdp_utils.micro_step import micro_step
 from fsdp_utils.model import compiler, load, plan
 from fsdp_utils.optim import OPTIMIZERS, LocalParameters, global_norm
 
@@ -53,26 +55,32 @@ def make_config(folder, **flags) -> TrainConfig:
     return parse(TrainConfig, [f"--{k}={v}" for k, v in {**common, **flags}.items()], prog="benchmark")
 
 
-def seconds(fn, *, repeat: int = 10, warmup: int = 3) -> float:
-    """Mean wall time of `fn` on the GPU."""
+def synchronize(device: torch.device) -> None:
+    """Waits for the work queued on a GPU; on a CPU none is queued."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(fn, *, device: torch.device, repeat: int = 10, warmup: int = 3) -> float:
+    """Mean wall time of `fn` on the device."""
     for _ in range(warmup):
         fn()
-    torch.cuda.synchronize()
+    synchronize(device)
     start = time.perf_counter()
     for _ in range(repeat):
         fn()
-    torch.cuda.synchronize()
+    synchronize(device)
     return (time.perf_counter() - start) / repeat
 
 
-def floor_seconds(shape: str, *, batch: int, length: int, checkpointing: bool) -> float:
-    """Seconds of one step's GPU work that no implementation avoids: the frozen model's matrix products (forward, again
-    when recomputed, gradient of the input), attention and the head, each timed alone."""
+def floor_seconds(shape: str, *, batch: int, length: int, checkpointing: bool, device: torch.device) -> float:
+    """Seconds of one step's work on the device that no implementation avoids: the frozen model's matrix products
+    (forward, again when recomputed, gradient of the input), attention and the head, each timed alone."""
     s = SHAPES[shape]
     hidden, mlp, tokens = s["hidden_size"], s["intermediate_size"], batch * length
     heads, kv = s["num_attention_heads"], s["num_key_value_heads"]
     size = hidden // heads
-    new = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+    new = lambda *shape: torch.randn(*shape, device=device, dtype=torch.bfloat16)
     shapes = [(hidden, hidden), (kv * size, hidden), (kv * size, hidden), (hidden, hidden)]
     shapes += [(mlp, hidden), (mlp, hidden), (hidden, mlp)]
     weights = [new(*shape) for shape in shapes]
@@ -95,8 +103,31 @@ def floor_seconds(shape: str, *, batch: int, length: int, checkpointing: bool) -
         out.backward(out.detach())
 
     states, head = new(tokens, hidden), new(s["vocab_size"], hidden)
-    blocks = s["num_hidden_layers"] * (seconds(linears) + seconds(attention))
-    return blocks + seconds(lambda: (states @ head.T) @ head)
+    blocks = s["num_hidden_layers"] * (seconds(linears, device=device) + seconds(attention, device=device))
+    return blocks + seconds(lambda: (states @ head.T) @ head, device=device)
+
+
+def median_step(
+    step: Callable[[int, int], None], *, batch: int, length: int, device: torch.device, steps: int, warmup: int
+) -> dict:
+    """Median seconds of `step(batch, length)` and tokens per second of this process, after `warmup` steps; peak GiB of
+    all steps on a GPU (None on a CPU); the first step's seconds separately."""
+    on_gpu, times = device.type == "cuda", []
+    if on_gpu:  # before warm-up: what a CUDA graph holds is only counted when it is captured
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(warmup + steps):
+        synchronize(device)
+        start = time.perf_counter()
+        step(batch, length)
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    median = sorted(times[warmup:])[steps // 2]
+    return dict(
+        step_s=round(median, 4),
+        tokens_s=round(batch * length / median),
+        peak_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2) if on_gpu else None,
+        first_step_s=round(times[0], 1),
+    )
 
 
 class Run:
@@ -113,20 +144,20 @@ class Run:
             self.plan, config, mesh=self.mesh, device=self.device, compile_block=compiler(config, self.device)
         )
         self.load_s = time.perf_counter() - start
-        self.loss_sum = CausalLMLoss(self.model, fused=config.fused_loss)
-        self.trained = LocalParameters(self.model)
+        self.micro_step = micro_step(self.model, config, mesh=self.mesh, device=self.device)
+        self.trained = LocalParameters(self.model, keep_gradients=self.micro_step.graphs)
         self.optimizer = OPTIMIZERS[config.optimizer](self.trained.plain, config.lr, config.wd)
         self.model.train()
 
     def step(self, batch: int, length: int) -> None:
         """One optimizer step on `batch` rows of `length` random tokens, all of them in the loss."""
         ids = torch.randint(0, self.model.config.vocab_size, (batch, length))
-        self.step_on(with_targets(dict(input_ids=ids, labels=ids)))
+        self.step_on(dict(input_ids=ids, labels=ids))
 
-    def step_on(self, inputs: dict[str, torch.Tensor]) -> None:
-        """One optimizer step on a micro-batch from `with_targets`."""
-        inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
-        (self.loss_sum(inputs) / max(len(inputs["targets"]), 1)).backward()
+    def step_on(self, batch: dict[str, torch.Tensor]) -> None:
+        """One optimizer step on a micro-batch of the data pipeline."""
+        tokens = max(label_tokens(batch), 1)
+        self.micro_step(with_targets(batch, multiple=self.micro_step.targets_multiple), 1 / tokens)
         gradients = self.trained.collect_gradients()
         global_norm(
             gradients, group=None if self.mesh is None else distributed.shard_group(self.mesh), device=self.device
@@ -136,24 +167,9 @@ class Run:
         self.trained.zero_grad()
 
     def measure(self, batch: int, length: int, *, steps: int = 6, warmup: int = 3) -> dict:
-        """Median step time, tokens per second of this process, peak memory; the first step's time separately."""
-        times = []
-        for i in range(warmup + steps):
-            if i == warmup:
-                torch.cuda.reset_peak_memory_stats()
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            self.step(batch, length)
-            torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        step = sorted(times[warmup:])[steps // 2]
-        return dict(
-            step_s=round(step, 4),
-            tokens_s=round(batch * length / step),
-            peak_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2),
-            first_step_s=round(times[0], 1),
-            load_s=round(self.load_s, 1),
-        )
+        """What `median_step` says of this run, and the seconds that loading took."""
+        timed = median_step(self.step, batch=batch, length=length, device=self.device, steps=steps, warmup=warmup)
+        return dict(**timed, load_s=round(self.load_s, 1))
 
     def close(self) -> None:
         """Gives the memory back."""

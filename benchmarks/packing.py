@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks.common import SHAPES, Run, make_config, write_config, write_results
-from fsdp_utils.losses import with_targets
+from fsdp_utils.losses import label_tokens
 from fsdp_utils.packing import epoch_rows, epoch_steps, padding_share
 from fsdp_utils.tokens import TokenizedData
 
@@ -32,19 +32,18 @@ def samples(count: int, *, vocabulary: int) -> TokenizedData:
     return TokenizedData(dataset=rows, lengths=lengths, report=None, name="lognormal")
 
 
-def useful_speed(run: Run, data: TokenizedData, *, batch: int, packing: bool, steps: int, warmup: int = 4) -> float:
+def useful_speed(run: Run, data: TokenizedData, *, batch: int, packing: bool, steps: int, warmup: int = 6) -> float:
     """Tokens of samples (not padding) per second."""
     settings = dict(batch_size=batch, gradient_accumulation_steps=1, rank=0, world_size=1, seed=0, epoch=0)
     done, start = 0, None
-    settings.update(pad_token_id=0, context_length=LENGTH, packing=packing)
+    settings.update(pad_token_id=0, context_length=LENGTH, packing=packing, pad_to_multiple_of=64)
     for i, (inputs,) in enumerate(epoch_steps(data, **settings)):
         if i == warmup:
             torch.cuda.synchronize()
             start = time.perf_counter()
         if i == warmup + steps:
             break
-        inputs = with_targets(inputs)
-        done += len(inputs["targets"]) if i >= warmup else 0
+        done += label_tokens(inputs) if i >= warmup else 0
         run.step_on(inputs)
     torch.cuda.synchronize()
     return done / (time.perf_counter() - start)

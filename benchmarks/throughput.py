@@ -1,7 +1,11 @@
-"""Training speed against the floor and against PEFT, in one run.
+"""Training speed against the floor and against the peer a user would pick instead, in one run.
 
-python benchmarks/throughput.py --shape 8b --rows 4x2048:ckpt,1x2048:none,1x512:ckpt
-torchrun --nproc_per_node 2 benchmarks/throughput.py --train_types bnb_dora
+    python benchmarks/throughput.py --shape 8b --rows 4x2048:ckpt,1x2048:none,1x512:ckpt --peer peft,liger
+    torchrun --nproc_per_node 2 benchmarks/throughput.py --train_types bnb_dora
+    python benchmarks/throughput.py --shape tiny --rows 2x64:ckpt --peer peft
+
+Peers train LoRA and DoRA in one process, on a bf16 base or NF4 in groups of 64; other train types get no row of theirs.
+Of --extra they follow lora_*, optimizer, lr, wd and seed. A CPU runs the tiny shape, to try the script.
 """
 
 import argparse
@@ -11,9 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import torch
-
-from benchmarks.common import SHAPES, Run, floor_seconds, make_config, write_config, write_results
+from benchmarks.common import SHAPES, Run, floor_seconds, make_config, synchronize, write_config, write_results
+from benchmarks.peer import PEERS, PeerRun, has_peer, parse_peers
 from fsdp_utils import distributed
 from fsdp_utils.distributed import say
 
@@ -25,55 +28,96 @@ def parse_row(text: str) -> tuple[int, int, bool]:
     return batch, length, mode != "none"
 
 
-def profile(run: Run, batch: int, length: int, *, rows: int = 40) -> None:
+def profile(run: Run | PeerRun, batch: int, length: int, *, rows: int = 40) -> None:
     """Prints where one step's GPU time goes."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
     with profiler(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         run.step(batch, length)
-        torch.cuda.synchronize()
+        synchronize(run.device)
     say(profiled.key_averages().table(sort_by="self_cuda_time_total", row_limit=rows, max_name_column_width=70))
 
 
-def main() -> None:
+HEADER = (
+    f"{'train type':14} {'peer':>6} {'rows':>12} {'floor s':>8} {'step s':>8} {'tokens/s':>9} {'peak GiB':>9} "
+    f"{'of floor':>9}"
+)
+
+
+def table_line(result: dict) -> str:
+    """A result under HEADER; a CPU has no peak."""
+    peak = "-" if result["peak_gib"] is None else f"{result['peak_gib']:.2f}"
+    return (
+        f"{result['train_type']:14} {result['peer'] or '-':>6} {result['rows']:>12} {result['floor_s']:8.4f} "
+        f"{result['step_s']:8.4f} {result['tokens_s']:9} {peak:>9} {result['of_floor']:9.3f}   "
+        f"first step {result['first_step_s']} s, load {result['load_s']} s"
+    )
+
+
+def measured(run: Run | PeerRun, *, row: str, floor: float, **labels) -> dict:
+    """One row of the table: ours or a peer's, measured alike."""
+    batch, length, _ = parse_row(row)
+    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    timed = run.measure(batch, length, steps=6, warmup=3)
+    of_floor = round(floor / timed["step_s"], 3)
+    return dict(**labels, rows=row, trained=trained, floor_s=round(floor, 4), **timed, of_floor=of_floor)
+
+
+def ratio_lines(results: list[dict]) -> list[str]:
+    """Ours ÷ peer in tokens per second (above 1: faster) and in peak memory (below 1: smaller), for each peer's row."""
+    ours = {(r["train_type"], r["rows"]): r for r in results if not r["peer"]}
+    lines = []
+    for peer in (r for r in results if r["peer"]):
+        mine = ours[peer["train_type"], peer["rows"]]
+        line = f"{peer['train_type']:14} {peer['rows']:>12} ours ÷ {peer['peer']}: "
+        line += f"{mine['tokens_s'] / peer['tokens_s']:.2f} in tokens/s"
+        if peer["peak_gib"]:
+            line += f", {mine['peak_gib'] / peer['peak_gib']:.2f} in peak memory"
+        lines.append(line)
+    return lines
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags, from the command line if `argv` is None."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="8b", choices=SHAPES)
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has; the floor is scaled alike")
     parser.add_argument("--train_types", default="custom_qlora,bnb_dora")
     parser.add_argument("--rows", default="4x2048:ckpt,1x2048:none,1x512:ckpt")
+    parser.add_argument("--peer", default="", help=f"whom to measure beside ours, of {','.join(PEERS)}")
     parser.add_argument("--extra", default="", help="more flags of train.py, such as 'compile=false,quant_scales=fp32'")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--json")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
     if args.layers:
         SHAPES[args.shape]["num_hidden_layers"] = args.layers
     extra = dict(pair.split("=") for pair in args.extra.split(",") if pair)
+    device = distributed.pick_device(extra.get("device", "auto"))
+    peers = parse_peers(args.peer, device=device)
     folder = write_config(args.shape, tempfile.mkdtemp())
+    common = dict(processes=distributed.world_size(), extra=extra)
     results = []
-    say(f"{'train type':14} {'rows':>12} {'floor s':>8} {'step s':>8} {'tokens/s':>9} {'peak GiB':>9} {'of floor':>9}")
+    say(HEADER)
     for row in args.rows.split(","):
         batch, length, checkpointing = parse_row(row)
-        distributed.pick_device("auto")
-        floor = floor_seconds(args.shape, batch=batch, length=length, checkpointing=checkpointing)
+        floor = floor_seconds(args.shape, batch=batch, length=length, checkpointing=checkpointing, device=device)
         for train_type in args.train_types.split(","):
-            run = Run(make_config(folder, train_type=train_type, use_gradient_checkpointing=checkpointing, **extra))
-            measured = run.measure(batch, length)
-            result = dict(train_type=train_type, rows=row, floor_s=round(floor, 4), **measured)
-            result.update(
-                of_floor=round(floor / measured["step_s"], 3), processes=distributed.world_size(), extra=extra
-            )
-            results.append(result)
-            say(
-                f"{train_type:14} {row:>12} {floor:8.4f} {measured['step_s']:8.4f} {measured['tokens_s']:9} "
-                f"{measured['peak_gib']:9.2f} {result['of_floor']:9.3f}   first step {measured['first_step_s']} s, "
-                f"load {measured['load_s']} s"
-            )
-            if args.profile:
-                profile(run, batch, length)
-            run.close()
-    write_results(args.json, results)
+            config = make_config(folder, train_type=train_type, use_gradient_checkpointing=checkpointing, **extra)
+            for peer in (None, *(peers if has_peer(train_type) else ())):
+                run = PeerRun(config, peer=peer) if peer else Run(config)
+                results.append(measured(run, row=row, floor=floor, train_type=train_type, peer=peer, **common))
+                say(table_line(results[-1]))
+                write_results(args.json, results[-1:])
+                if args.profile:
+                    profile(run, batch, length)
+                run.close()
+    for line in ratio_lines(results):
+        say(line)
 
 
 if __name__ == "__main__":
-    main()
+    distributed.run(main, parse_arguments())

@@ -1,8 +1,11 @@
-"""Attention over packed rows: flash attention of variable lengths where it runs, transformers' masks elsewhere."""
+"""Causal attention without a mask: over whole rows, or over the samples of packed rows (flash attention of variable
+lengths). Where neither runs, transformers builds its masks.
+"""
 
 import inspect
 
 import torch
+import torch.nn.functional as F
 from transformers import AttentionInterface
 
 try:
@@ -10,18 +13,20 @@ try:
 except ImportError:
     varlen_attn = None
 
-NAME = "packed_varlen"
+NAME = "causal_or_packed"
 BOUNDARIES_MULTIPLE = 32  # so that compiled code sees few shapes
 
 
-def supported(model_config, *, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether every layer is plain causal attention in 16 bits on CUDA, which is all that the kernel knows."""
-    text = model_config.get_text_config()
+def supported(model, *, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether every layer is plain causal attention in 16 bits on CUDA, which is all that the kernels know, and asks
+    transformers' attention interface for it."""
+    text = model.config.get_text_config()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     windows = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
-    plain = not windows and not getattr(text, "attn_logit_softcapping", None) and head_dim <= 256 and head_dim % 8 == 0
-    sixteen_bits = dtype in (torch.bfloat16, torch.float16)
-    return varlen_attn is not None and plain and sixteen_bits and device.type == "cuda"
+    full = set(getattr(text, "layer_types", None) or ()) <= {"full_attention"}
+    plain = full and not windows and not getattr(text, "attn_logit_softcapping", None)
+    fits = head_dim <= 256 and head_dim % 8 == 0 and dtype in (torch.bfloat16, torch.float16) and device.type == "cuda"
+    return varlen_attn is not None and getattr(model, "_supports_attention_backend", False) and plain and fits
 
 
 def boundaries(position_ids: torch.Tensor) -> torch.Tensor:
@@ -44,14 +49,23 @@ def _varlen_settings() -> dict:
     return causal | ({"enable_gqa": True} if "enable_gqa" in known else {})
 
 
-def packed_attention(
+def causal_attention(
     module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **_
 ):
     """transformers' attention interface. query `[b, heads, L, d]`, key and value `[b, kv heads, L, d]`.
 
+    transformers makes no mask for a name it does not know, nor reads position ids from the GPU to see if it should.
+
+    Args:
+        cu_seq_lens_q: int32 `[n]`, where samples begin in packed rows, or None.
+
     Returns:
         `[b, L, heads, d]` and None.
     """
+    if cu_seq_lens_q is None:
+        shared = query.shape[1] != key.shape[1]
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=shared)
+        return out.transpose(1, 2), None
     batch, heads, length, size = query.shape
     settings = _varlen_settings()
     flat = [t.transpose(1, 2).reshape(batch * length, t.shape[1], size) for t in (query, key, value)]
@@ -63,4 +77,4 @@ def packed_attention(
     return out.view(batch, length, heads, size), None
 
 
-AttentionInterface.register(NAME, packed_attention)
+AttentionInterface.register(NAME, causal_attention)

@@ -1,8 +1,10 @@
 """Every flag of train.py, declared once: name, default, help and check side by side."""
 
+from argparse import ArgumentTypeError
+from contextlib import suppress
 from dataclasses import dataclass, field
 
-from fsdp_utils.flags import flag, section
+from fsdp_utils.flags import boolean, flag, section
 from methods import TRAIN_TYPES, quantizer_of
 
 PRECISIONS = ("bf16", "fp32", "fp16_autocast", "bf16_autocast", "bf16_buffers_autocast")
@@ -68,16 +70,22 @@ class TrainConfig:
     sharding_strategy: str = flag("full_shard", "what is sharded, over whom", choices=SHARDING_STRATEGIES)
     hybrid_shard_size: int = flag(-1, "processes that share one copy (hybrid_*); -1: those of a node", minimum=-1)
     use_cpu_offload: bool = flag(True, "keep parameters in host memory between uses")
-    use_gradient_checkpointing: bool = flag(True, "recompute decoder blocks in backward")
+    use_gradient_checkpointing: bool | str = flag(
+        True,
+        "recompute decoder blocks in backward; auto: only as many as the GPU's memory needs",
+        choices=(True, False, "auto"),
+    )
     checkpoint_policy: str = flag(
         "full",
-        "products: keep matrix products and attention, recompute the rest; faster, more memory",
-        choices=("full", "products"),
+        "what checkpointed blocks keep beside their input. magnitude: the output of DoRA's down projection; products: "
+        "all matrix products and attention, faster and with more memory",
+        choices=("full", "magnitude", "products"),
     )
     reentrant_checkpointing: bool = flag(False, "use re-entrant checkpointing")
-    use_activation_cpu_offload: bool = flag(False, "keep checkpointed block inputs in host memory")
+    use_activation_cpu_offload: bool = flag(False, "keep what checkpointed blocks save in host memory")
     no_sync: bool = flag(False, "reduce gradients only at the last accumulation step")
     compile: bool = flag(True, "compile decoder blocks (CUDA with Triton; ignored elsewhere)")
+    cuda_graphs: bool = flag(True, "replay small steps as CUDA graphs (one GPU, no dropout; ignored elsewhere)")
     fused_kernels: bool = flag(True, "base product and adapter in one operator; false: the plain definition")
     fused_loss: bool = flag(True, "never build the full logits; false: the plain definition")
     load_format: str = flag("safetensors", "dummy: random weights, no files", choices=("safetensors", "dummy"))
@@ -117,6 +125,10 @@ class TrainConfig:
 
     explicit_flags: frozenset = field(default=frozenset(), init=False, repr=False)
 
+    def __post_init__(self):
+        with suppress(ArgumentTypeError):  # what is neither true nor false is auto, or found wrong by its choices
+            self.use_gradient_checkpointing = boolean(str(self.use_gradient_checkpointing))
+
     @property
     def quantizer(self) -> str:
         return TRAIN_TYPES[self.train_type].quantizer
@@ -139,8 +151,8 @@ class TrainConfig:
             found.append(
                 f"--llama_pro_path: has no meaning for --train_type {self.train_type}; use bnb_llama_pro or its like"
             )
-        if self.checkpoint_policy == "products" and self.reentrant_checkpointing:
-            found.append("--checkpoint_policy products: not with --reentrant_checkpointing true")
+        if self.checkpoint_policy != "full" and self.reentrant_checkpointing:
+            found.append(f"--checkpoint_policy {self.checkpoint_policy}: not with --reentrant_checkpointing true")
         if self.quantize_lm_head and self.quantizer == "none":
             found.append(f"--quantize_lm_head true: {self.train_type} quantizes nothing; use a bnb or hqq train type")
         if self.use_activation_cpu_offload and not self.use_gradient_checkpointing:

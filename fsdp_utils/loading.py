@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from accelerate import init_empty_weights
 from torch import nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.initialization import no_init_weights
@@ -22,6 +23,7 @@ from methods.quantizers.linear import QuantizedWeight, quantized
 from methods.rows import local, row_range
 from methods.targets import replace_module
 
+LARGEST_PIECE = 2**32  # of HostMemory
 DEMO_MODEL = Path(__file__).parent.parent / "demo" / "model"
 
 
@@ -92,14 +94,66 @@ def quantize_on_meta(model: nn.Module, paths: list[str], quantizer) -> None:
         replace_module(model, path, packed)
 
 
+class HostMemory:
+    """Host memory for many tensors, page-locked if a GPU reads it, in a few large pieces.
+
+    torch's pinned allocator rounds every tensor up to a power of two: 2 GiB per process of a 70B on two. The pieces are
+    powers of two themselves, at most LARGEST_PIECE.
+    """
+
+    def __init__(self, nbytes: int, *, pinned: bool):
+        self.left, self.pinned = nbytes, pinned
+        self.pieces: list[torch.Tensor] = []  # what is free of each
+
+    @staticmethod
+    def aligned(nbytes: int) -> int:
+        return -(-nbytes // 256) * 256
+
+    def empty(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Memory for a tensor shaped like this one."""
+        size = self.aligned(tensor.nbytes)
+        at = next((i for i, piece in enumerate(self.pieces) if len(piece) >= size), None)
+        if at is None:
+            at = len(self.pieces)
+            largest = 1 << (max(self.left, 1).bit_length() - 1)  # the largest power of two that will be used up
+            self.pieces.append(self._piece(max(min(largest, LARGEST_PIECE), size)))
+        self.left -= size
+        mine, self.pieces[at] = self.pieces[at][: tensor.nbytes], self.pieces[at][size:]
+        return mine.view(tensor.dtype).view(tensor.shape)
+
+    def _piece(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.pinned)
+
+
+def _in_host_memory(model: nn.Module, *, pinned: bool):
+    """What gives each parameter on meta its place in one HostMemory; everything else is left as it is."""
+    rows = {id(p): local(p) for p in model.parameters()}
+    memory = HostMemory(sum(HostMemory.aligned(t.nbytes) for t in rows.values()), pinned=pinned)
+
+    def place(tensor):
+        if id(tensor) not in rows or not local(tensor).is_meta:  # a tied parameter comes twice
+            return tensor
+        mine = memory.empty(local(tensor))
+        if not isinstance(tensor, DTensor):
+            return mine
+        layout = dict(shape=tensor.shape, stride=tensor.stride(), run_check=False)
+        return DTensor.from_local(mine, tensor.device_mesh, tensor.placements, **layout)
+
+    return place
+
+
 def materialize(model: nn.Module, *, device: torch.device, buffer_device: torch.device) -> None:
     """Gives every parameter (sharded ones: this process's rows) memory without values, and moves the buffers."""
     buffers = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    host = device.type == "cpu" and any(isinstance(p, DTensor) for p in model.parameters())
     # swapping keeps each Parameter object: tied weights stay tied, and FSDP2 keeps pointing at what it sharded
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
-        model.to_empty(device=device)
+        if host:
+            model._apply(_in_host_memory(model, pinned=buffer_device.type == "cuda"))
+        else:
+            model.to_empty(device=device)
     finally:
         torch.__future__.set_swap_module_params_on_conversion(before)
     for module, name, buffer in buffers:

@@ -7,24 +7,40 @@ import torch.nn.functional as F
 from torch import nn
 
 from fsdp_utils.attention import boundaries
+from fsdp_utils.sharding import gather_in_backward
 from methods.kernels.cross_entropy import linear_cross_entropy
 from methods.quantizers.linear import compute_dtype, dense_weight
 
 IGNORED = -100
 
 
-def with_targets(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _shifted(labels: torch.Tensor) -> torch.Tensor:
+    """What each place predicts, flat; the last token of a row predicts nothing."""
+    return F.pad(labels, (0, 1), value=IGNORED)[:, 1:].flatten()
+
+
+def label_tokens(batch: dict[str, torch.Tensor]) -> int:
+    """How many places of a batch are in the loss."""
+    return int((_shifted(batch["labels"]) != IGNORED).sum())
+
+
+def with_targets(batch: dict[str, torch.Tensor], *, multiple: int = 1) -> dict[str, torch.Tensor]:
     """Replaces `labels` `[b, L]` by `positions` and `targets` `[n]`: the flat places that predict, and what.
 
     Runs on the CPU, before the batch moves: finding the places on a GPU would make the host wait for it. A causal model
     needs no attention mask for padding on the right, and without one attention takes its fast kernels.
+
+    Args:
+        multiple: n is brought to a multiple of it by places that predict nothing, so that few shapes occur.
     """
-    shifted = F.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:].flatten()  # the last token predicts nothing
+    shifted = _shifted(batch["labels"])
     positions = (shifted != IGNORED).nonzero()[:, 0]
     inputs = {name: t for name, t in batch.items() if name not in ("labels", "attention_mask")}
     if "position_ids" in batch:
         inputs["cu_seq_lens_q"] = boundaries(batch["position_ids"])
-    return {**inputs, "positions": positions, "targets": shifted[positions]}
+    missing = -len(positions) % multiple
+    targets = F.pad(shifted[positions], (0, missing), value=IGNORED)
+    return {**inputs, "positions": F.pad(positions, (0, missing)), "targets": targets}
 
 
 class CausalLMLoss:
@@ -41,6 +57,7 @@ class CausalLMLoss:
 
     def _install(self, head: nn.Linear) -> None:
         plain, pending = head.forward, self.pending
+        gather_in_backward(head, False)  # the loss has its gradient by then
 
         def forward(hidden):  # [b, L, h]
             if pending.targets is None:
@@ -71,6 +88,7 @@ class CausalLMLoss:
                 return out.sum()
             self.pending.loss = None  # it holds the graph of the whole forward pass
             self.fused = False  # this family changes its logits after the head (capping, scaling)
+            gather_in_backward(self.model.get_output_embeddings(), True)
         # use_cache=True would make transformers ignore the sequence boundaries in position_ids
         logits = self.model(**inputs, use_cache=False).logits.flatten(0, 1)  # [b*L, vocabulary]
         return F.cross_entropy(logits[batch["positions"]].float(), batch["targets"], reduction="sum")

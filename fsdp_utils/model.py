@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fsdp_utils import attention, loading, sharding
+from fsdp_utils import attention, loading, recompute, sharding
 from fsdp_utils.quantized_cache import QuantizedCache, cache_folder
 from methods import method_of, quantizer_of
 from methods.base import Method
@@ -36,8 +36,11 @@ class Plan:
     base_fingerprint: str
 
 
-def plan(config, *, device: torch.device) -> Plan:
+def plan(config, *, device: torch.device, training: bool = True) -> Plan:
     """Builds the model on meta, with quantized layers and adapters.
+
+    Args:
+        training: attention may be one that knows neither a cache nor padding on the left.
 
     Raises:
         UserError: anything about model, checkpoint, targets or group size that cannot work.
@@ -46,16 +49,16 @@ def plan(config, *, device: torch.device) -> Plan:
     if torch.bfloat16 in PRECISIONS[config.precision] and device.type == "cuda" and not _has_bf16():
         raise UserError(f"--precision {config.precision}: this GPU has no bf16; use fp16_autocast or fp32")
     model_config = loading.read_model_config(config.source, attn_implementation=config.attn_implementation)
-    compute = PRECISIONS[config.precision][1] or dtype
-    varlen = config.packing and config.attn_implementation == "auto"
-    if varlen and attention.supported(model_config, dtype=compute, device=device):
-        model_config._attn_implementation = attention.NAME
     try:
         model = loading.build_on_meta(model_config, dtype=dtype)
     except (ImportError, ValueError) as error:  # an attention that is unknown, not installed, or not for this family
         asked = f"--attn_implementation {config.attn_implementation}"
         raise UserError(f"{config.source} with {asked}: {str(error).splitlines()[0]}") from None
     refuse_experts(model)
+    compute = PRECISIONS[config.precision][1] or dtype
+    ours = training and config.attn_implementation == "auto"
+    if ours and attention.supported(model, dtype=compute, device=device):
+        model.config.get_text_config()._attn_implementation = attention.NAME
     weights = loading.open_weights(
         model, config.source, load_format=config.load_format, dtype=dtype, device=device, seed=config.seed
     )
@@ -88,7 +91,9 @@ def load(planned: Plan, config, *, mesh, device: torch.device, compile_block: Ca
     """Shards the planned model over `mesh` (None: one process holds it) and fills it."""
     model = planned.model
     blocks = decoder_blocks(model)
-    sharding.prepare_blocks(model, blocks, config, compile_block=compile_block)
+    dtypes = dict(dtype=planned.dtype, autocast=PRECISIONS[config.precision][1])
+    recomputed = recompute.choose(model, blocks, config, mesh=mesh, device=device, **dtypes)
+    sharding.prepare_blocks(model, blocks, config, recomputed=recomputed, compile_block=compile_block)
     sharding.shard(model, blocks, config, mesh=mesh, dtype=planned.dtype)
     host = mesh is not None and config.use_cpu_offload
     loading.materialize(model, device=torch.device("cpu") if host else device, buffer_device=device)

@@ -1,23 +1,36 @@
-"""Keeps the inputs of checkpointed blocks in host memory between forward and backward, beside the computation.
+"""Keeps what checkpointed blocks save in host memory between forward and backward, beside the computation.
 
-Copies run on a stream of their own. In backward, the input of the block before is fetched while a block recomputes.
+Copies run on a stream of their own. In backward, what the block before saved is fetched while a block recomputes.
 """
 
+from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 import torch
+from torch import nn
+
+AHEAD = 2  # tensors fetched before they are asked for: a block saves at most its input and one output
+LEAVING = 2  # tensors whose copy may still be under way while the computation goes on
 
 
 class InputOffloader:
-    """One per model. Blocks call `pack` in order during forward and `unpack` in reverse during backward."""
+    """One per model. Blocks call `pack` in order during forward and `unpack` in reverse during backward.
+
+    Tensors are handed back to the allocator only once the computation is known to wait for their copy. (With
+    `record_stream` the allocator would wait for the copy itself: the host runs so far ahead that it would find nothing
+    free, and take new memory as if nothing had left.)
+    """
 
     def __init__(self):
         self.stream = torch.cuda.Stream()
-        self.hosts, self.fetched, self.count = {}, {}, 0
+        self.hosts, self.leaving, self.fetched, self.count = {}, deque(), {}, 0
 
-    def pack(self, tensor: torch.Tensor):
-        """Hidden states go to pinned host memory; weights, masks and position embeddings (shared by all) stay."""
-        if tensor.grad_fn is None or tensor.device.type == "cpu":
+    def pack(self, tensor: torch.Tensor, hidden: torch.Tensor):
+        """What is as large as the hidden states goes to pinned host memory: the block's input, and outputs that its
+        policy keeps. Weights, masks and position embeddings stay."""
+        states = tensor.numel() == hidden.numel() and tensor.shape[-1] == hidden.shape[-1]
+        if not states or isinstance(tensor, nn.Parameter) or tensor.device.type == "cpu":
             return tensor
         if not self.hosts:
             self.count = 0
@@ -26,34 +39,45 @@ class InputOffloader:
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             host.copy_(tensor.detach(), non_blocking=True)
-        tensor.record_stream(self.stream)  # its memory may be reused only after the copy
         self.hosts[number] = (tensor.device, host)
+        self.leaving.append((tensor.detach(), self.stream.record_event()))
+        while len(self.leaving) > LEAVING:
+            _, left = self.leaving.popleft()
+            torch.cuda.current_stream().wait_event(left)
         return number
 
     def _fetch(self, number: int) -> None:
         if number not in self.hosts or number in self.fetched:
             return
         device, host = self.hosts[number]
+        copy = torch.empty(host.shape, dtype=host.dtype, device=device)
+        self.stream.wait_stream(torch.cuda.current_stream())  # the memory may still be read by what it held before
         with torch.cuda.stream(self.stream):
-            copy = host.to(device, non_blocking=True)
+            copy.copy_(host, non_blocking=True)
         self.fetched[number] = (copy, self.stream.record_event())
 
     def unpack(self, saved):
         if isinstance(saved, torch.Tensor):
             return saved
+        self._finish_leaving()
         self._fetch(saved)
         copy, done = self.fetched.pop(saved)
-        self._fetch(saved - 1)
+        for number in range(saved - 1, saved - 1 - AHEAD, -1):
+            self._fetch(number)
         torch.cuda.current_stream().wait_event(done)
-        copy.record_stream(torch.cuda.current_stream())
         del self.hosts[saved]
         return copy
 
-    def wrap(self, forward: Callable) -> Callable:
-        """A checkpointed block's forward whose saved input waits in host memory."""
+    def _finish_leaving(self) -> None:
+        if self.leaving:
+            torch.cuda.current_stream().wait_stream(self.stream)
+            self.leaving.clear()
 
-        def offloaded(*args, **kwargs):
-            with torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack):
-                return forward(*args, **kwargs)
+    def wrap(self, forward: Callable) -> Callable:
+        """A checkpointed block's forward whose saved hidden states wait in host memory."""
+
+        def offloaded(hidden, *args, **kwargs):
+            with torch.autograd.graph.saved_tensors_hooks(partial(self.pack, hidden=hidden), self.unpack):
+                return forward(hidden, *args, **kwargs)
 
         return offloaded

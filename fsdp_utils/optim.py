@@ -46,9 +46,13 @@ class LocalParameters:
 
     Every optimizer offered works element by element, so it never needs to know that a parameter is sharded;
     bitsandbytes' refuse sharded ones, and torch's are slower on them.
+
+    Args:
+        keep_gradients: zero_grad writes zeros, so that the memory of gradients stays where a CUDA graph found it.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, *, keep_gradients: bool = False):
+        self.keep_gradients = keep_gradients
         self.sharded = [p for p in model.parameters() if p.requires_grad and local(p).numel()]
         self.plain = [nn.Parameter(local(p).detach()) for p in self.sharded]
 
@@ -60,6 +64,9 @@ class LocalParameters:
         return [p.grad for p in self.plain if p.grad is not None]
 
     def zero_grad(self) -> None:
+        if self.keep_gradients:
+            torch._foreach_zero_([p.grad for p in self.plain if p.grad is not None])
+            return
         for sharded, plain in zip(self.sharded, self.plain, strict=True):
             sharded.grad = plain.grad = None
 

@@ -393,7 +393,7 @@ def plan_adapter(run: Run, *, device, dtype, eval_type=None) -> tuple[model.Plan
         UserError: another base, or a base quantized in another way than in training; tensors that do not fit.
     """
     config = inference_config(run, dtype=dtype, eval_type=eval_type)
-    planned = model.plan(config, device=device)
+    planned = model.plan(config, device=device, training=False)
     check_base(run, planned.base_fingerprint)
     as_trained = eval_type in (None, run.train_type)
     built = asdict(planned.quantizer) if planned.quantizer else None

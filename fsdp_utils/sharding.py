@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fsdp_utils.offload import InputOffloader
@@ -26,9 +26,24 @@ def keep_products(ctx, op, *args, **kwargs) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def keep_magnitude_outputs(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    """What `--checkpoint_policy magnitude` keeps: outputs of DoRA's narrowing projections. Nothing else reads them
+    again, but the gradient of the magnitude does, and they are the dearest to compute of their size."""
+    kept = False
+    if "adapted_linear." in str(op):
+        x, _, p0, *_, factor = args
+        kept = factor is not None and p0.shape[0] < x.shape[-1]
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _selective(policy: Callable) -> dict:
+    return {"context_fn": partial(create_selective_checkpoint_contexts, policy)}
+
+
 POLICIES = {
     "full": {},
-    "products": {"context_fn": partial(create_selective_checkpoint_contexts, keep_products)},
+    "magnitude": _selective(keep_magnitude_outputs),
+    "products": _selective(keep_products),
 }
 
 
@@ -46,6 +61,7 @@ def checkpoint_block(block: nn.Module, *, reentrant: bool, preserve_rng: bool, p
         return checkpoint(run, *args, use_reentrant=reentrant, preserve_rng_state=preserve_rng, **POLICIES[policy])
 
     block.forward = checkpointed
+    block.recomputes = True
 
 
 def require_input_gradients(model: nn.Module) -> None:
@@ -53,30 +69,35 @@ def require_input_gradients(model: nn.Module) -> None:
     model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_(True))
 
 
-def prepare_blocks(model: nn.Module, blocks: dict[str, nn.Module], config, *, compile_block: Callable | None) -> None:
-    """Checkpoints, then compiles each decoder block.
+def prepare_blocks(
+    model: nn.Module, blocks: dict[str, nn.Module], config, *, recomputed: int, compile_block: Callable | None
+) -> None:
+    """Checkpoints the first `recomputed` decoder blocks, then compiles every one.
 
     The recomputation is inside the compiled region, so that what backward does not need of it is never run (the down
     projection); re-entrant checkpointing cannot be compiled and stays outside, as FSDP2 and the offload of inputs do.
     """
     reentrant = config.reentrant_checkpointing
     offloader = InputOffloader() if config.use_activation_cpu_offload and torch.cuda.is_available() else None
-    for block in blocks.values():
+    for number, block in enumerate(blocks.values()):
+        # the first, not the last: backward comes to them when the others have already freed all that they keep, so
+        # what a block recomputes never adds to the peak
+        recomputes = number < recomputed
         if compile_block and reentrant:
             block.forward = compile_block(block.forward)
-        if config.use_gradient_checkpointing:
+        if recomputes:
             preserve_rng = config.lora_dropout > 0
             checkpoint_block(block, reentrant=reentrant, preserve_rng=preserve_rng, policy=config.checkpoint_policy)
         if compile_block and not reentrant:
             block.forward = compile_block(block.forward)
-        if offloader:
+        if offloader and recomputes:
             block.forward = offloader.wrap(block.forward)
-    if config.use_gradient_checkpointing and config.reentrant_checkpointing:
+    if recomputed and reentrant:
         require_input_gradients(model)
 
 
 def shard(model: nn.Module, blocks: dict[str, nn.Module], config, *, mesh, dtype: torch.dtype) -> None:
-    """Applies fully_shard to each block and to the rest (embedding, final norm and head in the root group).
+    """Applies fully_shard to each block, to embedding and head, and to the rest.
 
     Must come after the blocks were found and wrapped: fully_shard renames classes. `mesh` None shards nothing.
     """
@@ -92,7 +113,32 @@ def shard(model: nn.Module, blocks: dict[str, nn.Module], config, *, mesh, dtype
     )
     for block in blocks.values():
         fully_shard(block, **settings)
+    _shard_ends(model, settings)
     fully_shard(model, **settings)
+
+
+def _shard_ends(model: nn.Module, settings: dict) -> None:
+    """Embedding and head in groups of their own: each is whole only while it runs, not during the whole step.
+
+    Where they share a weight it stays in the root group, since a weight cannot be in two.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if {id(p) for p in embedding.parameters()} & {id(p) for p in head.parameters()}:
+        return
+    for module in (embedding, head):
+        fully_shard(module, **settings)
+    if _frozen(embedding):
+        embedding.set_unshard_in_backward(False)  # nothing to compute from it there
+
+
+def _frozen(module: nn.Module) -> bool:
+    return not any(p.requires_grad for p in module.parameters())
+
+
+def gather_in_backward(module: nn.Module, needed: bool) -> None:
+    """Whether backward of a frozen sharded module needs its weight; without it no time is lost gathering."""
+    if isinstance(module, FSDPModule) and _frozen(module):
+        module.set_unshard_in_backward(needed)
 
 
 def set_gradient_sync(model: nn.Module, sync: bool) -> None:

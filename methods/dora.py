@@ -75,7 +75,7 @@ class DoRA(LoRA):
 
     def __init__(self, config):
         super().__init__(config)
-        self._adapted, self._graph = None, None
+        self._adapted, self._wholes, self._graph = None, None, None
 
     @torch.no_grad()
     def initialize(self, model, *, device):
@@ -91,24 +91,26 @@ class DoRA(LoRA):
 
     @torch.no_grad()
     def after_step(self, model, *, device):
-        if self._graph is not None:
-            self._graph.replay()
-            return
         first = self._adapted is None
         if first:  # walking the modules at every step costs the host milliseconds
             self._adapted = list(self.layers(model).values())
-        if first or device.type != "cuda" or isinstance(self._adapted[0].lora_A, DTensor):
-            self._refresh(device)
+        lora_a = [layer.lora_A for layer in self._adapted]
+        wholes = gather_each(lora_a, device=device)
+        if first or local(lora_a[0]).device.type != "cuda":
+            self._refresh(wholes, device)
             return
-        # unsharded tensors stay where they are: from the second step on, a thousand launches become one
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._refresh(device)
+        # rows on a GPU stay where they are: from the second step on, a thousand launches become one
+        wholes = list(wholes)
+        if self._graph is None:
+            self._graph, self._wholes = torch.cuda.CUDAGraph(), wholes
+            with torch.cuda.graph(self._graph):
+                self._refresh(wholes, device)
+        elif isinstance(lora_a[0], DTensor):
+            torch._foreach_copy_(self._wholes, wholes)
         self._graph.replay()
 
-    def _refresh(self, device) -> None:
+    def _refresh(self, wholes, device) -> None:
         """Recomputes the norms of the adapted weight, this process's rows of every layer."""
-        wholes = gather_each([layer.lora_A for layer in self._adapted], device=device)
         for layer, lora_a in zip(self._adapted, wholes, strict=True):
             norm, b = local(layer.weight_norm).to(device), local(layer.lora_B).to(device)
             weight = weight_rows(layer.base_layer, local, dtype=self._norm_dtype(layer), device=device)

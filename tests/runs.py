@@ -8,7 +8,7 @@ import train
 from fsdp_utils import checkpoint, distributed, loading
 from fsdp_utils.config import TrainConfig
 from fsdp_utils.flags import parse
-from fsdp_utils.losses import CausalLMLoss
+from fsdp_utils.micro_step import micro_step
 from fsdp_utils.model import compiler, load, plan
 from methods.quantizers.linear import QuantizedLinear, weight_rows
 from methods.rows import gather, local
@@ -79,7 +79,7 @@ def set_json(path, **values) -> None:
 def first_step(flags: dict, *, perturbed: bool = True) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gathered gradients of the first optimizer step of `make_config(**flags)`."""
     config = make_config(**flags)
-    model, planned, _, device = prepared(config)
+    model, planned, mesh, device = prepared(config)
     if perturbed:
         perturb(model)
         planned.method.after_step(model, device=device)
@@ -87,8 +87,8 @@ def first_step(flags: dict, *, perturbed: bool = True) -> tuple[float, dict[str,
     tokenized = train.prepare_data(config, tokenizer, model.config)
     steps = train.steps_of(config, tokenized, tokenizer, total=1)
     model.train()
-    loss_sum_of = CausalLMLoss(model, fused=config.fused_loss)
-    loss, _ = train.backward(model, loss_sum_of, next(iter(steps)), config, device=device, scale=1.0)
+    run = micro_step(model, config, mesh=mesh, device=device)
+    loss, _ = train.backward(model, run, next(iter(steps)), config, device=device, scale=1.0)
     names = {name: p for name, p in model.named_parameters() if p.requires_grad}
     gradients = {name: gather(p.grad).detach().cpu() for name, p in names.items()}
     return loss, gradients

@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from runs import logits, set_json
+from runs import logits, make_config, set_json
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import evaluate
 from evaluate import EvalConfig, read_questions
-from fsdp_utils import generation, loading, runs
+from fsdp_utils import attention, generation, loading, runs
+from fsdp_utils.model import plan
 from methods.errors import UserError
 from methods.lora import LoRALinear
 from methods.quantizers.linear import QuantizedLinear, weight_rows
@@ -164,11 +165,15 @@ def test_missing_folders(name):
             read(name)
 
 
-def test_attention_of_training_is_left_behind(broken):
-    """That of packed rows has no cache, and flash attention may be missing where answers are generated."""
+def test_attention_of_training_is_left_behind(broken, monkeypatch):
+    """An attention that this machine lacks, or that knows neither a cache nor padding, is not the run's concern."""
     trained_with = json.loads((broken / "run.json").read_text())["flags"]
     set_json(broken / "run.json", flags=trained_with | dict(packing=True, attn_implementation="flash_attention_2"))
-    assert runs.inference_config(runs.describe(broken), dtype=torch.bfloat16).packing is False
+    assert opened(broken).config._attn_implementation == "sdpa"
+    monkeypatch.setattr(attention, "supported", lambda *args, **kwargs: True)  # as on CUDA
+    names = ("model_name", "train_type")
+    config = make_config(**{name: trained_with[name] for name in names})
+    assert plan(config, device=CPU).model.config._attn_implementation == attention.NAME
     assert opened(broken).config._attn_implementation == "sdpa"
 
 

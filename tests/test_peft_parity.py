@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import train
 from fsdp_utils import loading
-from fsdp_utils.losses import CausalLMLoss
+from fsdp_utils.micro_step import micro_step
 from fsdp_utils.model import plan
 
 STEPS = 200
@@ -65,13 +65,13 @@ def test_peft_layers_attach_in_silence(tiny):
 
 def test_gradients(config):
     """Of A, B and the magnitude, at the same point with B off zero: within 1e-4 of the largest entry."""
-    model, planned, _, device = prepared(config)
+    model, planned, mesh, device = prepared(config)
     perturb(model)
     planned.method.after_step(model, device=device)
     twin = peft_twin(model, planned.method, config, magnitudes=True)
     *_, batches = data_of(config, model)
-    loss_sum_of = CausalLMLoss(model.train(), fused=config.fused_loss)
-    loss, _ = train.backward(model, loss_sum_of, batches[:1], config, device=device, scale=1.0)
+    run = micro_step(model.train(), config, mesh=mesh, device=device)
+    loss, _ = train.backward(model, run, batches[:1], config, device=device, scale=1.0)
     wanted = twin_loss(twin, batches[0])
     wanted.backward()
     assert loss == pytest.approx(wanted.item(), rel=1e-5)

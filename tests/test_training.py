@@ -15,6 +15,7 @@ from tiny import FAMILIES, byte_tokenizer
 import train
 from fsdp_utils import distributed, loading, metrics
 from fsdp_utils.losses import CausalLMLoss, with_targets
+from fsdp_utils.micro_step import micro_step
 from fsdp_utils.optim import OPTIMIZERS, SCHEDULES, LocalParameters, LossScaler, global_norm, schedule_factor
 from fsdp_utils.packing import IGNORED, collate_packed, epoch_rows
 from fsdp_utils.safetensors_io import StreamingWriter
@@ -153,7 +154,8 @@ def clipped_against_torch(flags: dict) -> tuple[float, float]:
     tokenizer = loading.read_tokenizer(config.source)
     tokenized = train.prepare_data(config, tokenizer, model.config)
     steps = train.steps_of(config, tokenized, tokenizer, total=1)
-    train.backward(model, CausalLMLoss(model, fused=True), next(steps), config, device=device, scale=1.0)
+    run = micro_step(model, config, mesh=mesh, device=device)
+    train.backward(model, run, next(steps), config, device=device, scale=1.0)
     whole = [p for p in model.parameters() if p.requires_grad]
     gathered = [torch.nn.Parameter(torch.empty(p.shape)) for p in whole]
     for copy, p in zip(gathered, whole, strict=True):

@@ -4,7 +4,7 @@ The plain version is `LoRALinear.plain_forward`. What this one does differently:
 
 - The row factor c goes into the scales while they are dequantized, and into B: DoRA costs what LoRA costs.
 - The low-rank product is no pass over the output of its own. Where the output is wider than the input, the product is
-  `[x, A x] @ [W, s B].T`; elsewhere the base product accumulates onto it.
+  `[x, A x] @ [W, s c B].T`; elsewhere the base product accumulates onto it.
 - The gradient of the magnitude needs `V x`, which is output / c: the output is kept anyway by what follows it.
 """
 
@@ -27,34 +27,28 @@ def _weight(parts, spec: str, factor: Tensor | None, *, dtype, in_features: int,
     return weight.to(dtype) if out is None else out.copy_(weight)
 
 
-def _scaled_b(b: Tensor, scaling: float, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """`s c B`, `[out, r]`."""
-    return (b * scaling if factor is None else b * (factor * scaling).unsqueeze(1)).to(dtype)
-
-
 def forward(
     x: Tensor, hidden: Tensor | None, p0: Tensor, p1: Tensor | None, p2: Tensor | None, spec: str,
-    a: Tensor | None, b: Tensor | None, factor: Tensor | None, scaling: float,
+    a: Tensor | None, scaled_b: Tensor | None, factor: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """x `[..., in]` and hidden = A x `[..., r]` to `[..., out]`. A itself is only here for its gradient."""
-    shape, width, dtype = x.shape[:-1], x.shape[-1], x.dtype
-    rows, parts = x.reshape(-1, width), (p0, p1, p2)  # [t, in]
+    """x `[..., in]`, hidden = A x `[..., r]`, scaled_b = s c B `[out, r]` to `[..., out]`. A only gets a gradient."""
+    shape, width, parts = x.shape[:-1], x.shape[-1], (p0, p1, p2)
+    weight = dict(dtype=x.dtype, in_features=width)
+    rows = x.reshape(-1, width)  # [t, in]
     if a is None:
-        return (rows @ _weight(parts, spec, factor, dtype=dtype, in_features=width).T).view(*shape, -1)
+        return (rows @ _weight(parts, spec, factor, **weight).T).view(*shape, -1)
     hidden = hidden.reshape(-1, a.shape[0])  # [t, r]
-    scaled_b = _scaled_b(b, scaling, factor, dtype)
     if p0.shape[0] > 2 * width:  # copying x costs less than writing and reading the output once more
-        both = torch.empty(p0.shape[0], width + a.shape[0], dtype=dtype, device=x.device)
-        _weight(parts, spec, factor, dtype=dtype, in_features=width, out=both[:, :width])
+        both = torch.empty(p0.shape[0], width + a.shape[0], dtype=x.dtype, device=x.device)
+        _weight(parts, spec, factor, **weight, out=both[:, :width])
         both[:, width:] = scaled_b
         out = torch.cat([rows, hidden], dim=1) @ both.T
     else:
-        out = hidden @ scaled_b.T
-        out.addmm_(rows, _weight(parts, spec, factor, dtype=dtype, in_features=width).T)
+        out = (hidden @ scaled_b.T).addmm_(rows, _weight(parts, spec, factor, **weight).T)
     return out.view(*shape, -1)
 
 
-def forward_shape(x, hidden, p0, p1, p2, spec, a, b, factor, scaling):
+def forward_shape(x, hidden, p0, p1, p2, spec, a, scaled_b, factor):
     """What `forward` returns, without values."""
     return x.new_empty(*x.shape[:-1], p0.shape[0])
 
@@ -62,16 +56,16 @@ def forward_shape(x, hidden, p0, p1, p2, spec, a, b, factor, scaling):
 def backward(
     grad: Tensor, x: Tensor | None, hidden: Tensor | None, out: Tensor | None,
     p0: Tensor, p1: Tensor | None, p2: Tensor | None, spec: str,
-    a: Tensor | None, b: Tensor | None, factor: Tensor | None, scaling: float, in_features: int, needs_x: bool,
+    a: Tensor | None, scaled_b: Tensor | None, factor: Tensor | None, in_features: int, needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, A, B and the row factor; empty tensors for what is absent."""
+    """Gradients of x, A, scaled_b and the row factor; empty tensors for what is absent."""
     grads = grad.reshape(-1, grad.shape[-1])  # [t, out]
     grad_x, grad_a, grad_b, grad_factor = (grad.new_empty(0) for _ in range(4))  # an operator's outputs may not alias
     if a is not None:
         rows, hidden = x.reshape(-1, in_features), hidden.reshape(-1, a.shape[0])
-        through_b = grads @ _scaled_b(b, scaling, factor, grad.dtype)  # [t, r]
+        through_b = grads @ scaled_b  # [t, r]
         grad_a = (through_b.T @ rows).to(a.dtype)
-        grad_b = _scaled_b(grads.T @ hidden, scaling, factor, b.dtype)
+        grad_b = grads.T @ hidden
         if needs_x:
             grad_x = through_b @ a.to(grad.dtype)
     if factor is not None:
@@ -85,23 +79,23 @@ def backward(
     return grad_x, grad_a, grad_b, grad_factor
 
 
-def backward_shapes(grad, x, hidden, out, p0, p1, p2, spec, a, b, factor, scaling, in_features, needs_x):
+def backward_shapes(grad, x, hidden, out, p0, p1, p2, spec, a, scaled_b, factor, in_features, needs_x):
     """What `backward` returns, without values."""
     return (
         grad.new_empty(*grad.shape[:-1], in_features) if needs_x else grad.new_empty(0),
-        *(grad.new_empty(0) if t is None else torch.empty_like(t) for t in (a, b, factor)),
+        *(grad.new_empty(0) if t is None else torch.empty_like(t) for t in (a, scaled_b, factor)),
     )
 
 
 # Registered by hand: torch.library.custom_op checks every call for aliasing, which costs more than a small product.
 _library = torch.library.Library("fsdp_qlora", "DEF")
 _library.define(
-    "adapted_linear(Tensor x, Tensor? hidden, Tensor p0, Tensor? p1, Tensor? p2, str spec, Tensor? a, Tensor? b, "
-    "Tensor? factor, float scaling) -> Tensor"
+    "adapted_linear(Tensor x, Tensor? hidden, Tensor p0, Tensor? p1, Tensor? p2, str spec, Tensor? a, "
+    "Tensor? scaled_b, Tensor? factor) -> Tensor"
 )
 _library.define(
     "adapted_linear_backward(Tensor grad, Tensor? x, Tensor? hidden, Tensor? out, Tensor p0, Tensor? p1, Tensor? p2, "
-    "str spec, Tensor? a, Tensor? b, Tensor? factor, float scaling, SymInt in_features, bool needs_x) "
+    "str spec, Tensor? a, Tensor? scaled_b, Tensor? factor, SymInt in_features, bool needs_x) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 for _name, _run, _shapes in (
@@ -113,20 +107,20 @@ for _name, _run, _shapes in (
 
 
 def _keep(ctx, inputs, output):
-    x, hidden, p0, p1, p2, spec, a, b, factor, scaling = inputs
+    x, hidden, p0, p1, p2, spec, a, scaled_b, factor = inputs
     # what backward does not need is not kept: x only for A, the output only for the magnitude
     kept = (x if a is not None else None, hidden, output if factor is not None else None)
-    ctx.save_for_backward(*kept, p0, p1, p2, a, b, factor)
-    ctx.spec, ctx.scaling, ctx.in_features, ctx.needs_x = spec, scaling, x.shape[-1], ctx.needs_input_grad[0]
+    ctx.save_for_backward(*kept, p0, p1, p2, a, scaled_b, factor)
+    ctx.spec, ctx.in_features, ctx.needs_x = spec, x.shape[-1], ctx.needs_input_grad[0]
 
 
 def _backward(ctx, grad):
-    x, hidden, out, p0, p1, p2, a, b, factor = ctx.saved_tensors
+    x, hidden, out, p0, p1, p2, a, scaled_b, factor = ctx.saved_tensors
     grad_x, grad_a, grad_b, grad_factor = torch.ops.fsdp_qlora.adapted_linear_backward(
-        grad, x, hidden, out, p0, p1, p2, ctx.spec, a, b, factor, ctx.scaling, ctx.in_features, ctx.needs_x
+        grad, x, hidden, out, p0, p1, p2, ctx.spec, a, scaled_b, factor, ctx.in_features, ctx.needs_x
     )
-    adapters = (g if t is not None else None for g, t in ((grad_a, a), (grad_b, b), (grad_factor, factor)))
-    return (grad_x if ctx.needs_x else None, None, None, None, None, None, *adapters, None)
+    adapters = (g if t is not None else None for g, t in ((grad_a, a), (grad_b, scaled_b), (grad_factor, factor)))
+    return (grad_x if ctx.needs_x else None, None, None, None, None, None, *adapters)
 
 
 # not an autograd.Function: compiled checkpointing would take its outputs for something it has to keep
@@ -145,6 +139,11 @@ def adapted_linear(
         a, b: `[r, in]` and `[out, r]`, or None for the base product alone.
         factor: fp32 `[out]` or None.
     """
+    if a is None:
+        return torch.ops.fsdp_qlora.adapted_linear(x, None, p0, p1, p2, spec, None, None, factor)
     # A x apart from the operator: backward needs it, but not the output, which recomputation can then leave out
-    hidden = None if a is None else F.linear(x.detach(), a.detach().to(x.dtype))
-    return torch.ops.fsdp_qlora.adapted_linear(x, hidden, p0, p1, p2, spec, a, b, factor, scaling)
+    hidden = F.linear(x.detach(), a.detach().to(x.dtype))
+    # the operator's gradient of c is that of the whole output
+    scale = scaling if factor is None else (factor.detach() * scaling).unsqueeze(1)
+    scaled_b = (b * scale).to(x.dtype)
+    return torch.ops.fsdp_qlora.adapted_linear(x, hidden, p0, p1, p2, spec, a, scaled_b, factor)

@@ -17,7 +17,10 @@ LOGITS_BYTES = 128 * 2**20  # of one chunk
 
 
 def linear_cross_entropy_plain(hidden, weight, bias, targets) -> torch.Tensor:
-    """Sum of the cross entropies of `hidden @ weight.T + bias`, fp32 scalar. hidden `[t, h]`, targets `[t]`."""
+    """Sum of the cross entropies of `hidden @ weight.T + bias`, fp32 scalar. hidden `[t, h]`, targets `[t]`.
+
+    A target of -100 predicts nothing.
+    """
     return F.cross_entropy(F.linear(hidden, weight, bias).float(), targets, reduction="sum")
 
 
@@ -28,6 +31,7 @@ if triton is not None:
         row = tl.program_id(0).to(tl.int64)
         logits += row * columns
         target = tl.load(targets + row)
+        counts = (target >= 0).to(tl.float32)
         top, total = -float("inf"), 0.0
         for start in range(0, columns, BLOCK):
             at = start + tl.arange(0, BLOCK)
@@ -35,25 +39,26 @@ if triton is not None:
             higher = tl.maximum(top, tl.max(values))
             total = total * tl.exp(top - higher) + tl.sum(tl.exp(values - higher))
             top = higher
-        tl.store(losses + row, top + tl.log(total) - tl.load(logits + target).to(tl.float32))
+        at_target = tl.load(logits + tl.maximum(target, 0)).to(tl.float32)
+        tl.store(losses + row, counts * (top + tl.log(total) - at_target))
         tl.debug_barrier()  # the target's logit is read before it is overwritten
         for start in range(0, columns, BLOCK):
             at = start + tl.arange(0, BLOCK)
             inside = at < columns
             values = tl.load(logits + at, mask=inside, other=0).to(tl.float32)
-            gradient = tl.exp(values - top) / total - (at == target).to(tl.float32)
+            gradient = counts * (tl.exp(values - top) / total - (at == target).to(tl.float32))
             tl.store(logits + at, gradient.to(logits.dtype.element_ty), mask=inside)
 
 
 def _losses_plain(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """fp32 losses `[t]`; overwrites `logits` `[t, v]` with their gradient."""
-    values = logits.float()
+    values, counts, known = logits.float(), targets >= 0, targets.clamp_min(0)
     normaliser = values.logsumexp(1)
-    losses = normaliser - values.gather(1, targets[:, None])[:, 0]
+    losses = normaliser - values.gather(1, known[:, None])[:, 0]
     gradient = (values - normaliser[:, None]).exp_()
-    gradient[torch.arange(len(targets), device=targets.device), targets] -= 1
-    logits.copy_(gradient)
-    return losses
+    gradient[torch.arange(len(targets), device=targets.device), known] -= 1
+    logits.copy_(gradient * counts[:, None])
+    return losses * counts
 
 
 def _losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ except ImportError:  # CPU builds of torch come without it
 
 from methods.quantizers.linear import as_bytes
 
-WEIGHTS_PER_PROGRAM = 8192
+WEIGHTS_PER_PROGRAM = 4096
 
 
 def available(tensor: torch.Tensor) -> bool:
@@ -98,7 +98,7 @@ def table_rows(codes, scales, ranges, out, *, quant_type, group_size, row_factor
         _table_kernel[(triton.cdiv(groups, block),)](
             as_bytes(codes), scales if ranges is None else as_bytes(scales), ranges, table,
             row_factor, out, groups, scales.shape[1], out.stride(0),
-            GROUP=group_size, DOUBLE=ranges is not None, HAS_FACTOR=row_factor is not None, BLOCK=block, num_warps=8,
+            GROUP=group_size, DOUBLE=ranges is not None, HAS_FACTOR=row_factor is not None, BLOCK=block, num_warps=4,
         )  # fmt: skip
     return out
 
@@ -110,6 +110,6 @@ def affine_rows(codes, scales, zeros, out, *, bits, group_size, row_factor=None)
     if groups:
         _affine_kernel[(triton.cdiv(groups, block),)](
             as_bytes(codes), scales, zeros, row_factor, out, groups, scales.shape[1], codes.shape[1], out.stride(0),
-            BITS=bits, GROUP=group_size, HAS_FACTOR=row_factor is not None, BLOCK=block, num_warps=8,
+            BITS=bits, GROUP=group_size, HAS_FACTOR=row_factor is not None, BLOCK=block, num_warps=4,
         )  # fmt: skip
     return out

@@ -15,9 +15,8 @@ if triton is not None:
     def _column_dot_kernel(left, right, partial, rows, columns, ROWS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
         column = tl.program_id(0) * C + tl.arange(0, C)
         start = tl.program_id(1) * ROWS
-        total = tl.zeros(
-            (R, C), tl.float32
-        )  # summed over R once, at the end: a sum per step would wait on shared memory
+        # summed over R once, at the end: a sum per step would wait on shared memory
+        total = tl.zeros((R, C), tl.float32)
         for step in range(0, ROWS, R):
             row = start + step + tl.arange(0, R)
             at = row[:, None].to(tl.int64) * columns + column[None, :]
@@ -37,11 +36,12 @@ def column_dot_kernel(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """As `column_dot_plain`; partial sums per block of rows, added in a fixed order, so runs repeat exactly."""
     rows, columns = left.shape
     left, right = left.contiguous(), right.contiguous()
-    blocks = max(1, min(64, rows // 64))
+    blocks = max(1, min(32, rows // 64))
     per_program = triton.cdiv(triton.cdiv(rows, blocks), 16) * 16
     partial = torch.empty(blocks, columns, dtype=torch.float32, device=left.device)
-    grid = (triton.cdiv(columns, 256), blocks)
-    _column_dot_kernel[grid](left, right, partial, rows, columns, ROWS=per_program, R=16, C=256, num_warps=8)
+    grid = (triton.cdiv(columns, 128), blocks)
+    settings = dict(ROWS=per_program, R=16, C=128, num_warps=4, num_stages=4)
+    _column_dot_kernel[grid](left, right, partial, rows, columns, **settings)
     return partial.sum(0)
 
 

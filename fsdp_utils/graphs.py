@@ -1,0 +1,20 @@
+"""Which micro-batches are replayed as CUDA graphs: those that keep a GPU busy for less time than their launch takes."""
+
+import torch
+from torch import nn
+
+from methods.targets import block_linears, decoder_blocks
+
+WORK = 10**12  # tokens x weights of a block; beyond it the host keeps ahead, and a graph would only hold memory
+
+
+def graph_tokens(model: nn.Module, config, *, mesh, device: torch.device) -> int:
+    """The most tokens of a micro-batch that is captured; 0 where a run's steps cannot be.
+
+    One GPU has to do it all, without random numbers and without copies to the host.
+    """
+    offload = config.use_activation_cpu_offload
+    if not config.cuda_graphs or device.type != "cuda" or mesh is not None or config.lora_dropout or offload:
+        return 0
+    weights = sum(linear.in_features * linear.out_features for linear in block_linears(model).values())
+    return WORK * len(decoder_blocks(model)) // weights

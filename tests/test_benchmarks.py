@@ -1,0 +1,59 @@
+"""The benchmarks measure ours and a peer that trains the same thing, on the tiny shape and a CPU."""
+
+import json
+import sys
+
+import pytest
+import torch
+from peft import get_peft_model_state_dict
+
+from benchmarks import throughput
+from benchmarks.common import SHAPES, Run, make_config, write_config
+from benchmarks.peer import PeerRun, parse_peers
+from methods.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def test_table_with_a_peer(tmp_path, capsys, monkeypatch):
+    """Ours and PEFT's rows in one table and file, with as many trained parameters, then their ratios."""
+    monkeypatch.setitem(SHAPES, "tiny", dict(SHAPES["tiny"]))  # --layers changes it
+    path, train_types = tmp_path / "rows.jsonl", ["custom_qlora", "bnb_dora", "hqq_lora"]
+    flags = ["--rows=1x16:ckpt", f"--train_types={','.join(train_types)}", "--extra=device=cpu", f"--json={path}"]
+    throughput.main(throughput.parse_arguments(["--shape=tiny", "--layers=1", "--peer=peft", *flags]))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    pairs = [(row["train_type"], row["peer"]) for row in rows]
+    assert pairs == [(t, p) for t in train_types for p in (None, "peft")][:-1]
+    for ours, peer in (rows[:2], rows[2:4]):
+        assert ours.keys() == peer.keys()
+        assert ours["trained"] == peer["trained"] > 0
+        assert ours["rows"] == peer["rows"] and ours["floor_s"] == peer["floor_s"]
+    shown = [line for line in capsys.readouterr().out.splitlines() if "ours ÷ peft" in line]
+    assert [line.split()[0] for line in shown] == train_types[:2]
+    assert f"{rows[0]['tokens_s'] / rows[1]['tokens_s']:.2f} in tokens/s" in shown[0]
+
+
+@pytest.mark.parametrize("train_type", ["custom_qlora", "bnb_dora", "lora", "dora"])
+def test_peer_is_the_same_model(tmp_path, train_type):
+    """The same base, quantized alike (equal logits while B is zero), and adapters of the same names and shapes."""
+    folder = write_config("tiny", tmp_path, num_hidden_layers=1)
+    config = make_config(folder, train_type=train_type, device="cpu")
+    ours, peer = Run(config), PeerRun(config, peer="peft")
+    mine = {f"base_model.model.{name}": t.shape for name, t in ours.plan.method.adapter_tensors(ours.model)}
+    assert {name: t.shape for name, t in get_peft_model_state_dict(peer.model).items()} == mine
+    assert {p.dtype for p in peer.model.parameters() if p.requires_grad} == {torch.bfloat16}
+    ids = torch.arange(16).view(1, 16)
+    torch.testing.assert_close(peer.model(input_ids=ids).logits, ours.model(input_ids=ids, use_cache=False).logits)
+    peer.close()
+    ours.close()
+
+
+def test_peer_that_cannot_run(monkeypatch):
+    """Every wrong name, missing package and missing GPU is one line that names the flag."""
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError) as error:
+        parse_peers("peft,liger,pefd", device=CPU)
+    package, gpu, unknown = str(error.value).splitlines()
+    assert package.startswith("--peer peft: ") and "pip install peft" in package
+    assert gpu.startswith("--peer liger: ") and "GPU" in gpu
+    assert unknown == "--peer pefd: choose from peft, liger"
