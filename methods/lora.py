@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from methods.base import Method
-from methods.joint import join
 from methods.kernels.adapted import adapted_linear
 from methods.quantizers.linear import add_bias, compute_dtype, matmul, packed_parts
 from methods.rows import fill
@@ -41,16 +40,11 @@ class LoRALinear(nn.Module):
         """What each output row is multiplied by, fp32 `[out]`: nothing in LoRA."""
         return None
 
-    @property
-    def is_fused(self) -> bool:
-        """Whether forward is one operator."""
-        return self.fused and isinstance(self.dropout, nn.Identity)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.is_fused:
-            x, size = x.to(compute_dtype(x)), [self.out_features]
+        if self.fused and isinstance(self.dropout, nn.Identity):
+            x = x.to(compute_dtype(x))
             parts = packed_parts(self.base_layer)
-            y = adapted_linear(x, *parts, size, self.lora_A, self.lora_B, self.row_factor(), self.scaling)
+            y = adapted_linear(x, *parts, self.lora_A, self.lora_B, self.row_factor(), self.scaling)
         else:
             y = self.plain_forward(x)
         return add_bias(y, self.base_layer)
@@ -87,7 +81,6 @@ class LoRA(Method):
                 base, rank=c.lora_rank, alpha=c.lora_alpha, dropout=c.lora_dropout, dtype=dtype, fused=c.fused_kernels
             )
             replace_module(model, path, layer)
-        join(model)
 
     def layers(self, model) -> dict[str, LoRALinear]:
         """Path and module of every adapted layer."""

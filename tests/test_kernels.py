@@ -1,14 +1,10 @@
 """Fast paths against the plain ones that define them: on the CPU without Triton, on a GPU with it."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from methods.dora import DoRALinear, row_norms, row_norms_dense
-from methods.joint import join
 from methods.kernels import cross_entropy
 from methods.kernels.reduce import column_dot, column_dot_plain
 from methods.lora import LoRALinear
@@ -102,50 +98,6 @@ def test_fused_adapter_equals_plain(device, kind, quantizer, dtype, tolerance, o
     assert len(fast) == (4 if kind is LoRALinear else 5)
     for got, want in zip(fast, plain, strict=True):
         assert relative(got, want) < tolerance
-
-
-class Parent(nn.Module):
-    """Three projections of one input, and what follows them."""
-
-    def __init__(self, layers):
-        super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = layers
-
-    def forward(self, hidden_states):
-        q, k, v = (projection(hidden_states) for projection in (self.q_proj, self.k_proj, self.v_proj))
-        return torch.cat([q.sin(), k * 2, v], dim=-1)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kind", [LoRALinear, DoRALinear])
-@pytest.mark.parametrize("quantizer", [Bnb4bit(), HQQ(3), None], ids=str)
-@pytest.mark.parametrize("sizes", [(192, 64, 64), (576, 64, 640), (576, 640, 704)], ids=str)
-@pytest.mark.parametrize("compiled", [False, True])
-def test_joint_projections_equal_separate_ones(device, kind, quantizer, sizes, compiled):
-    """Output and all gradients of three projections computed together are those of each by itself; in checkpointed,
-    compiled code too."""
-    x = torch.randn(2, 9, IN, generator=torch.Generator().manual_seed(2)).to(device)
-    bases = [base_linear(quantizer, device, torch.float32, out=size) for size in sizes]
-    results = []
-    for joined in (False, True):
-        parent = Parent([adapter(kind, base, device, torch.float32, fused=joined) for base in bases])
-        run = parent
-        if joined:
-            parent.config = SimpleNamespace(model_type="llama")
-            join(parent)
-            assert "forward" in vars(parent.q_proj)
-        if joined and compiled:
-            torch._dynamo.reset()  # one code object for all cases: they would use up its variants
-            recomputed = lambda x, parent=parent: checkpoint(parent.forward, x, use_reentrant=False)
-            run = torch.compile(recomputed, backend="inductor" if device == "cuda" else "aot_eager", fullgraph=True)
-        inputs = x.clone().requires_grad_()
-        out = run(inputs)
-        out.backward(torch.cos(torch.arange(out.numel(), device=device).view(out.shape).float()))
-        named = parent.named_parameters()
-        results.append({"out": out, "x": inputs.grad, **{n: p.grad for n, p in named if p.requires_grad}})
-    assert len(results[0]) == 2 + 3 * (2 if kind is LoRALinear else 3)
-    for name, want in results[0].items():
-        assert relative(results[1][name], want) < 1e-5, name
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -4,12 +4,11 @@ import shutil
 
 import pytest
 import torch
-from runs import first_step, make_config, packed_bytes
+from runs import first_step, packed_bytes
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES
 
-from fsdp_utils.model import plan
-from methods import TRAIN_TYPES, joint
+from methods import TRAIN_TYPES
 
 
 def assert_close(got, want, *, relative):
@@ -213,35 +212,3 @@ def test_quantized_cache_is_read(tiny, tmp_path):
     assert torch.equal(after[key], before[key] ^ 1)
     packed_bytes({**flags, "quant_group_size": 32})
     assert len(list(tmp_path.iterdir())) == 2
-
-
-@pytest.mark.parametrize("family", sorted(joint.FAMILIES))
-def test_families_that_are_joined(flags, family, monkeypatch):
-    """Projections computed together give the loss and gradients of each by itself."""
-    more = flags(family, train_type="bnb_dora")
-    joined = first_step(more)
-    seen = []
-    monkeypatch.setattr(joint, "FAMILIES", {})
-    monkeypatch.setattr(joint, "_join", lambda *args: seen.append(args))
-    assert_close(first_step(more), joined, relative=1e-5)
-    assert not seen
-
-
-@pytest.mark.parametrize(
-    ("more", "groups"),
-    [
-        (dict(), 2),
-        (dict(lora_target_modules="q_proj,v_proj,gate_proj,up_proj"), 1),
-        (dict(lora_dropout=0.1), 0),
-        (dict(fused_kernels=False), 0),
-        (dict(train_type="qlora"), 0),
-        (dict(family="phi3"), 0),
-    ],
-    ids=str,
-)
-def test_what_is_joined(flags, more, groups, monkeypatch):
-    """Whole groups of projections whose forward is one operator, in families that are known."""
-    seen = []
-    monkeypatch.setattr(joint, "_join", lambda *args: seen.append(args))
-    plan(make_config(**flags(**{"train_type": "bnb_dora", **more})), device=torch.device("cpu"))
-    assert len(seen) == 2 * groups  # of two blocks

@@ -15,7 +15,6 @@ from transformers import (
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
-    Qwen3Config,
 )
 
 SHAPE = dict(
@@ -34,7 +33,6 @@ FAMILIES = {
     "llama": lambda **kw: LlamaConfig(**{**SHAPE, "tie_word_embeddings": False, **kw}),
     "mistral": lambda **kw: MistralConfig(**{**SHAPE, "sliding_window": None, **kw}),
     "qwen2": lambda **kw: Qwen2Config(**{**SHAPE, "tie_word_embeddings": True, **kw}),  # biases, tied head
-    "qwen3": lambda **kw: Qwen3Config(**{**SHAPE, "head_dim": 16, **kw}),  # normed queries and keys
     "gemma": lambda **kw: GemmaConfig(**{**SHAPE, "head_dim": 16, **kw}),  # tied head, scaled embedding
     "gemma2": lambda **kw: Gemma2Config(**{**SHAPE, "head_dim": 16, **kw}),  # capped logits
     "phi3": lambda **kw: Phi3Config(**{**SHAPE, **kw}),  # fused projections

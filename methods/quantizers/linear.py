@@ -128,9 +128,11 @@ def quantized(module: nn.Module, quantizer: Quantizer) -> QuantizedWeight:
     return kind(module, quantizer)
 
 
-def packed_parts(base: nn.Module) -> tuple[list[torch.Tensor], str]:
-    """The parameters of a base linear of any kind, without bias, and the string that tells how to read them."""
-    return (list(base.packed()), base.spec) if isinstance(base, QuantizedLinear) else ([base.weight], "dense")
+def packed_parts(base: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, str]:
+    """The parameters of a base linear of any kind, three at most, and the string that tells how to read them."""
+    if not isinstance(base, QuantizedLinear):
+        return base.weight, None, None, "dense"
+    return (*(*base.packed(), None)[:3], base.spec)
 
 
 def matmul(base: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -140,7 +142,7 @@ def matmul(base: nn.Module, x: torch.Tensor) -> torch.Tensor:
     x = x.to(compute_dtype(x))
     if not isinstance(base, QuantizedLinear):
         return F.linear(x, base.weight)
-    return adapted_linear(x, *packed_parts(base), [base.out_features])
+    return adapted_linear(x, *packed_parts(base))
 
 
 def add_bias(y: torch.Tensor, base: nn.Module) -> torch.Tensor:
