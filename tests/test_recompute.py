@@ -269,6 +269,7 @@ def test_graphs_leave_less(tiny, monkeypatch):
     sizes = lambda **given: chosen.update(given) or 0
     monkeypatch.setattr(recompute, "free_memory", lambda device: 2**40)
     monkeypatch.setattr(recompute, "blocks_to_recompute", sizes)
+    monkeypatch.setattr(recompute, "graph_tokens", lambda model, config, **_: 10**9 * config.cuda_graphs)
     free = []
     for graphs in (False, True):
         prepared(make_config(**flags, cuda_graphs=graphs))
