@@ -134,10 +134,8 @@ def _in_host_memory(model: nn.Module, *, pinned: bool):
         if id(tensor) not in rows or not local(tensor).is_meta:  # a tied parameter comes twice
             return tensor
         mine = memory.empty(local(tensor))
-        if not isinstance(tensor, DTensor):
-            return mine
-        layout = dict(shape=tensor.shape, stride=tensor.stride(), run_check=False)
-        return DTensor.from_local(mine, tensor.device_mesh, tensor.placements, **layout)
+        # as FSDP2 does: DTensor.from_local would move the rows to the GPUs of the mesh
+        return DTensor(mine, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else mine
 
     return place
 
@@ -145,7 +143,7 @@ def _in_host_memory(model: nn.Module, *, pinned: bool):
 def materialize(model: nn.Module, *, device: torch.device, buffer_device: torch.device) -> None:
     """Gives every parameter (sharded ones: this process's rows) memory without values, and moves the buffers."""
     buffers = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
-    host = device.type == "cpu" and buffer_device.type == "cpu" and any(isinstance(p, DTensor) for p in model.parameters())
+    host = device.type == "cpu" and any(isinstance(p, DTensor) for p in model.parameters())
     # swapping keeps each Parameter object: tied weights stay tied, and FSDP2 keeps pointing at what it sharded
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)

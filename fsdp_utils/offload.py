@@ -26,10 +26,10 @@ class InputOffloader:
         self.stream = torch.cuda.Stream()
         self.hosts, self.leaving, self.fetched, self.count = {}, deque(), {}, 0
 
-    def pack(self, tensor: torch.Tensor, hidden: torch.Tensor):
+    def pack(self, tensor: torch.Tensor, *, elements: int, width: int):
         """What is as large as the hidden states goes to pinned host memory: the block's input, and outputs that its
         policy keeps. Weights, masks and position embeddings stay."""
-        states = tensor.numel() == hidden.numel() and tensor.shape[-1] == hidden.shape[-1]
+        states = tensor.numel() == elements and tensor.shape[-1] == width
         if not states or isinstance(tensor, nn.Parameter) or tensor.device.type == "cpu":
             return tensor
         if not self.hosts:
@@ -77,7 +77,9 @@ class InputOffloader:
         """A checkpointed block's forward whose saved hidden states wait in host memory."""
 
         def offloaded(hidden, *args, **kwargs):
-            with torch.autograd.graph.saved_tensors_hooks(partial(self.pack, hidden=hidden), self.unpack):
+            # sizes, not the tensor: autograd keeps this function for as long as what it packed
+            pack = partial(self.pack, elements=hidden.numel(), width=hidden.shape[-1])
+            with torch.autograd.graph.saved_tensors_hooks(pack, self.unpack):
                 return forward(hidden, *args, **kwargs)
 
         return offloaded

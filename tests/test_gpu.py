@@ -98,3 +98,26 @@ def test_cuda_graphs_change_nothing(flags, train_type, compiled):
     assert replayed[0] == pytest.approx(launched[0], rel=1e-3)
     for ours, wanted in zip(replayed[1], launched[1], strict=True):
         assert (ours - wanted).norm() <= 1e-2 * wanted.norm()
+
+
+def test_offloaded_activations_leave_the_gpu(tiny):
+    """After forward the blocks' inputs are gone from the GPU, but for those whose copy may still be under way."""
+    blocks, tokens, hidden = 12, 4096, 64
+
+    def held(offload):
+        folder = tiny("llama", num_hidden_layers=blocks)
+        config = make_config(
+            model_name=folder,
+            train_type="custom_qlora",
+            device="cuda",
+            compile=False,
+            use_activation_cpu_offload=offload,
+        )
+        model, *_ = prepared(config)
+        ids = torch.randint(0, 250, (1, tokens), device="cuda")
+        before = torch.cuda.memory_allocated()
+        output = model(input_ids=ids, use_cache=False).logits
+        return torch.cuda.memory_allocated() - before - output.nbytes
+
+    inputs = blocks * tokens * hidden * 4
+    assert held(False) - held(True) > 0.7 * inputs

@@ -1,0 +1,89 @@
+"""Where rows and activations go when they leave the GPU. That results stay the same is in test_gpu and test_parity."""
+
+import weakref
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+from fsdp_utils import loading
+from fsdp_utils.loading import HostMemory, materialize
+from fsdp_utils.offload import InputOffloader
+
+CPU = torch.device("cpu")
+
+
+def on_gpus(rows: int, columns: int) -> nn.Parameter:
+    """This process's half of a weight that is sharded over two GPUs, on meta; it takes no GPU to describe one."""
+    mesh = DeviceMesh("cuda", torch.arange(2), _init_backend=False, _rank=0)
+    meta = TensorMeta(torch.Size((2 * rows, columns)), (columns, 1), torch.float32)
+    spec = DTensorSpec(mesh, (Shard(0),), tensor_meta=meta)
+    mine = torch.empty(rows, columns, device="meta")
+    return nn.Parameter(DTensor(mine, spec, requires_grad=False), requires_grad=False)
+
+
+def test_rows_of_gpus_stay_on_the_host():
+    """CPU offload: the rows are made in host memory though the mesh is one of GPUs; no Parameter is replaced."""
+    model = nn.Sequential(nn.Linear(4, 6, bias=False, device="meta"), nn.Linear(4, 6, bias=False, device="meta"))
+    model[0].weight = model[1].weight = shared = on_gpus(3, 4)
+    materialize(model, device=CPU, buffer_device=CPU)
+    assert model[0].weight is model[1].weight is shared
+    assert shared.device == shared.to_local().device == CPU
+    assert shared.shape == (6, 4) and shared.to_local().shape == (3, 4)
+
+
+def test_host_memory_wastes_little(monkeypatch):
+    """Tensors get memory of their own, in pieces that torch's pinned allocator, which takes powers of two, fills."""
+    monkeypatch.setattr(loading, "LARGEST_PIECE", 2**18)
+    wanted = [torch.empty(n, dtype=d, device="meta") for n in (3, 700, 5000) for d in (torch.uint8, torch.float32)] * 50
+    memory = HostMemory(sum(HostMemory.aligned(t.nbytes) for t in wanted), pinned=False)
+    pieces = []
+    monkeypatch.setattr(memory, "_piece", lambda n: pieces.append(n) or torch.empty(n, dtype=torch.uint8))
+    got = [memory.empty(tensor) for tensor in wanted]
+    assert all(ours.shape == t.shape and ours.dtype == t.dtype for ours, t in zip(got, wanted, strict=True))
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in got)
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))
+    rounded = lambda sizes: sum(1 << (n - 1).bit_length() for n in sizes)
+    needed = [t.nbytes for t in wanted]
+    assert rounded(pieces) < 1.1 * sum(needed)
+    assert rounded(needed) > 1.3 * sum(needed)  # one by one
+
+
+@pytest.fixture
+def hostly(monkeypatch):
+    """An offloader that needs no GPU: it copies at once."""
+
+    class Copies(InputOffloader):
+        def __init__(self):
+            self.kept, self.packed = [], 0
+
+        def pack(self, tensor, *, elements, width):
+            if tensor.numel() != elements or tensor.shape[-1] != width or isinstance(tensor, nn.Parameter):
+                return tensor
+            self.packed += 1
+            self.kept.append(tensor.detach().clone())
+            return len(self.kept) - 1
+
+        def unpack(self, saved):
+            return saved if isinstance(saved, torch.Tensor) else self.kept[saved]
+
+    return Copies()
+
+
+def test_nothing_else_holds_what_was_offloaded(hostly):
+    """The block's input is free once it was copied: neither a hook nor the graph keeps it."""
+    weight = nn.Parameter(torch.randn(8, 8))
+    block = hostly.wrap(lambda hidden: torch.utils.checkpoint.checkpoint(torch.mm, hidden, weight, use_reentrant=False))
+    hidden = torch.randn(4, 8, requires_grad=True) * 1  # as a block's output: not a leaf
+    expected = hidden.detach().T @ torch.ones(4, 8)
+    gone = weakref.ref(hidden)
+    output = block(hidden)
+    del hidden
+    assert hostly.packed == 1
+    assert gone() is None
+    output.sum().backward()
+    torch.testing.assert_close(weight.grad, expected)
