@@ -16,6 +16,7 @@ transformers (and PEFT) load it, with the trained model on held-out text.
 import os
 import time
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from fsdp_utils import distributed, fidelity, metrics, runs
@@ -90,6 +91,17 @@ def check_target(config: ExportConfig, run: runs.Run) -> Path:
     return target
 
 
+def check_reader(config: ExportConfig) -> None:
+    """Raises UserError if the result could not be loaded here to compare it."""
+    reader = format_of(config.infer_type).reader
+    if config.fidelity_samples and reader and find_spec(reader) is None:
+        package = reader.replace("_", "-")
+        raise UserError(
+            f"--infer_type {config.infer_type}: comparing the result takes {package}, which is not installed; "
+            f"`pip install {package}`, or pass --fidelity_samples 0"
+        )
+
+
 def export(config: ExportConfig, run: runs.Run, tokenizer, target: Path, *, device) -> None:
     """Writes the complete folder.
 
@@ -126,6 +138,7 @@ def main(config: ExportConfig) -> None:
     with naming("--model"):
         run = runs.describe(config.model)
     target = check_target(config, run)
+    check_reader(config)
     if config.gptq:
         check_gptq(run)
     tokenizer = runs.read_tokenizer(run)

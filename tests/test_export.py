@@ -279,7 +279,7 @@ def test_wrong_base_and_damaged_runs(save_run, tiny, export, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_unsupported_combinations(save_run, tiny, export):
+def test_unsupported_combinations(save_run, tiny, export, monkeypatch):
     """What a format cannot store is refused in one line, before anything is written."""
     dora, _ = save_run(tiny(), "bnb_dora")
     hqq, _ = save_run(tiny("gemma"), "hqq_dora")
@@ -293,6 +293,10 @@ def test_unsupported_combinations(save_run, tiny, export):
         export(dora, "w4a16", group_size=32, gptq=True)
     with pytest.raises(ConfigError, match="--group_size: has no meaning for --infer_type merged"):
         export(dora, "merged", group_size=32)
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare_weights, "find_spec", lambda name: None)
+        with pytest.raises(UserError, match="pip install compressed-tensors"):
+            export(dora, "w4a16", group_size=32, fidelity_samples=1)
     nf4 = export(dora, "bnb_nf4", name="nf4")
     with pytest.raises(UserError, match="quantized for serving already"):
         export(nf4, "merged")

@@ -28,10 +28,13 @@ class Format:
 
     Attributes:
         packed: paths of the linears that are stored in the format's own way; everything else is stored in `dtype`.
+        reader: package beside transformers that loading the result needs.
 
     Raises:
         UserError: a run that cannot be stored so.
     """
+
+    reader: str | None = None
 
     def __init__(self, trained: TrainedWeights, options):
         self.trained, self.options, self.dtype = trained, options, DTYPES[options.dtype]

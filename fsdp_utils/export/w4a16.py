@@ -63,6 +63,8 @@ def scheme(*, symmetric: bool, group_size: int) -> dict:
 class W4A16(Format):
     """Round to nearest from the merged weight. The grid that HQQ chose is tried too, where it is such a grid."""
 
+    reader = "compressed_tensors"
+
     def __init__(self, trained, options):
         super().__init__(trained, options)
         self.symmetric, self.group_size = options.symmetric, options.group_size
