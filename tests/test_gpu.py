@@ -105,14 +105,8 @@ def test_offloaded_activations_leave_the_gpu(tiny):
     blocks, tokens, hidden = 12, 4096, 64
 
     def held(offload):
-        folder = tiny("llama", num_hidden_layers=blocks)
-        config = make_config(
-            model_name=folder,
-            train_type="custom_qlora",
-            device="cuda",
-            compile=False,
-            use_activation_cpu_offload=offload,
-        )
+        flags = dict(model_name=tiny("llama", num_hidden_layers=blocks), train_type="custom_qlora", device="cuda")
+        config = make_config(**flags, compile=False, use_activation_cpu_offload=offload)
         model, *_ = prepared(config)
         ids = torch.randint(0, 250, (1, tokens), device="cuda")
         before = torch.cuda.memory_allocated()
