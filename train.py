@@ -19,7 +19,7 @@ from fsdp_utils.losses import label_tokens, with_targets
 from fsdp_utils.memory import out_of_memory
 from fsdp_utils.micro_step import micro_step
 from fsdp_utils.model import compiler, load, plan, size_report
-from fsdp_utils.optim import OPTIMIZERS, LocalParameters, LossScaler, global_norm, schedule_factor
+from fsdp_utils.optim import OPTIMIZERS, LocalParameters, LossScaler, clip_, global_norm, schedule_factor
 from fsdp_utils.packing import epoch_steps, steps_per_epoch
 from fsdp_utils.tokens import TokenizedData, check_global_batch, prepare_dataset
 from methods.errors import UserError, naming
@@ -85,8 +85,9 @@ def steps_of_epochs(config, tokenized) -> int:
     )
 
 
-def backward(model, run, micro_batches, config, *, device, scale: float) -> tuple[float, int]:
-    """Gradients of one optimizer step, by a MicroStep. Returns loss per token and label tokens of the global batch."""
+def backward(model, run, micro_batches, config, *, device, scale: float) -> tuple[torch.Tensor, int]:
+    """Gradients of one optimizer step, by a MicroStep. Returns the summed loss of this process's micro-batches, fp32
+    scalar, and the label tokens of the global batch."""
     tokens = int(distributed.all_reduce_sum(sum(label_tokens(batch) for batch in micro_batches), device))
     total = torch.zeros((), device=device)
     for i, batch in enumerate(micro_batches, 1):
@@ -94,7 +95,12 @@ def backward(model, run, micro_batches, config, *, device, scale: float) -> tupl
         # gradient = d/dp (sum over ranks and micro-batches of loss_sum) / tokens; FSDP2 divides by world_size
         batch = with_targets(batch, multiple=run.targets_multiple)
         total += run(batch, scale * world_size() / max(tokens, 1))
-    return distributed.all_reduce_sum(total.item(), device) / max(tokens, 1), tokens
+    return total, tokens
+
+
+def mean_loss(total: torch.Tensor, tokens: int) -> float:
+    """Loss per token of the global batch, from what `backward` returned; waits for the GPU."""
+    return distributed.all_reduce_sum(total.item(), total.device) / max(tokens, 1)
 
 
 def train(model, method, tokenized, tokenizer, config, *, mesh, device) -> None:
@@ -114,25 +120,26 @@ def train(model, method, tokenized, tokenizer, config, *, mesh, device) -> None:
     with metrics.make_profiler(config, device) or nullcontext() as profiler:
         for step, micro_batches in enumerate(steps):
             clock.begin()
-            loss, tokens = backward(model, run, micro_batches, config, device=device, scale=scaler.scale)
+            loss_sum, tokens = backward(model, run, micro_batches, config, device=device, scale=scaler.scale)
             gradients = trained.collect_gradients()
             scaler.unscale_(gradients)
-            norm = global_norm(gradients, group=group, device=device).item()
-            if not (scaler.can_shrink or torch.isfinite(torch.tensor([loss, norm])).all()):
-                raise FloatingPointError(
-                    f"step {step + 1}: loss {loss}, gradient norm {norm}; lower --lr or check the data"
-                )
-            finite = norm < float("inf")
+            norm = global_norm(gradients, group=group, device=device)
+            finite = not scaler.enabled or bool(norm.isfinite())  # only fp16 waits for the GPU before it steps
             lr = config.lr * schedule_factor(
                 config.lr_scheduler, step, total=total, warmup_ratio=config.lr_warmup_ratio
             )
             if finite:
-                if config.apply_gradient_clipping and norm > config.grad_norm:
-                    torch._foreach_mul_(gradients, config.grad_norm / norm)
+                if config.apply_gradient_clipping:
+                    clip_(gradients, norm, config.grad_norm)
                 for param_group in optimizer.param_groups:
                     param_group["lr"] = lr
                 optimizer.step()
                 method.after_step(model, device=device)
+            loss, norm = mean_loss(loss_sum, tokens), norm.item()
+            if not (scaler.can_shrink or torch.isfinite(torch.tensor([loss, norm])).all()):
+                raise FloatingPointError(
+                    f"step {step + 1}: loss {loss}, gradient norm {norm}; lower --lr or check the data"
+                )
             scaler.update(finite)
             trained.zero_grad()
             logger.log(

@@ -82,6 +82,12 @@ def global_norm(gradients: list[torch.Tensor], *, group, device: torch.device) -
     return squared.sqrt()
 
 
+def clip_(gradients: list[torch.Tensor], norm: torch.Tensor, limit: float) -> None:
+    """Scales gradients of this global norm down to `limit`, where it is larger; does not wait for the GPU."""
+    if gradients:
+        torch._foreach_mul_(gradients, (limit / norm).clamp_max(1).to(gradients[0].device))
+
+
 class LossScaler:
     """Scales the loss so that small fp16 gradients survive; skips steps that overflow. Every process decides alike,
     because it looks at the global norm."""

@@ -88,7 +88,7 @@ def first_step(flags: dict, *, perturbed: bool = True) -> tuple[float, dict[str,
     steps = train.steps_of(config, tokenized, tokenizer, total=1)
     model.train()
     run = micro_step(model, config, mesh=mesh, device=device)
-    loss, _ = train.backward(model, run, next(iter(steps)), config, device=device, scale=1.0)
+    loss = train.mean_loss(*train.backward(model, run, next(iter(steps)), config, device=device, scale=1.0))
     names = {name: p for name, p in model.named_parameters() if p.requires_grad}
     gradients = {name: gather(p.grad).detach().cpu() for name, p in names.items()}
     return loss, gradients
