@@ -24,7 +24,8 @@ def supported(model, *, dtype: torch.dtype, device: torch.device) -> bool:
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     windows = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
     full = set(getattr(text, "layer_types", None) or ()) <= {"full_attention"}
-    plain = full and not windows and not getattr(text, "attn_logit_softcapping", None)
+    dropped = any(value for name, value in text.to_dict().items() if "att" in name and "drop" in name)
+    plain = full and not windows and not dropped and not getattr(text, "attn_logit_softcapping", None)
     fits = head_dim <= 256 and head_dim % 8 == 0 and dtype in (torch.bfloat16, torch.float16) and device.type == "cuda"
     return varlen_attn is not None and getattr(model, "_supports_attention_backend", False) and plain and fits
 

@@ -13,6 +13,7 @@ from torch import nn
 from fsdp_utils.distributed import barrier, is_main, world_size
 from fsdp_utils.flags import as_dict
 from fsdp_utils.loading import resolve_model, write_json
+from fsdp_utils.model import PRECISIONS
 from fsdp_utils.safetensors_io import INDEX_NAME, StreamingWriter, model_folder
 from methods.errors import UserError
 from methods.llama_pro import EXPANDED_LAYERS_FILE
@@ -22,6 +23,8 @@ from methods.rows import gather
 RUN_FILE = "run.json"
 PACKAGES = ("torch", "transformers", "bitsandbytes", "hqq", "peft", "accelerate", "datasets", "safetensors")
 DESCRIPTIONS = (EXPANDED_LAYERS_FILE, "generation_config.json", "config.json", "adapter_config.json")
+ADAPTER_FOLDER = "adapter"  # where an exported model folder keeps the adapter that belongs to it
+OF_AN_EXPORT = ("fidelity.json", "chat_template.jinja")
 OWN_FILES = {RUN_FILE, "metrics.jsonl"}  # what a run without --save_model leaves behind
 
 
@@ -82,8 +85,10 @@ def save(model: nn.Module, tokenizer, method, config) -> None:
 
 def _move_in(temporary: Path, folder: Path) -> None:
     """Replaces an older result: none of its files that say how to read weights may lie beside the new ones."""
-    for stale in [*folder.glob("*.safetensors"), *(folder / name for name in (INDEX_NAME, *DESCRIPTIONS))]:
-        stale.unlink(missing_ok=True)
+    stale = (INDEX_NAME, *OF_AN_EXPORT, *DESCRIPTIONS)
+    for path in [*folder.glob("*.safetensors"), *(folder / name for name in stale)]:
+        path.unlink(missing_ok=True)
+    shutil.rmtree(folder / ADAPTER_FOLDER, ignore_errors=True)
     # what makes the folder loadable comes last: a move that is interrupted leaves nothing that looks finished
     last = {name: place for place, name in enumerate(DESCRIPTIONS)}
     for path in sorted(temporary.iterdir(), key=lambda path: last.get(path.name, -1)):
@@ -150,7 +155,7 @@ def dense_tensors(model: nn.Module) -> dict[str, object]:
 def _save_model(model, method, config, folder: Path) -> None:
     """A Hugging Face folder. A quantized base is written dequantized: what the trained blocks were trained on."""
     sources = dense_tensors(model)
-    dtype = model.dtype
+    dtype = PRECISIONS[config.precision][0]  # model.dtype is that of packed codes where the embedding is quantized
     specs = {
         name: (dtype, (s.out_features, s.in_features) if isinstance(s, QuantizedWeight) else tuple(s.shape))
         for name, s in sources.items()

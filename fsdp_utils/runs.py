@@ -10,7 +10,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from fsdp_utils import loading, model
-from fsdp_utils.checkpoint import RUN_FILE
+from fsdp_utils.checkpoint import ADAPTER_FOLDER, RUN_FILE
 from fsdp_utils.config import TrainConfig
 from fsdp_utils.flags import flags
 from fsdp_utils.safetensors_io import CheckpointError, CheckpointReader, model_folder, read_header
@@ -22,7 +22,6 @@ from methods.targets import block_linears
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_FOLDER = "adapter"  # where an exported model folder keeps the adapter that belongs to it
 KEY_PREFIX = "base_model.model."
 MAGNITUDE = "lora_magnitude_vector"
 
@@ -46,16 +45,14 @@ TITLES = {
     "stock": "quantized model",
     "stock_adapter": "quantized model with adapter",
 }
-# what PEFT offers and our adapter layers do not compute
-PEFT_DEFAULTS = {
-    "peft_type": "LORA",
-    "bias": "none",
-    "use_rslora": False,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "modules_to_save": None,
-    "layer_replication": None,
+# the settings of a PEFT adapter that our layers compute, or that only matter while it trains
+PEFT_READ = {
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("use_dora", "eva_config"),
 }
+# ways to start A and B; PEFT's others (pissa, olora, corda, loftq, …) change the base when an adapter is loaded
+PEFT_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
 
 
 @dataclass(frozen=True)
@@ -195,9 +192,8 @@ def _read_adapter_config(folder: Path) -> dict:
     """
     path = folder / ADAPTER_CONFIG
     config = _read_json(path)
-    for key, default in PEFT_DEFAULTS.items():
-        if (config.get(key) or default) != default:
-            raise UserError(f"{path}: {key} {config[key]} is not supported; load and merge it with PEFT")
+    if not (folder / RUN_FILE).exists():  # not ours
+        _refuse_peft_features(path, config)
     if not config.get("r") or "lora_alpha" not in config:
         raise UserError(f"{path}: names no r and lora_alpha; the file is damaged")
     if not (folder / ADAPTER_WEIGHTS).exists():
@@ -214,6 +210,18 @@ def _read_adapter_config(folder: Path) -> dict:
     if any(name.endswith(MAGNITUDE) for name in header) != bool(config.get("use_dora")):
         raise UserError(f"{folder}: use_dora {config.get('use_dora', False)} does not fit its tensors")
     return config
+
+
+def _refuse_peft_features(path: Path, config: dict) -> None:
+    """Raises UserError for a setting that makes the adapter compute something else than our layers do."""
+    from peft import LoraConfig
+
+    plain = LoraConfig().to_dict()
+    for key, value in config.items():
+        if key in PEFT_READ or (key == "init_lora_weights" and value in PEFT_STARTS):
+            continue
+        if (value or None) != (plain.get(key) or None):
+            raise UserError(f"{path}: {key} {value} is not supported; load and merge it with PEFT")
 
 
 def _find_base(folder: Path, adapter: dict, record: dict | None) -> Path:

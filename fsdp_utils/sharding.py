@@ -9,6 +9,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fsdp_utils.offload import InputOffloader
+from methods.targets import has_dropout
 
 RESHARD_AFTER_FORWARD = {
     "full_shard": True,
@@ -77,7 +78,7 @@ def prepare_blocks(
     The recomputation is inside the compiled region, so that what backward does not need of it is never run (the down
     projection); re-entrant checkpointing cannot be compiled and stays outside, as FSDP2 and the offload of inputs do.
     """
-    reentrant = config.reentrant_checkpointing
+    reentrant, random = config.reentrant_checkpointing, has_dropout(model)
     offloader = InputOffloader() if config.use_activation_cpu_offload and torch.cuda.is_available() else None
     for number, block in enumerate(blocks.values()):
         # the first, not the last: backward comes to them when the others have already freed all that they keep, so
@@ -86,8 +87,7 @@ def prepare_blocks(
         if compile_block and reentrant:
             block.forward = compile_block(block.forward)
         if recomputes:
-            preserve_rng = config.lora_dropout > 0
-            checkpoint_block(block, reentrant=reentrant, preserve_rng=preserve_rng, policy=config.checkpoint_policy)
+            checkpoint_block(block, reentrant=reentrant, preserve_rng=random, policy=config.checkpoint_policy)
         if compile_block and not reentrant:
             block.forward = compile_block(block.forward)
         if offloader and recomputes:

@@ -34,6 +34,13 @@ def block_linears(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def has_dropout(model: nn.Module) -> bool:
+    """Whether a forward pass in training draws random numbers: the family's own dropout, or an adapter's."""
+    settings = model.config.get_text_config().to_dict().items()
+    own = any("drop" in name and isinstance(value, (int, float)) and value > 0 for name, value in settings)
+    return own or any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+
+
 def refuse_experts(model: nn.Module) -> None:
     """Raises UserError for 3-D expert weights: replacing nn.Linear would leave them in 16 bits (bitsandbytes#1849)."""
     for path, parameter in model.named_parameters():

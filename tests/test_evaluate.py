@@ -106,9 +106,16 @@ def test_foreign_adapter(save_run, tiny, tmp_path):
     assert runs.describe(folder).base_fingerprint is None
     assert (logits(opened(folder)) - expected).abs().max() > 1e-3
     torch.testing.assert_close(logits(opened(folder, eval_type="qlora")), expected, atol=1e-5, rtol=0)
-    set_json(folder / "adapter_config.json", use_rslora=True)
-    with pytest.raises(UserError, match="use_rslora"):
-        runs.describe(folder)
+    harmless = dict(init_lora_weights="gaussian", megatron_core="megatron.core", peft_version="0.21.0")
+    set_json(folder / "adapter_config.json", **harmless)
+    runs.describe(folder)
+    changing = dict(use_rslora=True, init_lora_weights="pissa", alora_invocation_tokens=[5], a_later_feature=0.5)
+    for key, value in changing.items():
+        original = (folder / "adapter_config.json").read_text()
+        set_json(folder / "adapter_config.json", **{key: value})
+        with pytest.raises(UserError, match=key):
+            runs.describe(folder)
+        (folder / "adapter_config.json").write_text(original)
 
 
 def test_stock_folders(tiny, tmp_path):

@@ -62,6 +62,8 @@ MERGED = [
     ("mistral", "lora", {}),
     ("llama", "hqq_lora", {"n_bits": 3}),
     ("llama", "bnb_dora", {"quant_scales": "double", "quant_group_size": 32, "quant_type": "fp4"}),
+    ("llama", "custom_qlora", {"quantize_lm_head": True}),
+    ("qwen2", "hqq_dora", {"quantize_lm_head": True}),
     ("llama", "full", {}),
 ]
 
@@ -79,11 +81,12 @@ def test_merged(save_run, tiny, export, family, train_type, flags):
     assert AutoTokenizer.from_pretrained(folder)("abc")["input_ids"]
 
 
+@pytest.mark.parametrize("flags", [{}, {"quantize_lm_head": True}], ids=str)
 @pytest.mark.parametrize("train_type", ["bnb_dora", "custom_qlora"])
 @pytest.mark.parametrize("family", ["qwen2", "phi3"])
-def test_unmerged_qdora_is_exact(save_run, tiny, export, family, train_type):
+def test_unmerged_qdora_is_exact(save_run, tiny, export, family, train_type, flags):
     """The scaled 4-bit base with a plain LoRA, in bitsandbytes and PEFT, is the trained model: biases stay unscaled."""
-    run, model = save_run(tiny(family), train_type)
+    run, model = save_run(tiny(family), train_type, **flags)
     folder = export(run, "bnb_dora", dtype="fp32")
     torch.testing.assert_close(logits(stock(folder)), logits(model), atol=1e-3, rtol=0)
     adapter = json.loads((folder / "adapter" / "adapter_config.json").read_text())

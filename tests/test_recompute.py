@@ -328,6 +328,21 @@ def test_gradients_of_a_mix(pair, tiny, tiny_data, train_type, how):
         torch.testing.assert_close(pair_gradients[name], expected, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("how", [dict(), dict(reentrant_checkpointing=True)], ids=str)
+def test_dropout_of_the_family_is_replayed(tiny, tiny_data, how):
+    """A recomputed block drops what it dropped before, though the adapters have no dropout."""
+    folder = tiny("llama", attention_dropout=0.3)
+    flags = dict(model_name=folder, dataset=tiny_data, train_type="custom_lora", batch_size=4)
+    steps = []
+    for more in (dict(use_gradient_checkpointing=False), how):
+        torch.manual_seed(0)
+        steps.append(first_step({**flags, **more}))
+    (plain_loss, plain), (loss, gradients) = steps
+    assert loss == pytest.approx(plain_loss, rel=1e-6)
+    for name, expected in plain.items():
+        torch.testing.assert_close(gradients[name], expected, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("recomputed", range(BLOCKS + 1))
 def test_the_first_blocks_recompute(tiny, monkeypatch, recomputed):
     """Backward runs the first blocks again and no other."""

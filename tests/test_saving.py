@@ -145,6 +145,13 @@ def expanded(tiny, tmp_path_factory):
     return folder
 
 
+def test_llama_pro_with_a_quantized_head(tiny, expanded, tmp_path):
+    """The folder holds dequantized weights in the dtype of training, though the first parameter is packed bytes."""
+    flags = dict(llama_pro_path=expanded, train_type="bnb_llama_pro", quantize_lm_head=True)
+    logits, _ = saved({**flags, "output_dir": tmp_path / "one"})
+    assert_close(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "one")), logits)
+
+
 @pytest.mark.parametrize("train_type", ["llama_pro", "bnb_llama_pro", "hqq_llama_pro"])
 def test_llama_pro_folder(pair, tiny, expanded, tmp_path, train_type):
     """Llama-Pro loads with AutoModelForCausalLM and gives the run's logits; only the new blocks moved."""
@@ -259,6 +266,10 @@ def test_new_result_replaces_an_old_one_of_another_kind(tiny, expanded, tmp_path
     names = {p.name for p in folder.iterdir()}
     assert "config.json" in names
     assert not names & {"adapter_config.json", "adapter_model.safetensors", EXPANDED_LAYERS_FILE}
+    (folder / "adapter").mkdir()  # as an export for stock servers has
+    (folder / "adapter" / "adapter_config.json").touch()
+    saved(dict(model_name=tiny(), train_type="full", output_dir=folder, overwrite=True))
+    assert not (folder / "adapter").exists()
 
 
 TARGETS = {

@@ -8,6 +8,7 @@ from fsdp_utils.safetensors_io import CheckpointReader
 from methods.dora import row_norms
 from methods.errors import UserError
 from methods.llama_pro import expanded_layers
+from methods.quantizers.linear import QuantizedWeight
 from methods.targets import block_linears, decoder_blocks
 
 
@@ -37,10 +38,12 @@ class TrainedWeights:
             raise UserError(f"--model {run.folder}: was trained on random weights (--load_format dummy)")
         self.run, self.device = run, device
         self.quantizer, self._trained_dtype, self._adapter = runs.quantizer_object(run), None, {}
-        self._last = {}
+        self._last, self._quantized = {}, set()
         if run.kind == "adapter":
             self._trained_dtype = runs.default_dtype(run)
-            _, self._adapter, _ = runs.plan_adapter(run, device=device, dtype=self._trained_dtype)
+            planned, self._adapter, _ = runs.plan_adapter(run, device=device, dtype=self._trained_dtype)
+            packed = (path for path, m in planned.model.named_modules() if isinstance(m, QuantizedWeight))
+            self._quantized = {path.replace(".base_layer", "") for path in packed}
         self.reader = CheckpointReader(run.base)
         built = loading.build_on_meta(loading.read_model_config(str(run.base)), dtype=torch.float32)
         self._stored = {read.name: read.stored for read in loading.plan_reads(built, self.reader)}
@@ -67,8 +70,12 @@ class TrainedWeights:
         return [name.removesuffix(".lora_A.weight") for name in self._adapter if name.endswith(".lora_A.weight")]
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A parameter that is neither quantized nor adapted, in the dtype it was trained in."""
-        return self._read(name).to(self._trained_dtype)
+        """A parameter that no adapter changes, in the dtype it was trained in; dequantized if it was quantized."""
+        path = name.removesuffix(".weight")
+        if path not in self._quantized:
+            return self._read(name).to(self._trained_dtype)
+        width = self.shapes[name][1]
+        return self.quantizer.dequantize(self.packed(path), in_features=width, dtype=self._trained_dtype)
 
     def packed(self, path: str) -> tuple[torch.Tensor, ...]:
         """The packed weight under the adapters, quantized again exactly as in training."""
@@ -78,7 +85,7 @@ class TrainedWeights:
 
     def merged(self, path: str) -> torch.Tensor:
         """The weight of a linear with its adapter folded into the base it was trained on, fp32 `[out, in]`."""
-        weight = self._base_weight(path)
+        weight = self.tensor(f"{path}.weight")
         if f"{path}.lora_A.weight" not in self._adapter:
             return weight.float()
         a, b = self.low_rank(path)
@@ -91,7 +98,7 @@ class TrainedWeights:
 
     def row_factor(self, path: str) -> torch.Tensor:
         """What training multiplies each output row by, fp32 `[out]`: DoRA's m / n, ones elsewhere."""
-        return self._factor(path, self._base_weight(path) if self.run.dora else None)
+        return self._factor(path, self.tensor(f"{path}.weight") if self.run.dora else None)
 
     def _factor(self, path, weight):
         magnitude = self._adapter.get(f"{path}.{runs.MAGNITUDE}")
@@ -99,13 +106,6 @@ class TrainedWeights:
             return torch.ones(self.linears[path].out_features, device=self.device)
         norm = row_norms(weight, weight.float().norm(dim=1), *self.low_rank(path), self.run.scaling)
         return magnitude.to(self.device).float() / norm.clamp_min(torch.finfo(torch.float32).tiny)
-
-    def _base_weight(self, path):
-        """`[out, in]` in the dtype of training (a model's own dtype where there is no adapter)."""
-        if self.run.kind != "adapter" or not self.quantizer or path not in self.in_blocks:
-            return self.tensor(f"{path}.weight")
-        width = self.linears[path].in_features
-        return self.quantizer.dequantize(self.packed(path), in_features=width, dtype=self._trained_dtype)
 
     def _read(self, name):
         return self.reader.tensor(self._stored[name]).to(self.device)
