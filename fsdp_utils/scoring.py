@@ -8,24 +8,28 @@ from functools import reduce
 
 SPACES = ",\u00a0\u2009\u202f"  # between thousands: comma, no-break, thin and narrow no-break space
 CURRENCY = r"(?:US|R|A|C)?[$€£¥₹₩¢]|USD|EUR|GBP|INR|Rs\.?"
-THOUSANDS = rf"\d{{1,3}}(?:[{SPACES}]\d{{2,3}})*[{SPACES}]\d{{3}}(?!\d)(?:\.\d+)?"  # 1,234.5, but also 1,00,000
+MINUS = "-\u2212\u2013"  # hyphen, minus, en dash
+LONGEST = 100  # characters of a number; a longer one is text, since a model may write digits without end
+GROUPED = rf"\d{{1,3}}(?:[{SPACES}]\d{{2,3}})*[{SPACES}]\d{{3}}(?!\d)"  # 1,234, but also 1,00,000
+THOUSANDS = rf"(?:{GROUPED}|\d{{1,3}}(?:\ \d{{3}})*\ 000(?!\d))(?:\.\d+)?"  # an ordinary space only before 000
+TERM = rf"(?:{GROUPED}|\d+)(?:\.\d+)?"
 PLAIN = rf"{THOUSANDS}|\d+(?:\.\d+)?(?:[eE][-+]?\d+)?|(?<![\w.])\.\d+"
-# 3:4, 1 1/2, 3/4, 1,234.5 and the like. Not the 2 of cm2, cm^2 or x^{2}, and no minus in 10-5
+# 3:4, 1 1/2, 3/4, 1,234.5 and the like. Not the 2 of cm2, cm^2, x^{2} or x^{-2}, and no minus in 10-5
 NUMBER = re.compile(
     rf"""
-    (?<![\w^])(?<!\d\.)(?<!\^\{{)
-    (?P<sign>(?<![\w)\]}}])[-+\u2212])?
+    (?<![\w^])(?<!\d\.)(?<!\^\{{)(?<!\^[{MINUS}])(?<!\^\{{[{MINUS}])
+    (?P<sign>(?<![\w)\]}}])[{MINUS}+])?
     (?:(?:{CURRENCY})\ ?)?
-    (?P<inner>[-\u2212])?
+    (?P<inner>[{MINUS}])?
     (?:
         (?P<ratio>\d+(?:\.\d+)?(?:\ ?:\ ?\d+(?:\.\d+)?)+)
-        | (?:(?P<whole>\d+)\ (?:and\ )?)?(?P<top>\d+)\ ?/\ ?(?P<bottom>\d+)(?![\d/])
+        | (?:(?P<whole>{TERM})\ (?:and\ )?)?(?P<top>{TERM})\ ?/\ ?(?P<bottom>{TERM})(?![\d/])
         | (?P<plain>{PLAIN})
     )
     """,
     re.VERBOSE,
 )
-LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}")
+LATEX_FRACTION = re.compile(rf"\\[dt]?frac\s*(?:\{{\s*([{MINUS}]?{TERM})\s*\}}|(\d))\s*(?:\{{\s*({TERM})\s*\}}|(\d))")
 NEXT_PROMPT = re.compile(r"###\s?(?:Question|Context|Instruction)")
 
 Answer = Fraction | tuple | str
@@ -39,10 +43,11 @@ def cut_at_next_prompt(text: str) -> str:
 def _readable(text: str) -> str:
     """LaTeX and Unicode fractions as `a/b`, LaTeX's thousands separators as commas."""
     text = re.sub(r"(?<=\d)\s*(?=\\[dt]?frac)", " ", text)  # 2\frac{1}{2} is a mixed number
-    text = LATEX_FRACTION.sub(r"\1/\2", text).replace("{,}", ",").replace("\\,", "")
+    text = LATEX_FRACTION.sub(r"\1\2/\3\4", text.replace("{,}", ",").replace("\\,", ""))
     vulgar = {c for c in text if unicodedata.decomposition(c).startswith("<fraction>")}
     for character in vulgar:
-        text = text.replace(character, " " + unicodedata.normalize("NFKC", character).replace("\u2044", "/"))
+        fraction = unicodedata.normalize("NFKC", character).replace("\u2044", "/")
+        text = re.sub(rf"(?<=\d)\s*{character}", f" {fraction}", text).replace(character, fraction)
     return text
 
 
@@ -50,7 +55,7 @@ def extract(text: str) -> Answer | None:
     """The last number of a text: an exact fraction, or of a ratio its terms; None where there is no number.
 
     Currency and percent signs, thousands separators and trailing zeros do not matter. `6:8` is `3:4`, but a ratio is
-    never the same as a number.
+    never the same as a number. A division by zero, and a number too long to be meant, is text.
     """
     last = None
     for last in NUMBER.finditer(_readable(text)):  # noqa: B007
@@ -59,16 +64,24 @@ def extract(text: str) -> Answer | None:
 
 
 def _value(match: re.Match) -> Answer:
-    negative = match["sign"] in ("-", "\u2212") or match["inner"] is not None
+    negative = (match["sign"] or "+") in MINUS or match["inner"] is not None
+    exponent = re.search(r"[eE][-+]?0*(\d+)$", match["plain"] or "")
+    if len(match[0]) > LONGEST or (exponent and len(exponent[1]) > 2):
+        return match[0].strip()
     if match["ratio"]:
         return _lowest_terms([Fraction(term.strip()) for term in match["ratio"].split(":")])
     if match["plain"]:
-        value = Fraction(re.sub(f"[{SPACES}]", "", match["plain"]))
-    elif int(match["bottom"]) == 0:
+        value = _fraction(match["plain"])
+    elif _fraction(match["bottom"]) == 0:
         return match[0].strip()
     else:
-        value = Fraction(match["whole"] or 0) + Fraction(int(match["top"]), int(match["bottom"]))
+        value = _fraction(match["whole"] or "0") + _fraction(match["top"]) / _fraction(match["bottom"])
     return -value if negative else value
+
+
+def _fraction(text: str) -> Fraction:
+    """A number with or without thousands separators."""
+    return Fraction(re.sub(f"[{SPACES} ]", "", text))
 
 
 def _lowest_terms(terms: list[Fraction]) -> tuple[int, ...]:

@@ -65,6 +65,25 @@ EXTRACTED = [
     ("is ...52", 52),
     ("- 5 apples", 5),
     ("12345678901234567890", 12345678901234567890),
+    ("2 ½ cups", Fraction(5, 2)),
+    ("1 ⅓", Fraction(4, 3)),
+    ("-½", Fraction(-1, 2)),
+    (r"\frac{-1}{2}", Fraction(-1, 2)),
+    (r"\frac{3.5}{2}", Fraction(7, 4)),
+    (r"\frac{1,000}{3}", Fraction(1000, 3)),
+    (r"\frac78", Fraction(7, 8)),
+    ("1.5/2", Fraction(3, 4)),
+    ("1,234 1/2", Fraction(2469, 2)),
+    ("2,000/5", 400),
+    ("10 000 people", 10_000),
+    ("5 100", 100),
+    ("\u20135", -5),
+    ("5\u201310", 10),
+    ("10^{-3}", 10),
+    ("6.02e23", 602 * 10**21),
+    ("1e5000", "1e5000"),
+    ("5e99999999", "5e99999999"),
+    ("9" * 5000, "9" * 5000),
 ]
 
 
@@ -100,6 +119,7 @@ def test_compare_shows_what_was_compared():
     """The extracted pair is readable."""
     assert compare("x", "12 : 8")[:2] == (None, "3:2")
     assert [show(extract(t)) for t in ("1.50", "1/3", "5.0", "12/8")] == ["1.5", "1/3", "5", "1.5"]
+    assert show(extract("1" * 310 + ".5")) == "1" * 310 + ".5"  # more than a float holds
     assert plain("  Two\n Words. ") == "two words"
 
 
