@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fsdp_utils import attention, loading, recompute, sharding
-from fsdp_utils.quantized_cache import QuantizedCache, cache_folder
+from fsdp_utils.quantized_cache import QuantizedCache, cache_folder, check_cache_root
 from methods import method_of, quantizer_of
 from methods.base import Method
 from methods.errors import UserError
@@ -55,6 +55,8 @@ def plan(config, *, device: torch.device, training: bool = True) -> Plan:
         asked = f"--attn_implementation {config.attn_implementation}"
         raise UserError(f"{config.source} with {asked}: {str(error).splitlines()[0]}") from None
     refuse_experts(model)
+    if config.quantized_cache:
+        check_cache_root(config.quantized_cache)
     compute = PRECISIONS[config.precision][1] or dtype
     ours = training and config.attn_implementation == "auto"
     if ours and attention.supported(model, dtype=compute, device=device):
@@ -99,7 +101,8 @@ def load(planned: Plan, config, *, mesh, device: torch.device, compile_block: Ca
     loading.materialize(model, device=torch.device("cpu") if host else device, buffer_device=device)
     cache = None
     if config.quantized_cache and planned.quantizer:
-        cache = QuantizedCache(cache_folder(config.quantized_cache, model, fingerprint=planned.base_fingerprint))
+        folder = cache_folder(config.quantized_cache, model, fingerprint=planned.base_fingerprint)
+        cache = QuantizedCache(folder, device=device)
     loading.load_weights(model, planned.weights, device=device, cache=cache)
     if cache:
         cache.write(model)

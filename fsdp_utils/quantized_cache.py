@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fsdp_utils.distributed import barrier, is_main
+from fsdp_utils.distributed import all_reduce_sum, barrier, is_main, say, world_size
 from fsdp_utils.safetensors_io import CheckpointReader, StreamingWriter, new_folder
+from methods.errors import UserError
 from methods.quantizers.linear import QuantizedWeight, as_bytes
 from methods.rows import gather, row_range
 
@@ -33,12 +34,27 @@ def cache_folder(root: str, model: nn.Module, *, fingerprint: str) -> Path:
     return Path(root) / digest[:32]
 
 
-class QuantizedCache:
-    """Reads packed rows; `reader` is None until the cache has been written."""
+def check_cache_root(root: str) -> None:
+    """Raises UserError if `--quantized_cache` is no folder that can be written to."""
+    try:
+        Path(root).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--quantized_cache {root}: {error.strerror}; name a folder that can be written to") from None
 
-    def __init__(self, folder: Path):
+
+class QuantizedCache:
+    """Reads packed rows; `reader` is None where nothing was written yet. Every process of a run must make one: it is
+    read only if all of them see it, so that they take part in the same collectives."""
+
+    def __init__(self, folder: Path, *, device: torch.device):
         self.folder = folder
-        self.reader = CheckpointReader(folder) if folder.is_dir() else None
+        self.holders = int(all_reduce_sum(float(folder.is_dir()), device))
+        self.reader = CheckpointReader(folder) if self.holders == world_size() else None
+        if 0 < self.holders < world_size():
+            say(
+                f"note: --quantized_cache {folder.parent}: {self.holders} of {world_size()} processes see what was "
+                "written, so it is not read; put it on a disk that all share"
+            )
 
     def __contains__(self, path: str) -> bool:
         return self.reader is not None and f"{path}.codes" in self.reader
@@ -50,7 +66,7 @@ class QuantizedCache:
 
     def write(self, model: nn.Module) -> None:
         """Gathers and writes every packed weight. Collective; process 0 writes, and renames the folder at the end."""
-        if self.reader is not None:
+        if self.holders:
             return
         sources = {
             f"{path}.{name}": parameter

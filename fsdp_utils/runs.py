@@ -377,9 +377,10 @@ def inference_config(run: Run, *, dtype: torch.dtype, eval_type: str | None = No
     config = run.config or _foreign_config(run)
     if eval_type:
         config = replace(config, train_type=eval_type)
-    # the attention of packed rows knows no cache, and another one may be missing where there is no GPU
-    attention = dict(packing=False, attn_implementation="auto")
-    return replace(config, precision=PRECISION_OF[dtype], use_gradient_checkpointing=False, **attention)
+    # the attention of packed rows knows no cache, and another one may be missing where there is no GPU; the quantized
+    # cache belongs to the machine of the training, and writing it takes all its processes
+    others = dict(packing=False, attn_implementation="auto", quantized_cache=None)
+    return replace(config, precision=PRECISION_OF[dtype], use_gradient_checkpointing=False, **others)
 
 
 def _foreign_config(run: Run) -> TrainConfig:

@@ -8,7 +8,9 @@ from runs import first_step, packed_bytes
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES
 
+from fsdp_utils import distributed
 from methods import TRAIN_TYPES
+from methods.errors import UserError
 
 
 def assert_close(got, want, *, relative):
@@ -196,6 +198,28 @@ def test_quantized_cache_gives_the_same_bytes(pair, tiny, tmp_path, train_type):
         for name in alone.keys() - {"*shard"}:
             assert torch.equal(written[name], alone[name]), name
             assert torch.equal(again[name], alone[name]), name
+
+
+def own_disk(flags: dict) -> dict[str, torch.Tensor]:
+    """`packed_bytes` where every process has a cache folder of its own."""
+    return packed_bytes({**flags, "quantized_cache": f"{flags['quantized_cache']}/{distributed.rank()}"})
+
+
+def test_quantized_cache_that_not_all_processes_see(pair, tiny, tmp_path):
+    """On a disk of the first node alone it is written once, then neither read nor waited for."""
+    flags = dict(model_name=tiny("llama"), train_type="bnb_dora")
+    alone = packed_bytes(flags)
+    for _ in range(2):
+        for got in pair.run(own_disk, {**flags, "quantized_cache": tmp_path}):
+            assert all(torch.equal(got[name], alone[name]) for name in alone.keys() - {"*shard"})
+        assert [len(list((tmp_path / rank).iterdir())) for rank in ("0", "1")] == [1, 0]
+
+
+def test_quantized_cache_that_is_a_file(tiny, tmp_path):
+    """Refused before a weight is read."""
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--quantized_cache .*file: "):
+        packed_bytes(dict(model_name=tiny("llama"), train_type="bnb_dora", quantized_cache=tmp_path / "file"))
 
 
 def test_quantized_cache_is_read(tiny, tmp_path):
