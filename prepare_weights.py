@@ -27,7 +27,7 @@ from fsdp_utils.export.gptq import check_gptq, write_gptq
 from fsdp_utils.export.trained import TrainedWeights
 from fsdp_utils.flags import as_dict, flag, section
 from fsdp_utils.loading import write_json
-from fsdp_utils.safetensors_io import new_folder, parse_size
+from fsdp_utils.safetensors_io import new_folder, parse_size, refuse_source_within
 from methods.errors import UserError, naming
 
 
@@ -78,9 +78,8 @@ def check_target(config: ExportConfig, run: runs.Run) -> Path:
         UserError: it holds files and may not be replaced, or the run or its base lies in it.
     """
     target = Path(config.save_dir).resolve()
-    for source in (run.folder.resolve(), run.base.resolve()):
-        if source.is_relative_to(target):
-            raise UserError(f"--save_dir {config.save_dir}: holds {source}, which is exported; choose another")
+    for source in (run.folder, run.base):
+        refuse_source_within(target, source, flag="save_dir")
     if target.exists() and not target.is_dir():
         raise UserError(f"--save_dir {config.save_dir}: is a file; choose another name")
     if target.is_dir() and any(target.iterdir()):

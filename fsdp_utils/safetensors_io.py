@@ -249,15 +249,29 @@ def model_folder(name):
         raise CheckpointError(f"{name}: neither a local folder nor a model of the hub ({reason})") from None
 
 
+def refuse_source_within(target: str | Path, source: str | Path | None, *, flag: str) -> None:
+    """Raises UserError if replacing the folder `target` would remove the folder or file `source` that is read."""
+    if source and Path(source).exists() and Path(source).resolve().is_relative_to(Path(target).resolve()):
+        raise UserError(f"--{flag} {target}: holds {source}, which is read; choose another")
+
+
 @contextmanager
-def new_folder(output_dir, *, overwrite=False):
+def new_folder(output_dir, *, overwrite=False, mark="config.json", source=None):
     """A temporary sibling that takes the name `output_dir` when the block ends well, and vanishes when it does not.
 
-    Raises UserError before anything is written if `output_dir` holds files and `overwrite` is not set.
+    Args:
+        mark: a folder is replaced only if it has this file, by which a folder of the kind that is written is known.
+        source: folder that is read to write this one, or None.
+
+    Raises:
+        UserError: before anything is written: `output_dir` holds files that may not be replaced, or the source.
     """
     target = Path(output_dir).absolute()
+    refuse_source_within(target, source, flag="output_dir")
     if target.exists() and not (target.is_dir() and (overwrite or not any(target.iterdir()))):
         raise UserError(f"--output_dir {output_dir} exists and is not empty: choose another, or --overwrite true")
+    if target.exists() and any(target.iterdir()) and not (target / mark).exists():
+        raise UserError(f"--output_dir {output_dir}: has no {mark}, so it is not replaced; choose another")
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

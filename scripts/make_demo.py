@@ -224,7 +224,7 @@ def make_demo(args):
     vocabulary += islice(pretraining_texts(seed=args.seed + 1), 5000)
     tokenizer = make_tokenizer(vocabulary)
     model = make_model(tokenizer).to("cuda" if torch.cuda.is_available() else "cpu")
-    with new_folder(args.output_dir, overwrite=args.overwrite) as folder:
+    with new_folder(args.output_dir, overwrite=args.overwrite, mark="model/config.json") as folder:
         pretrain(model, packed_batches(pretraining_texts(seed=args.seed + 2), tokenizer), args.steps)
         model.to(torch.bfloat16).save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")

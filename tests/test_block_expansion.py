@@ -177,6 +177,11 @@ def test_interruption_leaves_the_old_folder(tmp_path, monkeypatch):
     (tmp_path / "out" / "mine").touch()
     with pytest.raises(UserError, match="--overwrite true"):
         expand(Expansion(**flags))
+    with pytest.raises(UserError, match="not replaced"):
+        expand(Expansion(**flags, overwrite=True))
+    with pytest.raises(UserError, match="which is read"):
+        expand(Expansion(**flags | {"output_dir": str(tmp_path)}, overwrite=True))
+    (tmp_path / "out" / "config.json").touch()
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -184,7 +189,8 @@ def test_interruption_leaves_the_old_folder(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("block_expansion.StreamingWriter.write", interrupt)
         expand(Expansion(**flags, overwrite=True))
-    assert sorted(path.name for path in tmp_path.rglob("*") if path.parent != tmp_path / "in") == ["in", "mine", "out"]
+    left = sorted(path.name for path in tmp_path.rglob("*") if path.parent != tmp_path / "in")
+    assert left == ["config.json", "in", "mine", "out"]
     expand(Expansion(**flags, overwrite=True))
     assert not (tmp_path / "out" / "mine").exists()
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 5

@@ -242,7 +242,7 @@ def test_target_and_disk(save_run, tiny, export, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="holds no model"):
         export(run, "merged", name="other", overwrite=True)
     copy = shutil.copytree(run, tmp_path / "copy")
-    with pytest.raises(UserError, match="which is exported"):
+    with pytest.raises(UserError, match="which is read"):
         export(copy, "merged", name="copy", overwrite=True)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))

@@ -209,10 +209,14 @@ def test_folder_appears_only_when_complete(tmp_path):
         (folder / "first").touch()
     with pytest.raises(UserError, match="--overwrite true"), new_folder(target):
         pass
-    with pytest.raises(RuntimeError), new_folder(target, overwrite=True):
+    with pytest.raises(UserError, match=r"no config\.json, so it is not replaced"), new_folder(target, overwrite=True):
+        pass
+    with pytest.raises(UserError, match=r"holds .*first, which is read"):
+        new_folder(target, overwrite=True, mark="first", source=target / "first").__enter__()
+    with pytest.raises(RuntimeError), new_folder(target, overwrite=True, mark="first"):
         raise RuntimeError
     assert [path.name for path in target.iterdir()] == ["first"]
-    with new_folder(target, overwrite=True) as folder:
+    with new_folder(target, overwrite=True, mark="first") as folder:
         (folder / "second").touch()
     assert [path.name for path in target.iterdir()] == ["second"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -211,6 +211,16 @@ def test_output_folder_rules(tmp_path):
         checkpoint.check_output(make_config(output_dir=folder / "metrics.jsonl", overwrite=True))
 
 
+def test_output_folder_with_what_is_read(tmp_path):
+    """Not even --overwrite lets a run replace the model that it reads."""
+    (tmp_path / "model").mkdir()
+    for flags in (dict(model_name=tmp_path / "model"), dict(train_type="llama_pro", llama_pro_path=tmp_path / "model")):
+        for folder in (tmp_path, tmp_path / "model"):
+            with pytest.raises(UserError, match=f"--output_dir {folder}: holds .* which is read"):
+                checkpoint.check_output(make_config(**flags, output_dir=folder, overwrite=True))
+        checkpoint.check_output(make_config(**flags, output_dir=tmp_path / "model-tuned", overwrite=True))
+
+
 RESULT_FILES = {"adapter_config.json", "adapter_model.safetensors", "config.json", "model.safetensors"}
 
 

@@ -132,7 +132,7 @@ def main(args: Pretrain) -> None:
     vocabulary = [PROMPT.format(**problem.row) + problem.answer for problem in asked]
     vocabulary += islice(pretraining_texts(seed=args.seed), 5000)
     tokenizer = make_tokenizer(vocabulary, vocab_size=scale.vocabulary)
-    with new_folder(args.output_dir, overwrite=args.overwrite) as folder:
+    with new_folder(args.output_dir, overwrite=args.overwrite, mark="model/config.json") as folder:
         model = pretrained(tokenizer, scale, steps=args.steps or scale.steps, seed=args.seed, device=device)
         model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
