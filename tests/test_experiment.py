@@ -239,6 +239,30 @@ def test_budget_starts_nothing_after_its_end(finished, monkeypatch):
     assert list(run.run_jobs(jobs, config, run.Here(), deadline=0.0)) == []
 
 
+def test_a_failing_run_stops_no_other(finished, monkeypatch, capsys):
+    """Its line says why, the rows of the others come, and it is left to do."""
+    config, _ = finished
+
+    def execute(job, config):
+        if job.method == "five_shot":
+            raise MemoryError("no room\nfor it")
+        return [job._asdict()]
+
+    monkeypatch.setattr(run, "execute", execute)
+    jobs = [run.Job(name) for name in ("five_shot", "zero_shot", "full")]
+    found = list(run.run_jobs(jobs, config, run.Here(), deadline=float("inf")))
+    assert [row["method"] for (row,) in found] == ["zero_shot", "full"]
+    assert capsys.readouterr().out == f"{jobs[0]}: failed (no room)\n"
+
+
+def test_other_settings_are_refused(finished):
+    """Results of another batch size or number of epochs are not taken for those asked for."""
+    config, _ = finished
+    for name, value in (("batch_size", 4), ("epochs", "2"), ("max_new_tokens", 9)):
+        with pytest.raises(UserError, match=f"--{name}: .* now it is {value}"):
+            run.main(replace(config, **{name: value}))
+
+
 def test_divergence_is_a_result(finished, monkeypatch):
     """A run that diverges is recorded and left out of the choice of rates; it is not tried again."""
     config, _ = finished

@@ -49,11 +49,12 @@ def sizes_of(rows: list[dict]) -> list[int]:
     return sorted({row["samples"] for row in rows if row["samples"]})
 
 
-def select(rows: list[dict], name: str, samples: int, **wanted) -> list[dict]:
-    """The finished runs of a method at the main rank, or at the rank and alpha in `wanted`."""
+def select(rows: list[dict], name: str, samples: int, *, diverged: bool = False, **wanted) -> list[dict]:
+    """The finished (or the diverged) runs of a method at the main rank, or at the rank and alpha in `wanted`."""
     main = dict(rank=RANK, alpha=ALPHA) if METHODS[OWNERS[name]].adapter else {}
     wanted = main | wanted | dict(method=name, samples=samples)
-    return [row for row in rows if row["exact_match"] is not None and all(row[k] == v for k, v in wanted.items())]
+    found = [row for row in rows if all(row[k] == v for k, v in wanted.items())]
+    return [row for row in found if (row["exact_match"] is None) == diverged]
 
 
 def at_best_rate(rows: list[dict], name: str, samples: int) -> list[dict]:
@@ -105,7 +106,7 @@ def learning_rates(rows: list[dict], samples: int) -> str:
     lines = []
     for name in METHODS:
         tried = sorted(select(rows, name, samples, seed=0), key=lambda row: row["lr"])
-        failed = [r for r in rows if r["method"] == name and r["samples"] == samples and r["exact_match"] is None]
+        failed = select(rows, name, samples, seed=0, diverged=True)
         cells = [f"{r['lr']:g}: {r['validation']:.3f}" for r in tried] + [f"{r['lr']:g}: diverged" for r in failed]
         lines += [[name, ", ".join(cells)]] if cells else []
     return table(["method", "validation exact match by learning rate"], lines)

@@ -13,6 +13,7 @@ import json
 import shutil
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
@@ -361,7 +362,7 @@ def outcome(job: Job, config: RunConfig) -> list[dict]:
     method, device, folder = METHODS[job.method], pick_device(config.device), Path(config.base) / "model"
     readings = {job.method: "auto", **method.also}
     common = dict(base=base_of(config), device=device_name(device), processes=config.processes)
-    common.update(shared_lr=config.shared_lr)
+    common.update(shared_lr=config.shared_lr, settings=settings_of(config, job.samples))
     if method.train_type:
         flags = train_config(job, config)
         folder = Path(flags.output_dir)
@@ -377,6 +378,23 @@ def outcome(job: Job, config: RunConfig) -> list[dict]:
         row_of(job, name, **common, **score(folder, config, device, eval_type=eval_type, shots=method.shots))
         for name, eval_type in readings.items()
     ]
+
+
+def settings_of(config: RunConfig, samples: int) -> dict:
+    """What is not in a Job and yet changes its result."""
+    names = ("batch_size", "precision", "max_new_tokens")
+    return {name: getattr(config, name) for name in names} | {"epochs": config.epochs_of(samples) if samples else 0}
+
+
+def check_settings(config: RunConfig, rows: list[dict]) -> None:
+    """Raises UserError if a row that counts as done was made with other settings."""
+    for row in rows:
+        if row["samples"] not in (0, *config.numbers):
+            continue
+        for name, value in settings_of(config, row["samples"]).items():
+            if row["settings"][name] != value:
+                made = f"{config.output_dir}/{RESULTS} was made with {row['settings'][name]}"
+                raise UserError(f"--{name}: {made}, now it is {value}; choose another --output_dir")
 
 
 def base_of(config: RunConfig) -> str:
@@ -412,7 +430,10 @@ class Here:
 
     def submit(self, function, *args) -> Future:
         future = Future()
-        future.set_result(function(*args))
+        try:
+            future.set_result(function(*args))
+        except Exception as error:  # as any executor does
+            future.set_exception(error)
         return future
 
 
@@ -424,16 +445,21 @@ def executor(config: RunConfig):
 
 
 def run_jobs(jobs: list[Job], config: RunConfig, pool, *, deadline: float) -> Iterator[list[dict]]:
-    """The rows of each job as it ends. After the deadline no further one is started."""
-    running = set()
-    for job in jobs:
-        if len(running) == config.processes:
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            yield from (future.result() for future in done)
+    """The rows of each job as it ends; none of one that fails, which is said and stops no other. After the deadline no
+    further one is started."""
+    running, waiting = {}, deque(jobs)
+    while waiting or running:
         if time.monotonic() > deadline:
-            break
-        running.add(pool.submit(execute, job, config))
-    yield from (future.result() for future in wait(running).done)
+            waiting.clear()
+        while waiting and len(running) < config.processes:
+            job = waiting.popleft()
+            running[pool.submit(execute, job, config)] = job
+        for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
+            job, error = running.pop(future), future.exception()
+            if error:
+                print(f"{job}: failed ({str(error).splitlines()[0] if str(error) else repr(error)})", flush=True)
+            else:
+                yield future.result()
 
 
 def prepare(config: RunConfig) -> None:
@@ -469,8 +495,10 @@ def announce(row: dict) -> None:
 
 
 def main(config: RunConfig) -> None:
+    out = Path(config.output_dir)
+    path = out / RESULTS
+    check_settings(config, read_rows(path))
     prepare(config)
-    path = Path(config.output_dir) / RESULTS
     others = {row["base"] for row in read_rows(path)} - {base_of(config)}
     if others:
         print(f"note: {path} has results of other bases ({', '.join(sorted(others))}); they are kept and not run again")
@@ -486,10 +514,16 @@ def main(config: RunConfig) -> None:
                 file.write("".join(json.dumps(row) + "\n" for row in found))  # one write: all rows of a run or none
                 for row in found:
                     announce(row)
-            left = len(remaining(jobs, read_rows(path)))
-            if left:
-                print(f"{stage}: {left} runs left when the time was over; start the same command again", flush=True)
+            left = remaining(jobs, read_rows(path))
+            if left and time.monotonic() > deadline:
+                print(
+                    f"{stage}: {len(left)} runs left when the time was over; start the same command again", flush=True
+                )
                 return
+            if left:
+                raise UserError(
+                    f"{stage}: {len(left)} runs failed; {out / 'logs'} says why, the same command tries again"
+                )
 
 
 if __name__ == "__main__":
