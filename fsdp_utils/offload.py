@@ -24,7 +24,7 @@ class InputOffloader:
 
     def __init__(self):
         self.stream = torch.cuda.Stream()
-        self.hosts, self.leaving, self.fetched, self.count = {}, deque(), {}, 0
+        self.hosts, self.leaving, self.fetched, self.count, self.wrapped = {}, deque(), {}, 0, False
 
     def pack(self, tensor: torch.Tensor, *, elements: int, width: int):
         """What is as large as the hidden states goes to pinned host memory: the block's input, and outputs that its
@@ -32,8 +32,6 @@ class InputOffloader:
         states = tensor.numel() == elements and tensor.shape[-1] == width
         if not states or isinstance(tensor, nn.Parameter) or tensor.device.type == "cpu":
             return tensor
-        if not self.hosts:
-            self.count = 0
         number, self.count = self.count, self.count + 1
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         self.stream.wait_stream(torch.cuda.current_stream())
@@ -73,10 +71,20 @@ class InputOffloader:
             torch.cuda.current_stream().wait_stream(self.stream)
             self.leaving.clear()
 
+    def forget(self) -> None:
+        """Drops what a forward pass left that no backward followed."""
+        self._finish_leaving()
+        self.hosts.clear()
+        self.fetched.clear()
+        self.count = 0
+
     def wrap(self, forward: Callable) -> Callable:
-        """A checkpointed block's forward whose saved hidden states wait in host memory."""
+        """A checkpointed block's forward whose saved hidden states wait in host memory. Wrap blocks in their order."""
+        first, self.wrapped = not self.wrapped, True
 
         def offloaded(hidden, *args, **kwargs):
+            if first:
+                self.forget()
             # sizes, not the tensor: autograd keeps this function for as long as what it packed
             pack = partial(self.pack, elements=hidden.numel(), width=hidden.shape[-1])
             with torch.autograd.graph.saved_tensors_hooks(pack, self.unpack):

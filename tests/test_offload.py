@@ -59,7 +59,7 @@ def hostly(monkeypatch):
 
     class Copies(InputOffloader):
         def __init__(self):
-            self.kept, self.packed = [], 0
+            self.kept, self.packed, self.wrapped = [], 0, False
 
         def pack(self, tensor, *, elements, width):
             if tensor.numel() != elements or tensor.shape[-1] != width or isinstance(tensor, nn.Parameter):
@@ -70,6 +70,9 @@ def hostly(monkeypatch):
 
         def unpack(self, saved):
             return saved if isinstance(saved, torch.Tensor) else self.kept[saved]
+
+        def forget(self):
+            self.kept.clear()
 
     return Copies()
 
@@ -87,3 +90,16 @@ def test_nothing_else_holds_what_was_offloaded(hostly):
     assert gone() is None
     output.sum().backward()
     torch.testing.assert_close(weight.grad, expected)
+
+
+def test_a_forward_without_backward_is_forgotten(hostly):
+    """What it left is dropped when the next one begins, at the first block and only there."""
+    weight = nn.Parameter(torch.randn(8, 8))
+    blocks = [hostly.wrap(lambda hidden: hidden @ weight) for _ in range(3)]
+    for _ in range(2):
+        hidden = torch.randn(4, 8, requires_grad=True)
+        for block in blocks:
+            hidden = block(hidden)
+        assert len(hostly.kept) == 3
+    hidden.sum().backward()
+    assert weight.grad is not None

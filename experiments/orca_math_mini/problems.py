@@ -169,7 +169,7 @@ TEMPLATES = {
     ),
     "saving": Template(
         "{name} wants a {thing} for {p}. So far {name} has {m}, and saves {s} a week.",
-        "In how many weeks can {name} buy the {thing}?",
+        "How many weeks of saving does the {thing} still take?",
         "Still missing is {p - m = d}. That takes {d / s = x} weeks.",
         dict(p=money(20, 999, "1"), m=money(2, 500, "1"), s=money(2, 12, "1")),
     ),

@@ -514,16 +514,12 @@ def main(config: RunConfig) -> None:
                 file.write("".join(json.dumps(row) + "\n" for row in found))  # one write: all rows of a run or none
                 for row in found:
                     announce(row)
-            left = remaining(jobs, read_rows(path))
+            left = len(remaining(jobs, read_rows(path)))
             if left and time.monotonic() > deadline:
-                print(
-                    f"{stage}: {len(left)} runs left when the time was over; start the same command again", flush=True
-                )
+                print(f"{stage}: {left} runs left when the time was over; start the same command again", flush=True)
                 return
             if left:
-                raise UserError(
-                    f"{stage}: {len(left)} runs failed; {out / 'logs'} says why, the same command tries again"
-                )
+                raise UserError(f"{stage}: {left} runs failed; {out / 'logs'} says why, the same command tries again")
 
 
 if __name__ == "__main__":
