@@ -15,10 +15,10 @@ from fsdp_utils import checkpoint, distributed, loading, metrics, sharding
 from fsdp_utils.config import TrainConfig
 from fsdp_utils.distributed import say, world_size
 from fsdp_utils.flags import as_dict
-from fsdp_utils.losses import label_tokens, with_targets
+from fsdp_utils.losses import check_packing, label_tokens, with_targets
 from fsdp_utils.memory import out_of_memory
 from fsdp_utils.micro_step import micro_step
-from fsdp_utils.model import compiler, load, plan, size_report
+from fsdp_utils.model import PRECISIONS, compiler, load, plan, size_report
 from fsdp_utils.optim import OPTIMIZERS, LocalParameters, LossScaler, clip_, global_norm, schedule_factor
 from fsdp_utils.packing import epoch_steps, steps_per_epoch
 from fsdp_utils.tokens import TokenizedData, check_global_batch, prepare_dataset
@@ -184,6 +184,8 @@ def main(config: TrainConfig) -> None:
     say(*size_report(model, planned.quantizer), sep="\n")
     if config.verbose:
         say(model)
+    if config.packing:
+        check_packing(model, device=device, autocast=PRECISIONS[config.precision][1])
     try:
         train(model, planned.method, tokenized, tokenizer, config, mesh=mesh, device=device)
     except torch.OutOfMemoryError as error:

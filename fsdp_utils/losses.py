@@ -1,5 +1,6 @@
 """The causal-language-model loss: which tokens count, and their summed cross entropy."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from fsdp_utils.attention import boundaries
 from fsdp_utils.sharding import gather_in_backward
+from methods.errors import UserError
 from methods.kernels.cross_entropy import linear_cross_entropy
 from methods.quantizers.linear import compute_dtype, dense_weight
 
@@ -43,6 +45,38 @@ def with_targets(batch: dict[str, torch.Tensor], *, multiple: int = 1) -> dict[s
     return {**inputs, "positions": F.pad(positions, (0, missing)), "targets": targets}
 
 
+def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | int]:
+    """What of a batch from `with_targets` the model is called with."""
+    inputs = {name: t for name, t in batch.items() if name not in ("positions", "targets")}
+    if "cu_seq_lens_q" in inputs:
+        # the row length bounds every sample; the true maximum would differ from batch to batch and recompile
+        length = inputs["input_ids"].shape[1]
+        inputs.update(cu_seq_lens_k=inputs["cu_seq_lens_q"], max_length_q=length, max_length_k=length)
+    return inputs
+
+
+@torch.no_grad()
+def check_packing(model: nn.Module, *, device: torch.device, autocast: torch.dtype | None) -> None:
+    """Runs two rows of two samples that differ in the first: some families (OPT, Bloom, Falcon) attend across samples,
+    whatever `position_ids` say.
+
+    Raises:
+        UserError: the second sample's logits depend on the first.
+    """
+    length, vocabulary = 8, model.config.get_text_config().vocab_size
+    ids = torch.randint(0, vocabulary, (2, 2 * length), generator=torch.Generator().manual_seed(0))
+    ids[1, length:] = ids[0, length:]
+    places = torch.arange(length).repeat(2).expand(2, -1)
+    batch = with_targets(dict(input_ids=ids, labels=ids, position_ids=places))
+    inputs = model_inputs({name: tensor.to(device) for name, tensor in batch.items()})
+    eager = torch.compiler.set_stance("force_eager")  # two short rows are not worth compiling for
+    with eager, torch.autocast(device.type, autocast) if autocast else nullcontext():
+        one, other = model.eval()(**inputs, use_cache=False).logits[:, length:].float()
+    if (one - other).norm() > 1e-2 * one.norm():
+        kind = model.config.model_type
+        raise UserError(f"--packing true: samples in one row see each other in {kind} models; pass --packing false")
+
+
 class CausalLMLoss:
     """Sums the cross entropies of a batch from `with_targets`; fp32 scalar.
 
@@ -72,11 +106,7 @@ class CausalLMLoss:
         head.forward = forward
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        inputs = {name: t for name, t in batch.items() if name not in ("positions", "targets")}
-        if "cu_seq_lens_q" in inputs:
-            # the row length bounds every sample; the true maximum would differ from batch to batch and recompile
-            length = inputs["input_ids"].shape[1]
-            inputs.update(cu_seq_lens_k=inputs["cu_seq_lens_q"], max_length_q=length, max_length_k=length)
+        inputs = model_inputs(batch)
         if self.fused:
             self.pending.positions, self.pending.targets = batch["positions"], batch["targets"]
             try:

@@ -3,12 +3,16 @@
 import pytest
 import torch
 from runs import first_step, make_config, prepared
+from tiny import FAMILIES, make_model
+from transformers import OPTConfig
 
+import train
 from fsdp_utils import attention
 from fsdp_utils.loading import read_tokenizer
-from fsdp_utils.losses import CausalLMLoss, with_targets
+from fsdp_utils.losses import CausalLMLoss, check_packing, with_targets
 from fsdp_utils.packing import collate_packed, collate_padded, epoch_rows
 from fsdp_utils.tokens import prepare_dataset
+from methods.errors import UserError
 
 
 def samples(count=5):
@@ -63,12 +67,38 @@ def test_packed_training_equals_padded(pair, tiny, tiny_data):
             torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
 
 
+def checked(flags: dict) -> None:
+    """`check_packing` of a loaded model."""
+    model, _, _, device = prepared(make_config(**flags))
+    check_packing(model, device=device, autocast=None)
+
+
 def test_boundaries():
     """Starts of samples and of padding, then the end, repeated."""
     ends = attention.boundaries(torch.tensor([[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]]))
     assert ends[:5].tolist() == [0, 3, 5, 7, 10]
     assert len(ends) == attention.BOUNDARIES_MULTIPLE
     assert set(ends[4:].tolist()) == {10}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_that_can_be_packed(pair, tiny, family):
+    """The check at the start of a packed run finds nothing to say, on one process and two."""
+    flags = dict(model_name=tiny(family), train_type="bnb_dora", packing=True)
+    checked(flags)
+    if family == "llama":
+        pair.run(checked, flags)
+
+
+def test_families_that_cannot_be_packed(tmp_path, tiny_data, monkeypatch):
+    """OPT attends to the samples before, whatever position_ids say: the run ends before its first step."""
+    sizes = dict(hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=64)
+    monkeypatch.setitem(FAMILIES, "opt", lambda: OPTConfig(**sizes, vocab_size=300, max_position_embeddings=512))
+    model = make_model(tmp_path / "opt", "opt")
+    flags = dict(model_name=model, dataset=tiny_data, train_type="custom_lora", output_dir=tmp_path / "out")
+    with pytest.raises(UserError, match=r"--packing true: .* opt models"):
+        train.main(make_config(**flags, packing=True))
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
 @pytest.mark.gpu
