@@ -24,6 +24,7 @@ from fsdp_utils.flags import as_dict, flag, section
 from fsdp_utils.generation import HFGenerator, Output, VLLMGenerator, check_vllm, prompt_ids
 from fsdp_utils.loading import write_json
 from fsdp_utils.partial import Partial
+from fsdp_utils.safetensors_io import refuse_file_above
 from fsdp_utils.scoring import compare, cut_at_next_prompt, wilson_interval
 from methods.errors import UserError, naming
 
@@ -71,6 +72,8 @@ class EvalConfig:
 
     def errors(self) -> list[str]:
         """One line for each flag that cannot work beside the others."""
+        if 0 < self.temperature < 0.01:
+            return [f"--temperature {self.temperature}: logits divided by it overflow; pass 0 for greedy answers"]
         several = self.world_size > 1 or "WORLD_SIZE" in os.environ
         if self.backend == "vllm" and several:
             return ["--backend vllm: starts its own processes; run one, without torchrun and --world_size"]
@@ -166,6 +169,7 @@ def main(config: EvalConfig) -> None:
     """The story of an evaluation; every check comes before the first weight is read."""
     device = distributed.pick_device(config.device)
     output = Path(config.output_file)
+    refuse_file_above(output, flag="output_file")
     if output.exists() and not config.overwrite:
         raise UserError(f"--output_file {output}: exists; choose another or pass --overwrite true")
     with naming("--model"):

@@ -22,7 +22,7 @@ from fsdp_utils.model import PRECISIONS, compiler, load, plan, size_report
 from fsdp_utils.optim import OPTIMIZERS, LocalParameters, LossScaler, clip_, global_norm, schedule_factor
 from fsdp_utils.packing import epoch_steps, steps_per_epoch
 from fsdp_utils.tokens import TokenizedData, check_global_batch, prepare_dataset
-from methods.errors import UserError, naming
+from methods.errors import Diverged, UserError, naming
 
 
 def prepare_data(config, tokenizer, model_config) -> TokenizedData:
@@ -137,9 +137,7 @@ def train(model, method, tokenized, tokenizer, config, *, mesh, device) -> None:
                 method.after_step(model, device=device)
             loss, norm = mean_loss(loss_sum, tokens), norm.item()
             if not (scaler.can_shrink or torch.isfinite(torch.tensor([loss, norm])).all()):
-                raise FloatingPointError(
-                    f"step {step + 1}: loss {loss}, gradient norm {norm}; lower --lr or check the data"
-                )
+                raise Diverged(f"step {step + 1}: loss {loss}, gradient norm {norm}; lower --lr or check the data")
             scaler.update(finite)
             trained.zero_grad()
             logger.log(
@@ -165,6 +163,7 @@ def main(config: TrainConfig) -> None:
     """The story of a run; every check comes before the first weight is read."""
     device = distributed.pick_device(config.device)
     checkpoint.check_output(config)
+    metrics.check_sink(config)
     distributed.start(device, alone=config.use_cpu_offload)
     for note in config.notes():
         say(f"note: {note}")

@@ -151,6 +151,8 @@ class TrainConfig:
             found.append(
                 f"--llama_pro_path: has no meaning for --train_type {self.train_type}; use bnb_llama_pro or its like"
             )
+        if self.max_steps == 0:
+            found.append("--max_steps 0: trains nothing; pass -1 for all epochs")
         if self.checkpoint_policy != "full" and self.reentrant_checkpointing:
             found.append(f"--checkpoint_policy {self.checkpoint_policy}: not with --reentrant_checkpointing true")
         if self.quantize_lm_head and self.quantizer == "none":
@@ -161,15 +163,35 @@ class TrainConfig:
             )
         return found
 
+    def _without_effect(self) -> list[tuple[str, str]]:
+        """Flags that do nothing beside the others, and why."""
+        table = (
+            (True, "every process loads only its own rows", ("low_memory",)),
+            (True, "every process streams its own rows", ("loading_workers",)),
+            (
+                self.quantizer == "none",
+                f"--train_type {self.train_type} quantizes nothing",
+                ("n_bits", "quant_type", "quant_group_size", "quant_scales", "quantized_cache"),
+            ),
+            (
+                self.use_gradient_checkpointing is False,
+                "--use_gradient_checkpointing is false",
+                ("checkpoint_policy", "reentrant_checkpointing"),
+            ),
+            (not self.apply_gradient_clipping, "--apply_gradient_clipping is false", ("grad_norm",)),
+            (self.lr_scheduler == "constant", "--lr_scheduler is constant", ("lr_warmup_ratio",)),
+            (
+                not self.sharding_strategy.startswith("hybrid"),
+                f"--sharding_strategy is {self.sharding_strategy}",
+                ("hybrid_shard_size",),
+            ),
+        )
+        return [(name, why) for holds, why, names in table if holds for name in names]
+
     def notes(self) -> list[str]:
         """What the user asked for that has no effect here, or that was changed, said once at start."""
-        said = []
-        for name, why in (
-            ("low_memory", "every process loads only its own rows"),
-            ("loading_workers", "every process streams its own rows"),
-        ):
-            if name in self.explicit_flags:
-                said.append(f"--{name} has no effect: {why}")
+        idle = [(name, why) for name, why in self._without_effect() if name in self.explicit_flags]
+        said = [f"--{name} has no effect: {why}" for name, why in idle]
         if self.use_cpu_offload and self.gradient_accumulation_steps > 1 and not self.no_sync:
             said.append("--no_sync false with CPU offload: gradients go to the host at every accumulation step")
         if self.no_sync and self.gradient_accumulation_steps == 1:

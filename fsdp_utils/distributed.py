@@ -166,6 +166,10 @@ def launch(function, config) -> None:
     try:
         torch.multiprocessing.spawn(_spawned, args=(function, count, config), nprocs=count)
     except torch.multiprocessing.ProcessExitedException as error:
+        if error.signal_name:
+            memory = "; the machine may have run out of memory" if error.signal_name == "SIGKILL" else ""
+            print(f"error: process {error.error_index} was ended by {error.signal_name}{memory}", file=sys.stderr)
+            sys.exit(1)
         sys.exit(error.exit_code or 1)  # the process has already said why
 
 

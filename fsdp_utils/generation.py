@@ -102,7 +102,7 @@ class HFGenerator:
 
     Args:
         temperature: 0 is greedy.
-        seed: of sampling; each batch is seeded on its own, so a resumed evaluation samples what it would have.
+        seed: of sampling; a batch is seeded by its first question, so that the same batches give the same answers.
         static_cache: whether to decode by `StaticDecoder`; None: on CUDA, which replays its steps as graphs.
     """
 

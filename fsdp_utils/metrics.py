@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from fsdp_utils.distributed import rank
+from methods.errors import UserError
 
 GIB = 2**30
 
@@ -65,6 +66,22 @@ class Wandb(Tqdm):
 
 
 SINKS = {"tqdm": Tqdm, "stdout": Stdout, "wandb": Wandb}
+
+
+def check_sink(config) -> None:
+    """Raises UserError, before anything is loaded, if wandb would not take what is logged. Process 0 asks."""
+    if config.log_to != "wandb" or rank() != 0:
+        return
+    import wandb
+
+    if wandb.setup().settings.mode in ("offline", "dryrun", "disabled"):
+        return
+    try:
+        why = None if wandb.login(prompt=False) else "no API key is known; run `wandb login`"
+    except wandb.Error as error:
+        why = str(error).splitlines()[0]
+    if why:
+        raise UserError(f"--log_to wandb: {why}, or set WANDB_MODE=offline")
 
 
 class Silent:

@@ -12,7 +12,7 @@ from methods import method_of, quantizer_of
 from methods.base import Method
 from methods.errors import UserError
 from methods.rows import local
-from methods.targets import decoder_blocks, refuse_experts
+from methods.targets import decoder_blocks, learned_positions, refuse_experts
 
 # storage dtype of what is not quantized, autocast dtype
 PRECISIONS = {
@@ -55,6 +55,10 @@ def plan(config, *, device: torch.device, training: bool = True) -> Plan:
         asked = f"--attn_implementation {config.attn_implementation}"
         raise UserError(f"{config.source} with {asked}: {str(error).splitlines()[0]}") from None
     refuse_experts(model)
+    positions = learned_positions(model)
+    if training and positions and config.context_length > positions:
+        given = f"--context_length {config.context_length}"
+        raise UserError(f"{given}: {config.source} has learned {positions} positions; lower it")
     if config.quantized_cache:
         check_cache_root(config.quantized_cache)
     compute = PRECISIONS[config.precision][1] or dtype

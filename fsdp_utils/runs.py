@@ -147,7 +147,8 @@ def _read_run(folder: Path) -> dict | None:
         raise UserError(f"{folder}: its training did not finish ({RUN_FILE}); train it again with --overwrite true")
     if not record.get("saved"):
         raise UserError(f"{folder}: was trained without --save_model true and holds no weights")
-    if record.get("flags", {}).get("train_type") not in TRAIN_TYPES:
+    flags_of_run = record.get("flags")
+    if not isinstance(flags_of_run, dict) or flags_of_run.get("train_type") not in TRAIN_TYPES:
         raise UserError(f"{path}: names no known train_type; the file is damaged or of another version")
     return record
 

@@ -255,6 +255,13 @@ def refuse_source_within(target: str | Path, source: str | Path | None, *, flag:
         raise UserError(f"--{flag} {target}: holds {source}, which is read; choose another")
 
 
+def refuse_file_above(path: str | Path, *, flag: str) -> None:
+    """Raises UserError if a parent of `path`, which is to be made, is a file."""
+    above = next((parent for parent in Path(path).absolute().parents if parent.exists()), None)
+    if above and not above.is_dir():
+        raise UserError(f"--{flag} {path}: {above} is a file; choose another place")
+
+
 @contextmanager
 def new_folder(output_dir, *, overwrite=False, mark="config.json", source=None):
     """A temporary sibling that takes the name `output_dir` when the block ends well, and vanishes when it does not.
@@ -268,6 +275,7 @@ def new_folder(output_dir, *, overwrite=False, mark="config.json", source=None):
     """
     target = Path(output_dir).absolute()
     refuse_source_within(target, source, flag="output_dir")
+    refuse_file_above(target, flag="output_dir")
     if target.exists() and not (target.is_dir() and (overwrite or not any(target.iterdir()))):
         raise UserError(f"--output_dir {output_dir} exists and is not empty: choose another, or --overwrite true")
     if target.exists() and any(target.iterdir()) and not (target / mark).exists():

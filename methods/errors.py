@@ -7,6 +7,10 @@ class UserError(ValueError):
     """Bad input. The message is one line: the flag or file, the value, the way out."""
 
 
+class Diverged(UserError, FloatingPointError):
+    """Loss or gradient is no number any more: the flags do not fit the data."""
+
+
 @contextmanager
 def naming(flag: str):
     """Puts the flag before a message that begins with its value: code below the entry scripts does not know it."""

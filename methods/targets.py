@@ -34,6 +34,14 @@ def block_linears(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def learned_positions(model: nn.Module) -> int | None:
+    """How many positions a model has a trained embedding for; None where positions are computed (rotary, alibi)."""
+    tokens = model.get_input_embeddings()
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", 0)
+    others = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens]
+    return limit if any(m.num_embeddings >= limit > 0 for m in others) else None
+
+
 def has_dropout(model: nn.Module) -> bool:
     """Whether a forward pass in training draws random numbers: the family's own dropout, or an adapter's."""
     settings = model.config.get_text_config().to_dict().items()

@@ -99,6 +99,8 @@ def test_families_that_cannot_be_packed(tmp_path, tiny_data, monkeypatch):
     with pytest.raises(UserError, match=r"--packing true: .* opt models"):
         train.main(make_config(**flags, packing=True))
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
+    with pytest.raises(UserError, match=r"--context_length 513: .* 512 positions"):
+        train.main(make_config(**flags | {"output_dir": tmp_path / "other"}, context_length=513))
 
 
 @pytest.mark.gpu

@@ -98,6 +98,7 @@ def refuse(pair, tiny, tiny_data, tmp_path):
         (["--packing=true", "--batch_size=9"], ["packs", "global batch of 18"]),
         (["--device=cuda"], ["--device cuda", "no CUDA"]),
         (["--attn_implementation=flesh_attention"], ["--attn_implementation flesh_attention"]),
+        (["--max_steps=0"], ["--max_steps 0", "-1"]),
     ],
     ids=str,
 )

@@ -130,6 +130,17 @@ def test_meaningless_flags_say_so():
     assert any("--low_memory has no effect" in note for note in notes)
     assert any("--loading_workers has no effect" in note for note in notes)
     assert read().notes() == []
+    idle = {
+        "n_bits": ["--train_type", "lora", "--n_bits", "4"],
+        "checkpoint_policy": ["--use_gradient_checkpointing", "false", "--checkpoint_policy", "products"],
+        "grad_norm": ["--grad_norm", "1"],
+        "lr_warmup_ratio": ["--lr_scheduler", "constant", "--lr_warmup_ratio", "0.2"],
+        "hybrid_shard_size": ["--sharding_strategy", "full_shard", "--hybrid_shard_size", "2"],
+    }
+    for name, argv in idle.items():
+        (note,) = [note for note in read(*argv).notes() if "has no effect" in note]
+        assert note.startswith(f"--{name} has no effect: --")
+    assert read("--apply_gradient_clipping", "true", "--grad_norm", "1").notes() == []
 
 
 def test_help_explains_every_flag():

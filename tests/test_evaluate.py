@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import evaluate
 from evaluate import EvalConfig, read_questions
 from fsdp_utils import attention, generation, loading, runs
+from fsdp_utils.flags import parse
 from fsdp_utils.model import plan
 from methods.errors import UserError
 from methods.lora import LoRALinear
@@ -148,6 +149,7 @@ DAMAGES = {
     "run.json: not valid JSON": lambda f: (f / "run.json").write_text("{"),
     "without adapter_model.safetensors": lambda f: (f / "adapter_model.safetensors").unlink(),
     "says r = 8": lambda f: set_json(f / "adapter_config.json", r=8),
+    "names no known train_type": lambda f: set_json(f / "run.json", flags=[]),
     "use_dora False does not fit": lambda f: set_json(f / "adapter_config.json", use_dora=False),
     "truncated or corrupt": lambda f: (f / "adapter_model.safetensors").write_bytes(
         (f / "adapter_model.safetensors").read_bytes()[:-10]
@@ -395,6 +397,10 @@ def test_wrong_input(tmp_path, config):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds neither a model"):
         evaluate.main(replace(config, model=str(tmp_path / "empty")))
+    with pytest.raises(UserError, match=r"--output_file .*d\.jsonl is a file"):
+        evaluate.main(replace(config, output_file=str(local / "result.json")))
+    with pytest.raises(UserError, match="--temperature 1e-40"):
+        parse(EvalConfig, ["--temperature=1e-40"], prog="evaluate.py")
     with pytest.raises(UserError, match="vLLM is not installed"):
         evaluate.main(replace(config, backend="vllm"))
 

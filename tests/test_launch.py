@@ -153,3 +153,17 @@ def test_failing_waits_for_process_0(environment, monkeypatch, capsys, local_ran
     distributed.fail(UserError("--lr nan: wrong"))
     waited = [("sleep", "")] if local_rank else []
     assert events == [*waited, (2, "error: --lr nan: wrong\n")]
+
+
+def test_a_process_that_is_killed(environment, monkeypatch, capsys):
+    """A signal gives the process no time to say why it ends; the one that started it does."""
+
+    def spawn(*args, **kwargs):
+        ended = dict(error_index=1, error_pid=1, exit_code=-9, signal_name="SIGKILL")
+        raise torch.multiprocessing.ProcessExitedException("process 1 terminated", **ended)
+
+    monkeypatch.setattr(torch.multiprocessing, "spawn", spawn)
+    with pytest.raises(SystemExit) as ended:
+        distributed.launch(print, make_config(world_size=2))
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.startswith("error: process 1 was ended by SIGKILL; the machine may have run out")

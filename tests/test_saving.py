@@ -207,8 +207,9 @@ def test_output_folder_rules(tmp_path):
         with pytest.raises(UserError, match=f"--output_dir {folder}: .*not empty.*--overwrite true"):
             checkpoint.check_output(make_config(**settings, save_model=save_model))
         checkpoint.check_output(make_config(**settings, save_model=save_model, overwrite=True))
-    with pytest.raises(UserError, match="is a file"):
-        checkpoint.check_output(make_config(output_dir=folder / "metrics.jsonl", overwrite=True))
+    for below in ("metrics.jsonl", "metrics.jsonl/run", "metrics.jsonl/run/1"):
+        with pytest.raises(UserError, match="is a file"):
+            checkpoint.check_output(make_config(output_dir=folder / below, overwrite=True))
 
 
 def test_output_folder_with_what_is_read(tmp_path):

@@ -5,6 +5,7 @@ import json
 import math
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from fsdp_utils.micro_step import micro_step
 from fsdp_utils.optim import OPTIMIZERS, SCHEDULES, LocalParameters, LossScaler, global_norm, schedule_factor
 from fsdp_utils.packing import IGNORED, collate_packed, epoch_rows
 from fsdp_utils.safetensors_io import StreamingWriter
+from methods.errors import Diverged, UserError
 from methods.rows import gather, local
 
 
@@ -241,7 +243,7 @@ def test_divergence_ends_the_run(flags, precision):
     tired = lambda enabled: LossScaler(enabled, start=2.0)
     nowhere = lambda *args, **kwargs: torch.tensor(torch.nan)
     step = 1 if precision == "fp32" else 2
-    with pytest.raises(FloatingPointError, match=f"step {step}: .*--lr"):
+    with pytest.raises(Diverged, match=f"step {step}: .*--lr"):  # a UserError: one line, no traceback
         run(flags(precision=precision, train_type="custom_lora"), LossScaler=tired, global_norm=nowhere)
 
 
@@ -267,6 +269,20 @@ def test_schedule_in_the_loop(pair, flags, schedule):
     rows, _ = pair.run(run, settings)[0]
     want = [0.01 * schedule_factor(schedule, s, total=6, warmup_ratio=0.34) for s in range(6)]
     assert column(rows, "lr") == pytest.approx(want)
+
+
+def test_wandb_without_a_key(monkeypatch):
+    """Said before anything is loaded, not asked for in the middle; offline runs need none."""
+    import wandb
+
+    config = make_config(log_to="wandb")
+    monkeypatch.setattr(wandb, "login", lambda prompt: known)
+    for mode, known in (("offline", False), ("online", True), ("online", False)):
+        monkeypatch.setattr(wandb, "setup", lambda mode=mode: SimpleNamespace(settings=SimpleNamespace(mode=mode)))
+        if (mode, known) != ("online", False):
+            metrics.check_sink(config)
+    with pytest.raises(UserError, match=r"--log_to wandb: no API key .*WANDB_MODE=offline"):
+        metrics.check_sink(config)
 
 
 def test_wandb_offline(flags, tmp_path, monkeypatch):
