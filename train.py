@@ -7,6 +7,7 @@ Every flag is declared in fsdp_utils/config.py, every train type in methods/__in
 """
 
 import itertools
+import math
 from contextlib import nullcontext
 
 import torch
@@ -117,6 +118,7 @@ def train(model, method, tokenized, tokenizer, config, *, mesh, device) -> None:
     multiple = 64 if device.type == "cuda" else 1  # compiled blocks and matrix units like few, even shapes
     steps = steps_of(config, tokenized, tokenizer, total=total, pad_to_multiple_of=multiple)
     model.train()
+    stepped = False
     with metrics.make_profiler(config, device) or nullcontext() as profiler:
         for step, micro_batches in enumerate(steps):
             clock.begin()
@@ -135,8 +137,10 @@ def train(model, method, tokenized, tokenizer, config, *, mesh, device) -> None:
                     param_group["lr"] = lr
                 optimizer.step()
                 method.after_step(model, device=device)
+                stepped = True
             loss, norm = mean_loss(loss_sum, tokens), norm.item()
-            if not (scaler.can_shrink or torch.isfinite(torch.tensor([loss, norm])).all()):
+            # too large a scale overflows gradients, never the loss
+            if not math.isfinite(loss) or not (scaler.can_shrink or math.isfinite(norm)):
                 raise Diverged(f"step {step + 1}: loss {loss}, gradient norm {norm}; lower --lr or check the data")
             scaler.update(finite)
             trained.zero_grad()
@@ -155,6 +159,8 @@ def train(model, method, tokenized, tokenizer, config, *, mesh, device) -> None:
             if profiler:
                 profiler.step()
     logger.close()
+    if not stepped:
+        raise Diverged(f"all {total} steps overflowed in fp16 and were skipped; use --precision bf16 or fp32")
     mean, peak = clock.mean(), metrics.peak_memory_gib(device)
     say(f"tokens/s: {mean:.0f} ({mean / world_size():.0f} per process), peak {peak:.2f} GiB")
 

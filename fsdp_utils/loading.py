@@ -242,7 +242,8 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None, 
 def _stored_name(weights, name: str, model: nn.Module) -> str:
     """The name a checkpoint uses for a parameter: some are saved without the base model's prefix."""
     prefix = f"{model.base_model_prefix}."
-    for candidate in (name, name.removeprefix(prefix), prefix + name):
+    renamed = name.replace("lm_head.", "embed_out.")  # GPT-NeoX; transformers renames it while it loads
+    for candidate in (name, name.removeprefix(prefix), prefix + name, renamed):
         if candidate in weights:
             return candidate
     raise CheckpointError(f"{weights.folder}: no tensor for {name}, which {type(model).__name__} needs")

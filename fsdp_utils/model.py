@@ -12,7 +12,7 @@ from methods import method_of, quantizer_of
 from methods.base import Method
 from methods.errors import UserError
 from methods.rows import local
-from methods.targets import decoder_blocks, learned_positions, refuse_experts
+from methods.targets import decoder_blocks, learned_positions, refuse_experts, refuse_in_place
 
 # storage dtype of what is not quantized, autocast dtype
 PRECISIONS = {
@@ -74,6 +74,7 @@ def plan(config, *, device: torch.device, training: bool = True) -> Plan:
     if quantizer:
         loading.quantize_on_meta(model, method.to_quantize(model), quantizer)
     method.attach(model, dtype=dtype)
+    refuse_in_place(model)
     if not any(p.requires_grad for p in model.parameters()):
         raise RuntimeError(f"{config.train_type} left no parameter to train")
     loading.check_weights(model, weights)

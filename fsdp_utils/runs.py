@@ -352,6 +352,8 @@ def _load_model(run: Run, *, device, dtype, eval_type) -> nn.Module:
         quantizer = quantizer_of(train_type).from_config(config, checkpoint_dtype=loading.checkpoint_dtype(weights))
         new_blocks_stay = run.kind == "llama_pro" and eval_type != "full_post_quantized"
         paths = method_of(train_type)(config).to_quantize(built) if new_blocks_stay else list(block_linears(built))
+        if not paths:
+            raise UserError(f"--eval_type {eval_type}: the decoder blocks of {run.folder} have no linears to quantize")
         loading.quantize_on_meta(built, paths, quantizer)
     loading.materialize(built, device=device, buffer_device=device)
     loading.load_weights(built, weights, device=device)
@@ -463,7 +465,7 @@ def load_stock(run: Run, *, device, dtype) -> nn.Module:
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(run.base, dtype=dtype, device_map={"": device}, **options)
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{run.base}: transformers cannot load it ({str(error).splitlines()[0]})") from None
     if run.adapter:
         from peft import PeftModel

@@ -100,6 +100,9 @@ def _tokenize(texts: list[str], tokenizer) -> dict[str, list[int]]:
     return dict(zip(distinct, encoded["input_ids"], strict=True))
 
 
+UNLIKELY = "\u241e\u241f\u241e"  # symbols that no template and no tokenizer has a use for
+
+
 def _chat_segments(messages: list[dict], *, tokenizer) -> list[tuple[str, bool]]:
     """The chat as the template writes it, cut into (text, is the assistant's) for a template without generation marks.
 
@@ -113,12 +116,17 @@ def _chat_segments(messages: list[dict], *, tokenizer) -> list[tuple[str, bool]]
     def render(upto: int, *, header: bool = False) -> str:
         return tokenizer.apply_chat_template(messages[:upto], tokenize=False, add_generation_prompt=header)
 
+    def opening(message) -> str:
+        """What stands before the content of a first message: its own text may also be in the header."""
+        rendered = tokenizer.apply_chat_template([{**message, "content": UNLIKELY}], tokenize=False)
+        return rendered[: max(0, rendered.find(UNLIKELY))]
+
     full, segments, cursor = render(len(messages)), [], 0
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         content = message["content"].strip()
-        before = render(i, header=True) if i else full[: max(0, full.find(content))]
+        before = render(i, header=True) if i else opening(message)
         after = render(i + 1)
         if not full.startswith(before) or not after.startswith(before):
             raise ValueError(f"it rewrites what stands before message {i + 1}")
@@ -138,7 +146,11 @@ def _chat_segments(messages: list[dict], *, tokenizer) -> list[tuple[str, bool]]
 
 def _encode_chats(picked: list[dict], *, tokenizer, where: list[str]) -> list[tuple[list[int], list[bool]]]:
     """(ids, is trained) of each chat; special tokens come from the template alone."""
-    marked = tokenizer.is_fast and GENERATION_MARK.search(tokenizer.get_chat_template())
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:
+        raise DataError(f"{where[0]}: chats need a tokenizer with one chat template ({one_line(error)})") from None
+    marked = tokenizer.is_fast and GENERATION_MARK.search(template)
     encoded = []
     for row, place in zip(picked, where, strict=True):
         try:
@@ -158,10 +170,26 @@ def _encode_chats(picked: list[dict], *, tokenizer, where: list[str]) -> list[tu
 
 
 def _join(segments: list[tuple[str, bool]], *, tokenizer) -> tuple[list[int], list[bool]]:
-    """(ids, is trained) of texts that are tokenized apart, so no token spans a boundary."""
+    """(ids, is trained) of a text in pieces. What overlaps a trained piece is trained.
+
+    A fast tokenizer takes the text whole: many put a space before whatever they begin with. A slow one cannot say where
+    its tokens come from, so the pieces are tokenized apart.
+    """
+    if tokenizer.is_fast:
+        return _join_whole(segments, tokenizer=tokenizer)
     of = _tokenize([text for text, _ in segments], tokenizer)
     ids = [token for text, _ in segments for token in of[text]]
     return ids, [trained for text, trained in segments for _ in of[text]]
+
+
+def _join_whole(segments: list[tuple[str, bool]], *, tokenizer) -> tuple[list[int], list[bool]]:
+    text, spans = "", []
+    for piece, trained in segments:
+        spans += [(len(text), len(text) + len(piece))] if trained else []
+        text += piece
+    out = tokenizer(text, add_special_tokens=False, truncation=False, return_offsets_mapping=True, verbose=False)
+    inside = [any(end > a and start < b for a, b in spans) for start, end in out["offset_mapping"]]
+    return out["input_ids"], inside
 
 
 def _encode_texts(picked: list[dict], *, layout: str, tokenizer) -> list[tuple[list[int], list[bool]]]:

@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fsdp_utils import data as data_module
@@ -450,6 +450,51 @@ def test_chat_trains_on_assistant_turns_only(tmp_path, tokenizer, template, expe
     assert trained_text(prepared, tokenizer) == expected
     whole = tokenizer.decode(prepared.dataset[0]["input_ids"])
     assert whole.removesuffix("</s>").strip() == tokenizer.apply_chat_template(CHAT, tokenize=False).strip()
+
+
+ZEPHYR = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+LLAMA2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}<s>[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }} </s>{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [ZEPHYR, LLAMA2], ids=["zephyr", "llama2"])
+@pytest.mark.parametrize("space", ["prepend", "first", "always"])
+def test_chat_tokens_are_those_of_the_template(tmp_path, space, template):
+    """Tokenizers that put a space before what they begin with (Llama-2, Mistral) do so once, not at every turn."""
+    backend = Tokenizer(models.BPE())
+    if space == "prepend":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=space)
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["<s>", "</s>"], show_progress=False)
+    backend.train_from_iterator(["[INST] <|user|>\n<|assistant|>\n yes no maybe [/INST] a b c"] * 5, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = template
+    turns = [("user", "a b"), ("assistant", "yes"), ("user", "c"), ("assistant", "no maybe")]
+    messages = [dict(role=role, content=content) for role, content in turns]
+    prepared = prepare_dataset(make_config(write_jsonl(tmp_path / "rows.jsonl", [{"messages": messages}])), tokenizer)
+    (row,) = prepared.dataset
+    assert list(row["input_ids"]) == tokenizer.apply_chat_template(messages)["input_ids"]
+    learned = "".join(tokenizer.convert_ids_to_tokens([i for i in row["labels"] if i != -100]))
+    assert learned.replace("▁", "") == "yes</s>nomaybe</s>"
+
+
+def test_chat_that_the_assistant_opens(tmp_path, tokenizer):
+    """The header of the first turn is not learned, though its words hold those of the answer."""
+    tokenizer.chat_template = CHATML
+    messages = [
+        dict(role="assistant", content="a"),
+        dict(role="user", content="u"),
+        dict(role="assistant", content="b"),
+    ]
+    prepared = prepare_dataset(make_config(write_jsonl(tmp_path / "rows.jsonl", [{"messages": messages}])), tokenizer)
+    assert trained_text(prepared, tokenizer) == "a<|im_end|>b<|im_end|>"
 
 
 def test_chat_errors_name_the_row(tmp_path, tokenizer):

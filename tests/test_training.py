@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,8 +25,11 @@ from methods.errors import Diverged, UserError
 from methods.rows import gather, local
 
 
-def run(flags: dict, **patches) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    """A whole run in this process: the rows of metrics.jsonl, and the trained parameters before and after."""
+def run(flags: dict, *, ends=None, **patches) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """A whole run in this process: the rows of metrics.jsonl, and the trained parameters before and after.
+
+    `ends` is the context that expects its error, or None.
+    """
     config, found = make_config(**flags), {}
     original = {name: getattr(train, name) for name in ("train", *patches)}
 
@@ -34,13 +38,16 @@ def run(flags: dict, **patches) -> tuple[list[dict], dict[str, torch.Tensor]]:
 
     def observed(model, *args, **kwargs):
         found["before"] = snapshot(model)
-        original["train"](model, *args, **kwargs)
-        found["after"] = snapshot(model)
+        try:
+            original["train"](model, *args, **kwargs)
+        finally:
+            found["after"] = snapshot(model)
 
     for name, value in {"train": observed, **patches}.items():
         setattr(train, name, value)
     try:
-        train.main(config)
+        with ends or nullcontext():
+            train.main(config)
     finally:
         for name, value in original.items():
             setattr(train, name, value)
@@ -206,7 +213,8 @@ class OverflowingScaler(LossScaler):
 
 
 def overflowing_run(flags):
-    rows, found = run(flags, LossScaler=OverflowingScaler)
+    ends = pytest.raises(Diverged, match="all 2 steps overflowed")  # a run that changed nothing is no success
+    rows, found = run(flags, ends=ends, LossScaler=OverflowingScaler)
     return rows, found, OverflowingScaler.scales
 
 
@@ -245,6 +253,12 @@ def test_divergence_ends_the_run(flags, precision):
     step = 1 if precision == "fp32" else 2
     with pytest.raises(Diverged, match=f"step {step}: .*--lr"):  # a UserError: one line, no traceback
         run(flags(precision=precision, train_type="custom_lora"), LossScaler=tired, global_norm=nowhere)
+
+
+def test_loss_of_fp16_that_is_not_finite(flags):
+    """Is never the fault of the scale, which it is not multiplied by."""
+    with pytest.raises(Diverged, match="step 1: loss nan"):
+        run(flags(precision="fp16_autocast", train_type="custom_lora"), mean_loss=lambda *args: math.nan)
 
 
 def test_schedules():

@@ -42,8 +42,16 @@ class Format:
 
     def to_pack(self) -> list[str]:
         """Every linear of the decoder blocks, except in blocks that were trained in 16 bits."""
+        self._check_linears()
         new = tuple(f"{block}." for block in self.trained.new_blocks)
         return [path for path in self.trained.in_blocks if not path.startswith(new)]
+
+    def _check_linears(self) -> None:
+        """Raises UserError where stock loaders would look for other layers than those we pack."""
+        odd = {type(self.trained.linears[path]).__name__ for path in self.trained.in_blocks} - {"Linear"}
+        if odd or self.trained.has_conv1d:
+            kind = odd.pop() if odd else "Conv1D"
+            raise UserError(f"{self.trained.run.folder}: stock loaders read no packed {kind} layers; use merged")
 
     def unpacked_linears(self) -> list[str]:
         """Paths of the linears that a stock loader must leave alone."""

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from fsdp_utils import loading, runs
 from fsdp_utils.safetensors_io import CheckpointReader
@@ -24,6 +25,7 @@ class TrainedWeights:
         shapes: of every parameter by its name in the model; tied ones come once.
         linears: path and `nn.Linear` (on meta) of every linear of the model.
         in_blocks: paths of those in decoder blocks, which quantized formats pack.
+        has_conv1d: whether some layers are GPT-2's transposed linears, which are in neither of the two.
         new_blocks: paths of the decoder blocks that block expansion added.
         quantizer: of the base under the adapter, or of the frozen blocks of a Llama-Pro model; None for a dense one.
 
@@ -50,6 +52,7 @@ class TrainedWeights:
         self.shapes = {name: self.reader.shape(stored) for name, stored in self._stored.items()}
         self.linears = {path: m for path, m in built.named_modules() if isinstance(m, nn.Linear)}
         self.in_blocks = list(block_linears(built))
+        self.has_conv1d = any(isinstance(m, Conv1D) for m in built.modules())
         self.new_blocks = self._expanded(list(decoder_blocks(built)))
 
     def _expanded(self, blocks: list[str]) -> list[str]:
