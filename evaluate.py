@@ -72,12 +72,13 @@ class EvalConfig:
 
     def errors(self) -> list[str]:
         """One line for each flag that cannot work beside the others."""
+        found = []
         if 0 < self.temperature < 0.01:
-            return [f"--temperature {self.temperature}: logits divided by it overflow; pass 0 for greedy answers"]
+            found.append(f"--temperature {self.temperature}: logits divided by it overflow; pass 0 for greedy answers")
         several = self.world_size > 1 or "WORLD_SIZE" in os.environ
         if self.backend == "vllm" and several:
-            return ["--backend vllm: starts its own processes; run one, without torchrun and --world_size"]
-        return []
+            found.append("--backend vllm: starts its own processes; run one, without torchrun and --world_size")
+        return found
 
 
 def read_questions(config: EvalConfig) -> tuple[list[dict], str]:

@@ -27,7 +27,7 @@ from fsdp_utils.export.gptq import check_gptq, write_gptq
 from fsdp_utils.export.trained import TrainedWeights
 from fsdp_utils.flags import as_dict, flag, section
 from fsdp_utils.loading import write_json
-from fsdp_utils.safetensors_io import new_folder, parse_size, refuse_source_within
+from fsdp_utils.safetensors_io import check_new_folder, new_folder, parse_size
 from methods.errors import UserError, naming
 
 
@@ -77,17 +77,8 @@ def check_target(config: ExportConfig, run: runs.Run) -> Path:
     Raises:
         UserError: it holds files and may not be replaced, or the run or its base lies in it.
     """
-    target = Path(config.save_dir).resolve()
-    for source in (run.folder, run.base):
-        refuse_source_within(target, source, flag="save_dir")
-    if target.exists() and not target.is_dir():
-        raise UserError(f"--save_dir {config.save_dir}: is a file; choose another name")
-    if target.is_dir() and any(target.iterdir()):
-        if not config.overwrite:
-            raise UserError(f"--save_dir {config.save_dir}: is not empty; choose another or pass --overwrite true")
-        if not (target / "config.json").exists():
-            raise UserError(f"--save_dir {config.save_dir}: holds no model, so it is not replaced; choose another")
-    return target
+    check_new_folder(config.save_dir, flag="save_dir", overwrite=config.overwrite, sources=(run.folder, run.base))
+    return Path(config.save_dir).resolve()
 
 
 def check_reader(config: ExportConfig) -> None:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from methods.targets import family_dropout
+
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:
@@ -24,7 +26,7 @@ def supported(model, *, dtype: torch.dtype, device: torch.device) -> bool:
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     windows = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
     full = set(getattr(text, "layer_types", None) or ()) <= {"full_attention"}
-    dropped = any(value for name, value in text.to_dict().items() if "att" in name and "drop" in name)
+    dropped = any("att" in name for name in family_dropout(model))
     plain = full and not windows and not dropped and not getattr(text, "attn_logit_softcapping", None)
     fits = head_dim <= 256 and head_dim % 8 == 0 and dtype in (torch.bfloat16, torch.float16) and device.type == "cuda"
     return varlen_attn is not None and getattr(model, "_supports_attention_backend", False) and plain and fits

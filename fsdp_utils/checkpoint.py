@@ -14,7 +14,7 @@ from fsdp_utils.distributed import barrier, is_main, world_size
 from fsdp_utils.flags import as_dict
 from fsdp_utils.loading import resolve_model, write_json
 from fsdp_utils.model import PRECISIONS
-from fsdp_utils.safetensors_io import INDEX_NAME, StreamingWriter, model_folder, refuse_file_above, refuse_source_within
+from fsdp_utils.safetensors_io import INDEX_NAME, StreamingWriter, check_place, model_folder
 from methods.errors import UserError
 from methods.llama_pro import EXPANDED_LAYERS_FILE
 from methods.quantizers.linear import QuantizedWeight, weight_rows
@@ -35,10 +35,7 @@ def check_output(config) -> None:
         UserError: naming the folder and the way out.
     """
     folder = Path(config.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output_dir {folder}: is a file; choose another name")
-    refuse_file_above(folder, flag="output_dir")
-    refuse_source_within(folder, resolve_model(config.source), flag="output_dir")
+    check_place(folder, flag="output_dir", sources=[resolve_model(config.source)])
     held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if held - (set() if config.save_model else OWN_FILES) and not config.overwrite:
         raise UserError(f"--output_dir {folder}: exists and is not empty; choose another or pass --overwrite true")

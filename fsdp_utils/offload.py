@@ -26,11 +26,15 @@ class InputOffloader:
         self.stream = torch.cuda.Stream()
         self.hosts, self.leaving, self.fetched, self.count, self.wrapped = {}, deque(), {}, 0, False
 
+    @staticmethod
+    def is_state(tensor: torch.Tensor, *, elements: int, width: int) -> bool:
+        """Whether a tensor is as large as the hidden states, and no weight."""
+        return tensor.numel() == elements and tensor.shape[-1] == width and not isinstance(tensor, nn.Parameter)
+
     def pack(self, tensor: torch.Tensor, *, elements: int, width: int):
         """What is as large as the hidden states goes to pinned host memory: the block's input, and outputs that its
         policy keeps. Weights, masks and position embeddings stay."""
-        states = tensor.numel() == elements and tensor.shape[-1] == width
-        if not states or isinstance(tensor, nn.Parameter) or tensor.device.type == "cpu":
+        if not self.is_state(tensor, elements=elements, width=width) or tensor.device.type == "cpu":
             return tensor
         number, self.count = self.count, self.count + 1
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -249,12 +250,6 @@ def model_folder(name):
         raise CheckpointError(f"{name}: neither a local folder nor a model of the hub ({reason})") from None
 
 
-def refuse_source_within(target: str | Path, source: str | Path | None, *, flag: str) -> None:
-    """Raises UserError if replacing the folder `target` would remove the folder or file `source` that is read."""
-    if source and Path(source).exists() and Path(source).resolve().is_relative_to(Path(target).resolve()):
-        raise UserError(f"--{flag} {target}: holds {source}, which is read; choose another")
-
-
 def refuse_file_above(path: str | Path, *, flag: str) -> None:
     """Raises UserError if a parent of `path`, which is to be made, is a file."""
     above = next((parent for parent in Path(path).absolute().parents if parent.exists()), None)
@@ -262,24 +257,43 @@ def refuse_file_above(path: str | Path, *, flag: str) -> None:
         raise UserError(f"--{flag} {path}: {above} is a file; choose another place")
 
 
-@contextmanager
-def new_folder(output_dir, *, overwrite=False, mark="config.json", source=None):
-    """A temporary sibling that takes the name `output_dir` when the block ends well, and vanishes when it does not.
+def check_place(folder: str | Path, *, flag: str, sources: Iterable[str | Path] = ()) -> None:
+    """Raises UserError if no folder can be made there, or if replacing it would remove a source that is read."""
+    if Path(folder).is_file():
+        raise UserError(f"--{flag} {folder}: is a file; choose another name")
+    refuse_file_above(folder, flag=flag)
+    for source in sources:
+        if Path(source).exists() and Path(source).resolve().is_relative_to(Path(folder).resolve()):
+            raise UserError(f"--{flag} {folder}: holds {source}, which is read; choose another")
+
+
+def check_new_folder(
+    folder: str | Path, *, flag: str, overwrite: bool, mark: str = "config.json", sources: Iterable[str | Path] = ()
+) -> None:
+    """Raises UserError if `new_folder` must not write there.
 
     Args:
-        mark: a folder is replaced only if it has this file, by which a folder of the kind that is written is known.
-        source: folder that is read to write this one, or None.
+        mark: a folder is replaced only if it has this file, by which one of the kind that is written is known.
+        sources: files and folders that are read to write this one.
+    """
+    check_place(folder, flag=flag, sources=sources)
+    if not Path(folder).exists() or not any(Path(folder).iterdir()):
+        return
+    if not overwrite:
+        raise UserError(f"--{flag} {folder}: is not empty; choose another or pass --overwrite true")
+    if not (Path(folder) / mark).exists():
+        raise UserError(f"--{flag} {folder}: holds no model, there is no {mark}, so it is not replaced; choose another")
+
+
+@contextmanager
+def new_folder(output_dir, *, overwrite=False, mark="config.json", sources=()):
+    """A temporary sibling that takes the name `output_dir` when the block ends well, and vanishes when it does not.
 
     Raises:
-        UserError: before anything is written: `output_dir` holds files that may not be replaced, or the source.
+        UserError: before anything is written, as `check_new_folder`.
     """
+    check_new_folder(output_dir, flag="output_dir", overwrite=overwrite, mark=mark, sources=sources)
     target = Path(output_dir).absolute()
-    refuse_source_within(target, source, flag="output_dir")
-    refuse_file_above(target, flag="output_dir")
-    if target.exists() and not (target.is_dir() and (overwrite or not any(target.iterdir()))):
-        raise UserError(f"--output_dir {output_dir} exists and is not empty: choose another, or --overwrite true")
-    if target.exists() and any(target.iterdir()) and not (target / mark).exists():
-        raise UserError(f"--output_dir {output_dir}: has no {mark}, so it is not replaced; choose another")
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -21,6 +21,7 @@ from fsdp_utils.packing import IGNORED, epoch_rows
 # part of every cache key: rows tokenized by an older version of the code are not taken back
 CODE = hashlib.sha256(Path(__file__).read_bytes() + DATA_CODE.encode()).hexdigest()[:16]
 
+UNLIKELY = "\u241e\u241f\u241e"  # symbols that no chat template has a use for
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 FEATURES = datasets.Features(
     {
@@ -98,9 +99,6 @@ def _tokenize(texts: list[str], tokenizer) -> dict[str, list[int]]:
         distinct, add_special_tokens=False, truncation=False, return_attention_mask=False, verbose=False
     )
     return dict(zip(distinct, encoded["input_ids"], strict=True))
-
-
-UNLIKELY = "\u241e\u241f\u241e"  # symbols that no template and no tokenizer has a use for
 
 
 def _chat_segments(messages: list[dict], *, tokenizer) -> list[tuple[str, bool]]:

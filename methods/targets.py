@@ -42,11 +42,15 @@ def learned_positions(model: nn.Module) -> int | None:
     return limit if any(m.num_embeddings >= limit > 0 for m in others) else None
 
 
+def family_dropout(model: nn.Module) -> set[str]:
+    """The dropout rates above zero that a family's configuration names, such as `attention_dropout`."""
+    settings = model.config.get_text_config().to_dict().items()
+    return {name for name, value in settings if "drop" in name and isinstance(value, (int, float)) and value > 0}
+
+
 def has_dropout(model: nn.Module) -> bool:
     """Whether a forward pass in training draws random numbers: the family's own dropout, or an adapter's."""
-    settings = model.config.get_text_config().to_dict().items()
-    own = any("drop" in name and isinstance(value, (int, float)) and value > 0 for name, value in settings)
-    return own or any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+    return bool(family_dropout(model)) or any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
 
 
 def refuse_experts(model: nn.Module) -> None:

@@ -167,7 +167,7 @@ def expand(args):
     plan = plan_tensors(reader, blocks, outputs, layout)
     new_config = expanded_config(source, config, layout)
     print(f"{depth} -> {len(layout)} layers; new: {new_layers}, copies of {[layout[layer][0] for layer in new_layers]}")
-    with new_folder(args.output_dir, overwrite=args.overwrite, source=source) as folder:
+    with new_folder(args.output_dir, overwrite=args.overwrite, sources=[source]) as folder:
         copy_rest(source, folder)
         (folder / "config.json").write_text(json.dumps(new_config, indent=2) + "\n")
         (folder / LAYERS_NAME).write_text(json.dumps({"expanded_layers": new_layers}) + "\n")

@@ -70,6 +70,22 @@ def save_run(tmp_path_factory, tiny_data):
     return save
 
 
+@pytest.fixture
+def export(tmp_path):
+    """`export(run, infer_type, **flags)`: the folder that prepare_weights.py writes; no report unless asked for."""
+
+    import prepare_weights
+    from fsdp_utils.flags import parse
+
+    def make(run, infer_type, *, name="out", **flags):
+        given = dict(model=run, save_dir=tmp_path / name, infer_type=infer_type, device="cpu", fidelity_samples=0)
+        argv = [f"--{key}={value}" for key, value in {**given, **flags}.items()]
+        prepare_weights.main(parse(prepare_weights.ExportConfig, argv, prog="prepare_weights.py"))
+        return tmp_path / name
+
+    return make
+
+
 def pytest_collection_modifyitems(items):
     """GPU tests run where there is a GPU, and are reported as skipped elsewhere."""
     if not torch.cuda.is_available():

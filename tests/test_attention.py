@@ -3,8 +3,7 @@
 import pytest
 import torch
 from runs import first_step, make_config, prepared
-from tiny import FAMILIES, make_model
-from transformers import OPTConfig
+from tiny import FAMILIES
 
 import train
 from fsdp_utils import attention
@@ -90,12 +89,9 @@ def test_families_that_can_be_packed(pair, tiny, family):
         pair.run(checked, flags)
 
 
-def test_families_that_cannot_be_packed(tmp_path, tiny_data, monkeypatch):
+def test_families_that_cannot_be_packed(tiny, tmp_path, tiny_data):
     """OPT attends to the samples before, whatever position_ids say: the run ends before its first step."""
-    sizes = dict(hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=64)
-    monkeypatch.setitem(FAMILIES, "opt", lambda: OPTConfig(**sizes, vocab_size=300, max_position_embeddings=512))
-    model = make_model(tmp_path / "opt", "opt")
-    flags = dict(model_name=model, dataset=tiny_data, train_type="custom_lora", output_dir=tmp_path / "out")
+    flags = dict(model_name=tiny("opt"), dataset=tiny_data, train_type="custom_lora", output_dir=tmp_path / "out")
     with pytest.raises(UserError, match=r"--packing true: .* opt models"):
         train.main(make_config(**flags, packing=True))
     assert not (tmp_path / "out" / "metrics.jsonl").exists()

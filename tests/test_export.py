@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsC
 
 import prepare_weights
 from fsdp_utils.export import w4a16
-from fsdp_utils.flags import ConfigError, parse
+from fsdp_utils.flags import ConfigError
 from methods.errors import UserError
 from prepare_weights import ExportConfig
 from scripts.block_expansion import Expansion, expand
@@ -24,19 +24,6 @@ from scripts.block_expansion import Expansion, expand
 def plain_cpu_kernels(monkeypatch):
     """On CPUs with AVX512-BF16 bitsandbytes computes in bf16 whatever it is asked for."""
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
-
-
-@pytest.fixture
-def export(tmp_path):
-    """`export(run, infer_type, **flags)`: the folder that prepare_weights.py writes; no report unless asked for."""
-
-    def make(run, infer_type, *, name="out", **flags):
-        given = dict(model=run, save_dir=tmp_path / name, infer_type=infer_type, device="cpu", fidelity_samples=0)
-        argv = [f"--{key}={value}" for key, value in {**given, **flags}.items()]
-        prepare_weights.main(parse(ExportConfig, argv, prog="prepare_weights.py"))
-        return tmp_path / name
-
-    return make
 
 
 def stock(folder, *, dtype=torch.float32, **options):

@@ -54,7 +54,7 @@ def test_host_memory_wastes_little(monkeypatch):
 
 
 @pytest.fixture
-def hostly(monkeypatch):
+def hostly():
     """An offloader that needs no GPU: it copies at once."""
 
     class Copies(InputOffloader):
@@ -62,7 +62,7 @@ def hostly(monkeypatch):
             self.kept, self.packed, self.wrapped = [], 0, False
 
         def pack(self, tensor, *, elements, width):
-            if tensor.numel() != elements or tensor.shape[-1] != width or isinstance(tensor, nn.Parameter):
+            if not self.is_state(tensor, elements=elements, width=width):
                 return tensor
             self.packed += 1
             self.kept.append(tensor.detach().clone())

@@ -212,7 +212,7 @@ def test_folder_appears_only_when_complete(tmp_path):
     with pytest.raises(UserError, match=r"no config\.json, so it is not replaced"), new_folder(target, overwrite=True):
         pass
     with pytest.raises(UserError, match=r"holds .*first, which is read"):
-        new_folder(target, overwrite=True, mark="first", source=target / "first").__enter__()
+        new_folder(target, overwrite=True, mark="first", sources=[target / "first"]).__enter__()
     with pytest.raises(RuntimeError), new_folder(target, overwrite=True, mark="first"):
         raise RuntimeError
     assert [path.name for path in target.iterdir()] == ["first"]

@@ -289,14 +289,15 @@ def test_wandb_without_a_key(monkeypatch):
     """Said before anything is loaded, not asked for in the middle; offline runs need none."""
     import wandb
 
-    config = make_config(log_to="wandb")
-    monkeypatch.setattr(wandb, "login", lambda prompt: known)
-    for mode, known in (("offline", False), ("online", True), ("online", False)):
-        monkeypatch.setattr(wandb, "setup", lambda mode=mode: SimpleNamespace(settings=SimpleNamespace(mode=mode)))
-        if (mode, known) != ("online", False):
-            metrics.check_sink(config)
+    def check(*, mode, known):
+        monkeypatch.setattr(wandb, "setup", lambda: SimpleNamespace(settings=SimpleNamespace(mode=mode)))
+        monkeypatch.setattr(wandb, "login", lambda prompt: known)
+        metrics.check_sink(make_config(log_to="wandb"))
+
+    check(mode="offline", known=False)
+    check(mode="online", known=True)
     with pytest.raises(UserError, match=r"--log_to wandb: no API key .*WANDB_MODE=offline"):
-        metrics.check_sink(config)
+        check(mode="online", known=False)
 
 
 def test_wandb_offline(flags, tmp_path, monkeypatch):

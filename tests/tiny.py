@@ -8,10 +8,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    FalconConfig,
     Gemma2Config,
     GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    OPTConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -38,6 +42,19 @@ FAMILIES = {
     "phi3": lambda **kw: Phi3Config(**{**SHAPE, **kw}),  # fused projections
 }
 
+OTHER = dict(vocab_size=300, bos_token_id=256, eos_token_id=257)
+OTHERS = {  # built otherwise, and supported in part
+    "gptneox": lambda: GPTNeoXConfig(  # a head of another name
+        **OTHER, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+    ),
+    "gpt2": lambda: GPT2Config(**OTHER, n_embd=64, n_layer=2, n_head=4),  # Conv1D
+    "falcon": lambda: FalconConfig(**OTHER, hidden_size=64, num_hidden_layers=2, num_attention_heads=4),  # own linears
+    "opt": lambda: OPTConfig(  # learned positions
+        **OTHER, hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=64,
+        max_position_embeddings=512,
+    ),
+}  # fmt: skip
+
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """256 bytes and three special tokens."""
@@ -52,7 +69,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def make_model(folder, family: str = "llama", *, dtype=torch.float32, seed: int = 0, **config) -> Path:
     """Writes a random tiny model and its tokenizer; returns the folder."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family](**config)).to(dtype)
+    model = AutoModelForCausalLM.from_config((FAMILIES | OTHERS)[family](**config)).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:

@@ -432,7 +432,9 @@ class Here:
         future = Future()
         try:
             future.set_result(function(*args))
-        except Exception as error:  # as any executor does
+        except Exception as error:
+            # all that a job may raise, as every executor does: run_jobs reads it from the future, so that one that
+            # fails does not end the others
             future.set_exception(error)
         return future
 
@@ -497,9 +499,10 @@ def announce(row: dict) -> None:
 def main(config: RunConfig) -> None:
     out = Path(config.output_dir)
     path = out / RESULTS
-    check_settings(config, read_rows(path))
+    found_before = read_rows(path)
+    check_settings(config, found_before)
     prepare(config)
-    others = {row["base"] for row in read_rows(path)} - {base_of(config)}
+    others = {row["base"] for row in found_before} - {base_of(config)}
     if others:
         print(f"note: {path} has results of other bases ({', '.join(sorted(others))}); they are kept and not run again")
     deadline = time.monotonic() + 60 * config.budget_minutes if config.budget_minutes else float("inf")

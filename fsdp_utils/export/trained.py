@@ -5,11 +5,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fsdp_utils import loading, runs
+from fsdp_utils.quantized_cache import packed_modules
 from fsdp_utils.safetensors_io import CheckpointReader
 from methods.dora import row_norms
 from methods.errors import UserError
 from methods.llama_pro import expanded_layers
-from methods.quantizers.linear import QuantizedWeight
 from methods.targets import block_linears, decoder_blocks
 
 
@@ -44,8 +44,7 @@ class TrainedWeights:
         if run.kind == "adapter":
             self._trained_dtype = runs.default_dtype(run)
             planned, self._adapter, _ = runs.plan_adapter(run, device=device, dtype=self._trained_dtype)
-            packed = (path for path, m in planned.model.named_modules() if isinstance(m, QuantizedWeight))
-            self._quantized = {path.replace(".base_layer", "") for path in packed}
+            self._quantized = set(packed_modules(planned.model))
         self.reader = CheckpointReader(run.base)
         built = loading.build_on_meta(loading.read_model_config(str(run.base)), dtype=torch.float32)
         self._stored = {read.name: read.stored for read in loading.plan_reads(built, self.reader)}
