@@ -11,9 +11,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from methods.kernels import norms
 from methods.lora import LoRA, LoRALinear
-from methods.quantizers.linear import weight_rows
+from methods.quantizers.linear import QuantizedLinear, weight_rows
 from methods.rows import fill, gather_each, local
 
 
@@ -52,20 +51,23 @@ def row_norms(weight, weight_norm, lora_a, lora_b, scaling) -> torch.Tensor:
     Args:
         weight: `[n, in]`; weight_norm: fp32 `[n]`; lora_a: `[r, in]`; lora_b: `[n, r]`.
     """
-    cross = weight @ lora_a.to(weight.dtype).T  # [n, r]
-    wide = lora_a.float()
-    gram = wide @ wide.T  # [r, r]
-    if norms.fits(cross):
-        return norms.finish(weight_norm, cross, lora_b, gram, scaling)
-    return finish_norms(weight_norm, cross, lora_b, gram, scaling)
-
-
-def finish_norms(weight_norm, cross, lora_b, gram, scaling) -> torch.Tensor:
-    """The small terms of `row_norms`; cross `[n, r]`, gram fp32 `[r, r]`."""
-    b = lora_b.float()
-    low_rank = ((b @ gram) * b).sum(1)
-    squared = weight_norm.square() + 2 * scaling * (cross.float() * b).sum(1) + scaling**2 * low_rank
+    cross = (weight @ lora_a.to(weight.dtype).T).float()  # [n, r]
+    a, b = lora_a.float(), lora_b.float()
+    low_rank = ((b @ (a @ a.T)) * b).sum(1)
+    squared = weight_norm.square() + 2 * scaling * (cross * b).sum(1) + scaling**2 * low_rank
     return squared.clamp_min(0).sqrt()
+
+
+def refreshed_norms(layer: DoRALinear, lora_a: torch.Tensor, *, device: torch.device) -> torch.Tensor:
+    """`row_norms` of this process's rows of a layer, in the fastest way that its quantizer offers."""
+    norm, b = local(layer.weight_norm).to(device), local(layer.lora_B).to(device)
+    base, small = layer.base_layer, (norm, lora_a, b, layer.scaling)
+    if isinstance(base, QuantizedLinear) and hasattr(base.quantizer, "row_norms"):
+        packed = tuple(local(p).to(device) for p in base.packed())
+        found = base.quantizer.row_norms(packed, *small)
+        if found is not None:
+            return found
+    return row_norms(weight_rows(base, local, dtype=layer.lora_A.dtype, device=device), *small)
 
 
 class DoRA(LoRA):
@@ -82,9 +84,8 @@ class DoRA(LoRA):
         super().initialize(model, device=device)
         for layer in self.layers(model).values():
             # of the weight that forward uses: the 2024 script took the unquantized one and started off the base
-            norm = (
-                weight_rows(layer.base_layer, local, dtype=self._norm_dtype(layer), device=device).float().norm(dim=1)
-            )
+            weight = weight_rows(layer.base_layer, local, dtype=layer.lora_A.dtype, device=device)
+            norm = weight.float().norm(dim=1)
             fill(layer.magnitude_delta, torch.zeros(layer.out_features))
             local(layer.weight_norm).copy_(norm)
             local(layer.adapted_norm).copy_(norm)
@@ -112,10 +113,4 @@ class DoRA(LoRA):
     def _refresh(self, wholes, device) -> None:
         """Recomputes the norms of the adapted weight, this process's rows of every layer."""
         for layer, lora_a in zip(self._adapted, wholes, strict=True):
-            norm, b = local(layer.weight_norm).to(device), local(layer.lora_B).to(device)
-            weight = weight_rows(layer.base_layer, local, dtype=self._norm_dtype(layer), device=device)
-            local(layer.adapted_norm).copy_(row_norms(weight, norm, lora_a, b, layer.scaling))
-
-    @staticmethod
-    def _norm_dtype(layer) -> torch.dtype:
-        return layer.lora_A.dtype
+            local(layer.adapted_norm).copy_(refreshed_norms(layer, lora_a, device=device))

@@ -6,6 +6,7 @@ import bitsandbytes  # noqa: F401  registers torch.ops.bitsandbytes
 import torch
 
 from methods.kernels import dequantize as kernels
+from methods.kernels import norms
 from methods.quantizers.linear import STORED_BYTES, as_bytes
 
 SCALE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "double": STORED_BYTES}
@@ -81,6 +82,14 @@ class Bnb4bit:
             (codes.shape[0], in_features),
             dtype,
         )
+
+    def row_norms(self, packed, weight_norm, lora_a, lora_b, scaling) -> torch.Tensor | None:
+        """`methods.dora.row_norms` from packed rows, without their weight; None where the kernel does not run."""
+        codes, scales, ranges = (*packed, None)[:3]
+        if not norms.fits(codes, rank=len(lora_a), group_size=self.group_size):
+            return None
+        settings = dict(quant_type=self.quant_type, group_size=self.group_size)
+        return norms.row_norms(codes, scales, ranges, weight_norm, lora_a, lora_b, scaling, **settings)
 
     def absmax(self, scales: torch.Tensor, scale_range: torch.Tensor | None = None) -> torch.Tensor:
         """Scales as fp32 `[n, in/group]`, from whatever way they are stored."""
