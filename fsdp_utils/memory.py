@@ -25,7 +25,9 @@ def optimizer_bytes(optimizer: str, elements: int, element_size: int) -> int:
 def breakdown(model: nn.Module, config) -> dict[str, float]:
     """GiB in this process by purpose, largest micro-batch assumed: `batch_size` rows of `context_length` tokens."""
     shape = model.config.get_text_config()
-    frozen = sum(local(p).nbytes for p in model.parameters() if not p.requires_grad)
+    embedding = model.get_input_embeddings()
+    away = embedding.weight.nbytes if getattr(embedding, "on_host", False) else 0
+    frozen = sum(local(p).nbytes for p in model.parameters() if not p.requires_grad) - away
     rows = [local(p) for p in model.parameters() if p.requires_grad]
     trained = sum(p.nbytes for p in rows)
     states = sum(optimizer_bytes(config.optimizer, p.numel(), p.element_size()) for p in rows)

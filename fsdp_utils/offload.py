@@ -1,7 +1,4 @@
-"""Keeps what checkpointed blocks save in host memory between forward and backward, beside the computation.
-
-Copies run on a stream of their own. In backward, what the block before saved is fetched while a block recomputes.
-"""
+"""What lives in host memory without slowing the GPU: a frozen embedding, and what checkpointed blocks save."""
 
 from collections import deque
 from collections.abc import Callable
@@ -14,8 +11,36 @@ AHEAD = 2  # tensors fetched before they are asked for: a block saves at most it
 LEAVING = 2  # tensors whose copy may still be under way while the computation goes on
 
 
+class _Bytes:
+    """Page-locked host memory as numba's CUDA array interface describes it: a GPU reads it at the same address."""
+
+    def __init__(self, pinned: torch.Tensor):
+        self.pinned = pinned  # lives as long as the tensor made of this
+        interface = dict(shape=(pinned.nbytes,), typestr="|u1", data=(pinned.data_ptr(), False), version=3)
+        self.__cuda_array_interface__ = interface
+
+
+def move_embedding_to_host(model: nn.Module, *, device: torch.device) -> None:
+    """Puts a frozen embedding's weight into host memory; it stays a CUDA tensor to all who use it.
+
+    The rows of a micro-batch, a few megabytes, then come over the bus. Nothing is done where the weight trains, is
+    the head's too, or is packed.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    weight = getattr(embedding, "weight", None)
+    if weight is None or weight.requires_grad or weight is getattr(head, "weight", None):
+        return
+    pinned = torch.empty(weight.shape, dtype=weight.dtype, pin_memory=True)
+    rows = torch.as_tensor(_Bytes(pinned), device=device).view(weight.dtype).view(weight.shape)
+    embedding.weight = nn.Parameter(rows, requires_grad=False)
+    embedding.on_host = True
+
+
 class InputOffloader:
-    """One per model. Blocks call `pack` in order during forward and `unpack` in reverse during backward.
+    """Keeps what checkpointed blocks save in host memory between forward and backward, beside the computation.
+
+    One per model. Blocks call `pack` in order during forward and `unpack` in reverse during backward. Copies run on a
+    stream of their own; what the block before saved is fetched while a block recomputes.
 
     Tensors are handed back to the allocator only once the computation is known to wait for their copy. (With
     `record_stream` the allocator would wait for the copy itself: the host runs so far ahead that it would find nothing

@@ -115,3 +115,21 @@ def test_offloaded_activations_leave_the_gpu(tiny):
 
     inputs = blocks * tokens * hidden * 4
     assert held(False) - held(True) > 0.7 * inputs
+
+
+def test_embedding_on_host_changes_nothing_but_memory(flags):
+    """Loss and gradients are those of an embedding on the GPU; its bytes are not there."""
+
+    def seen(on_host):
+        more = flags(train_type="bnb_dora", embedding_on_host=on_host)
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        model, *_ = prepared(make_config(**more))
+        held = torch.cuda.memory_allocated() - before
+        nbytes = model.get_input_embeddings().weight.nbytes
+        del model
+        return held, nbytes, first_step(more)
+
+    (there, nbytes, plain), (away, _, other) = seen(False), seen(True)
+    assert there - away > 0.9 * nbytes
+    assert_close(other, plain, relative=1e-5)
