@@ -4,6 +4,7 @@ import gc
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -61,21 +62,30 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds(fn, *, device: torch.device, repeat: int = 10, warmup: int = 3) -> float:
-    """Mean wall time of `fn` on the device."""
+def seconds(fn, *, device: torch.device, repeat: int = 10, warmup: int = 3, at_least: float = 0.0) -> float:
+    """Mean wall time of `fn` on the device, over `repeat` calls and as many more as `at_least` seconds take."""
     for _ in range(warmup):
         fn()
     synchronize(device)
-    start = time.perf_counter()
-    for _ in range(repeat):
-        fn()
-    synchronize(device)
-    return (time.perf_counter() - start) / repeat
+    calls, start = 0, time.perf_counter()
+    while not calls or time.perf_counter() - start < at_least:
+        for _ in range(repeat):
+            fn()
+        synchronize(device)
+        calls += repeat
+    return (time.perf_counter() - start) / calls
 
 
-def floor_seconds(shape: str, *, batch: int, length: int, checkpointing: bool, device: torch.device) -> float:
+def floor_seconds(
+    shape: str, *, batch: int, length: int, checkpointing: bool, device: torch.device, at_least: float = 0.0
+) -> float:
     """Seconds of one step's work on the device that no implementation avoids: the frozen model's matrix products
-    (forward, again when recomputed, gradient of the input), attention and the head, each timed alone."""
+    (forward, again when recomputed, gradient of the input), attention and the head, each timed alone.
+
+    Args:
+        at_least: seconds that each is kept up. A GPU that was idle takes a few tenths of a second to come down to the
+            clock rate that its power allows, and a step is never that short of rest.
+    """
     s = SHAPES[shape]
     hidden, mlp, tokens = s["hidden_size"], s["intermediate_size"], batch * length
     heads, kv = s["num_attention_heads"], s["num_key_value_heads"]
@@ -103,8 +113,8 @@ def floor_seconds(shape: str, *, batch: int, length: int, checkpointing: bool, d
         out.backward(out.detach())
 
     states, head = new(tokens, hidden), new(s["vocab_size"], hidden)
-    blocks = s["num_hidden_layers"] * (seconds(linears, device=device) + seconds(attention, device=device))
-    return blocks + seconds(lambda: (states @ head.T) @ head, device=device)
+    timed = partial(seconds, device=device, at_least=at_least)
+    return s["num_hidden_layers"] * (timed(linears) + timed(attention)) + timed(lambda: (states @ head.T) @ head)
 
 
 def median_step(

@@ -72,18 +72,20 @@ class TrainConfig:
     use_cpu_offload: bool = flag(True, "keep parameters in host memory between uses")
     use_gradient_checkpointing: bool | str = flag(
         True,
-        "recompute decoder blocks in backward; auto: only as many as the GPU's memory needs",
+        "recompute decoder blocks in backward; auto: only as many as the GPU's memory needs; false: none, but compiled "
+        "blocks keep only products and attention",
         choices=(True, False, "auto"),
     )
     checkpoint_policy: str = flag(
         "full",
-        "what checkpointed blocks keep beside their input. magnitude: the output of DoRA's down projection; products: "
-        "all matrix products and attention, faster and with more memory",
-        choices=("full", "magnitude", "products"),
+        "what checkpointed blocks keep beside their input, each more than the one before. full: nothing; adapters: "
+        "A x and the output of DoRA's down projection; narrow: attention and products no wider than their input; "
+        "products: all matrix products",
+        choices=("full", "adapters", "narrow", "products"),
     )
     reentrant_checkpointing: bool = flag(False, "use re-entrant checkpointing")
     embedding_on_host: bool = flag(True, "keep a frozen embedding in host memory (one GPU; ignored elsewhere)")
-    use_activation_cpu_offload: bool = flag(False, "keep what checkpointed blocks save in host memory")
+    use_activation_cpu_offload: bool = flag(False, "keep hidden states that checkpointed blocks save in host memory")
     no_sync: bool = flag(False, "reduce gradients only at the last accumulation step")
     compile: bool = flag(True, "compile decoder blocks (CUDA with Triton; ignored elsewhere)")
     cuda_graphs: bool = flag(True, "replay small steps as CUDA graphs (one GPU, no dropout; ignored elsewhere)")

@@ -12,6 +12,9 @@ GIB = 2**30
 # bytes of optimizer state per trained element; the others keep two numbers in the parameter's dtype
 STATE_BYTES = {"sgd": 0, "adamw_8bit": 2}
 
+# what checkpointed blocks keep of a token beside their input, by policy, about: hidden and intermediate widths
+KEPT_WIDTHS = {"full": (0, 0), "adapters": (1, 0), "narrow": (5, 0), "products": (5, 2)}
+
 
 class OutOfMemory(UserError):
     """The GPU is full; the message says of what, and which flags lower it."""
@@ -26,7 +29,7 @@ def breakdown(model: nn.Module, config) -> dict[str, float]:
     """GiB in this process by purpose, largest micro-batch assumed: `batch_size` rows of `context_length` tokens."""
     shape = model.config.get_text_config()
     embedding = model.get_input_embeddings()
-    away = embedding.weight.nbytes if getattr(embedding, "on_host", False) else 0
+    away = sum(p.nbytes for p in embedding.parameters()) if getattr(embedding, "on_host", False) else 0
     frozen = sum(local(p).nbytes for p in model.parameters() if not p.requires_grad) - away
     rows = [local(p) for p in model.parameters() if p.requires_grad]
     trained = sum(p.nbytes for p in rows)
@@ -36,8 +39,10 @@ def breakdown(model: nn.Module, config) -> dict[str, float]:
     inside = tokens * width * (6 * hidden + 4 * shape.intermediate_size)  # what one block keeps for backward, about
     recomputed = sum(getattr(module, "recomputes", False) for module in model.modules())
     # the last blocks keep everything; when they are done, one at a time of the first holds what it recomputes
-    inputs = 0 if config.use_activation_cpu_offload else recomputed * tokens * hidden * width
-    kept = inputs + max(layers - recomputed, min(recomputed, 1)) * inside
+    narrow, wide = KEPT_WIDTHS[config.checkpoint_policy]
+    narrow = 0 if config.use_activation_cpu_offload else 1 + narrow
+    kept = recomputed * tokens * width * (narrow * hidden + wide * shape.intermediate_size)
+    kept += max(layers - recomputed, min(recomputed, 1)) * inside
     logits = LOGITS_BYTES if config.fused_loss else tokens * shape.vocab_size * (width + 8)
     on_host = config.use_cpu_offload
     sizes = {
@@ -54,6 +59,7 @@ def remedies(config) -> list[str]:
     """Flags that lower memory and are not in use, cheapest first."""
     offered = (
         (config.use_gradient_checkpointing is not True, "--use_gradient_checkpointing true"),  # auto estimates
+        (config.checkpoint_policy != "full", "--checkpoint_policy full"),
         (not config.fused_loss, "--fused_loss true"),
         (config.batch_size > 1, "a smaller --batch_size with more --gradient_accumulation_steps"),
         (config.quantizer == "none" and config.method != "full", "a quantized --train_type such as bnb_dora"),

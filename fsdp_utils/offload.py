@@ -3,12 +3,10 @@
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
-
-AHEAD = 2  # tensors fetched before they are asked for: a block saves at most its input and one output
-LEAVING = 2  # tensors whose copy may still be under way while the computation goes on
 
 
 class _Bytes:
@@ -20,27 +18,38 @@ class _Bytes:
         self.__cuda_array_interface__ = interface
 
 
-def move_embedding_to_host(model: nn.Module, *, device: torch.device) -> None:
-    """Puts a frozen embedding's weight into host memory; it stays a CUDA tensor to all who use it.
+def embedding_for_host(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of the embedding, packed or not; none if it trains or shares its weight with the head."""
+    held = dict(model.get_input_embeddings().named_parameters(recurse=False))
+    shared = {id(p) for p in held.values()} & {id(p) for p in model.get_output_embeddings().parameters()}
+    return {} if shared or any(p.requires_grad for p in held.values()) else held
 
-    The rows of a micro-batch, a few megabytes, then come over the bus. Nothing is done where the weight trains, is
-    the head's too, or is packed.
-    """
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    weight = getattr(embedding, "weight", None)
-    if weight is None or weight.requires_grad or weight is getattr(head, "weight", None):
-        return
-    pinned = torch.empty(weight.shape, dtype=weight.dtype, pin_memory=True)
-    rows = torch.as_tensor(_Bytes(pinned), device=device).view(weight.dtype).view(weight.shape)
-    embedding.weight = nn.Parameter(rows, requires_grad=False)
-    embedding.on_host = True
+
+def move_embedding_to_host(model: nn.Module, *, device: torch.device) -> None:
+    """Puts a frozen embedding into host memory, where `embedding_for_host` allows it; its tensors stay CUDA tensors to
+    all who use them. The rows of a micro-batch, a few megabytes, then come over the bus."""
+    embedding, held = model.get_input_embeddings(), embedding_for_host(model)
+    for name, p in held.items():
+        pinned = torch.empty(p.shape, dtype=p.dtype, pin_memory=True)
+        rows = torch.as_tensor(_Bytes(pinned), device=device).view(p.dtype).view(p.shape)
+        setattr(embedding, name, nn.Parameter(rows, requires_grad=False))
+    embedding.on_host = bool(held)
+
+
+class Leaving(NamedTuple):
+    """A tensor whose copy to the host may be under way; it is kept until the computation waited for that."""
+
+    block: int
+    tensor: torch.Tensor
+    copied: torch.cuda.Event
 
 
 class InputOffloader:
     """Keeps what checkpointed blocks save in host memory between forward and backward, beside the computation.
 
-    One per model. Blocks call `pack` in order during forward and `unpack` in reverse during backward. Copies run on a
-    stream of their own; what the block before saved is fetched while a block recomputes.
+    One per model. Blocks pack in order during forward and unpack in reverse during backward. Copies run on a stream of
+    their own: a block's leave while the next one runs, and come back while the one after it is in backward. The last
+    block's stay, since backward begins with it.
 
     Tensors are handed back to the allocator only once the computation is known to wait for their copy. (With
     `record_stream` the allocator would wait for the copy itself: the host runs so far ahead that it would find nothing
@@ -48,75 +57,87 @@ class InputOffloader:
     """
 
     def __init__(self):
-        self.stream = torch.cuda.Stream()
-        self.hosts, self.leaving, self.fetched, self.count, self.wrapped = {}, deque(), {}, 0, False
+        self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+        self.away: dict[int, list] = {}  # of a block: device and host memory of each tensor it sent
+        self.fetched: dict[tuple[int, int], tuple] = {}  # of block and place in that list
+        self.leaving, self.blocks = deque(), 0
 
     @staticmethod
-    def is_state(tensor: torch.Tensor, *, elements: int, width: int) -> bool:
-        """Whether a tensor is as large as the hidden states, and no weight."""
-        return tensor.numel() == elements and tensor.shape[-1] == width and not isinstance(tensor, nn.Parameter)
+    def is_state(tensor: torch.Tensor, *, elements: int, dtype: torch.dtype) -> bool:
+        """Whether a tensor is as large as the hidden states, without gaps, and no weight."""
+        span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        same = tensor.numel() == elements == span and tensor.dtype == dtype
+        return same and not isinstance(tensor, nn.Parameter)
 
-    def pack(self, tensor: torch.Tensor, *, elements: int, width: int):
-        """What is as large as the hidden states goes to pinned host memory: the block's input, and outputs that its
-        policy keeps. Weights, masks and position embeddings stay."""
-        if not self.is_state(tensor, elements=elements, width=width) or tensor.device.type == "cpu":
-            return tensor
-        number, self.count = self.count, self.count + 1
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    def _send(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event]:
+        """A copy in pinned host memory, and the event after which it is whole."""
+        host = torch.empty_like(tensor, device="cpu", pin_memory=True)  # with the same strides
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            host.copy_(tensor.detach(), non_blocking=True)
-        self.hosts[number] = (tensor.device, host)
-        self.leaving.append((tensor.detach(), self.stream.record_event()))
-        while len(self.leaving) > LEAVING:
-            _, left = self.leaving.popleft()
-            torch.cuda.current_stream().wait_event(left)
-        return number
+            host.copy_(tensor, non_blocking=True)
+        return host, self.stream.record_event()
 
-    def _fetch(self, number: int) -> None:
-        if number not in self.hosts or number in self.fetched:
-            return
-        device, host = self.hosts[number]
-        copy = torch.empty(host.shape, dtype=host.dtype, device=device)
+    def _bring(self, host: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.cuda.Event]:
+        """A copy on the GPU, and the event after which it is whole."""
+        copy = torch.empty_like(host, device=device)
         self.stream.wait_stream(torch.cuda.current_stream())  # the memory may still be read by what it held before
         with torch.cuda.stream(self.stream):
             copy.copy_(host, non_blocking=True)
-        self.fetched[number] = (copy, self.stream.record_event())
+        return copy, self.stream.record_event()
 
-    def unpack(self, saved):
+    @staticmethod
+    def _wait(event: torch.cuda.Event) -> None:
+        torch.cuda.current_stream().wait_event(event)
+
+    def _let_go(self, *, before: int) -> None:
+        """Gives back the GPU memory of what the blocks before this one sent."""
+        while self.leaving and self.leaving[0].block < before:
+            self._wait(self.leaving.popleft().copied)
+
+    def pack(self, tensor: torch.Tensor, *, block: int, elements: int, dtype: torch.dtype):
+        """What is as large as the hidden states goes to the host: a block's input, and outputs that its policy keeps.
+        Weights, masks and position embeddings stay."""
+        if not self.is_state(tensor, elements=elements, dtype=dtype):
+            return tensor
+        tensor = tensor.detach()
+        self._let_go(before=block)
+        host, copied = self._send(tensor)
+        self.leaving.append(Leaving(block, tensor, copied))
+        sent = self.away.setdefault(block, [])
+        sent.append((tensor.device, host))
+        return len(sent) - 1
+
+    def _fetch_block(self, block: int) -> None:
+        for number, (device, host) in enumerate(self.away.pop(block, ())):
+            self.fetched[block, number] = self._bring(host, device)
+
+    def unpack(self, saved, *, block: int) -> torch.Tensor:
+        self._let_go(before=self.blocks)
+        for needed in (block, block - 1):
+            self._fetch_block(needed)
         if isinstance(saved, torch.Tensor):
             return saved
-        self._finish_leaving()
-        self._fetch(saved)
-        copy, done = self.fetched.pop(saved)
-        for number in range(saved - 1, saved - 1 - AHEAD, -1):
-            self._fetch(number)
-        torch.cuda.current_stream().wait_event(done)
-        del self.hosts[saved]
+        copy, done = self.fetched.pop((block, saved))
+        self._wait(done)
         return copy
-
-    def _finish_leaving(self) -> None:
-        if self.leaving:
-            torch.cuda.current_stream().wait_stream(self.stream)
-            self.leaving.clear()
 
     def forget(self) -> None:
         """Drops what a forward pass left that no backward followed."""
-        self._finish_leaving()
-        self.hosts.clear()
+        self._let_go(before=self.blocks)
+        self.away.clear()
         self.fetched.clear()
-        self.count = 0
 
     def wrap(self, forward: Callable) -> Callable:
         """A checkpointed block's forward whose saved hidden states wait in host memory. Wrap blocks in their order."""
-        first, self.wrapped = not self.wrapped, True
+        block, self.blocks = self.blocks, self.blocks + 1
 
         def offloaded(hidden, *args, **kwargs):
-            if first:
+            if block == 0:
                 self.forget()
-            # sizes, not the tensor: autograd keeps this function for as long as what it packed
-            pack = partial(self.pack, elements=hidden.numel(), width=hidden.shape[-1])
-            with torch.autograd.graph.saved_tensors_hooks(pack, self.unpack):
+            # sizes, not the tensor: autograd keeps these functions for as long as what they packed
+            size = dict(elements=hidden.numel(), dtype=hidden.dtype)
+            pack = partial(self.pack, block=block, **size) if block < self.blocks - 1 else lambda tensor: tensor
+            with torch.autograd.graph.saved_tensors_hooks(pack, partial(self.unpack, block=block)):
                 return forward(hidden, *args, **kwargs)
 
         return offloaded

@@ -22,6 +22,7 @@ from fsdp_utils.attention import boundaries
 from fsdp_utils.distributed import say
 from fsdp_utils.graphs import graph_tokens
 from fsdp_utils.memory import GIB, optimizer_bytes
+from fsdp_utils.offload import embedding_for_host
 from fsdp_utils.sharding import POLICIES, RESHARD_AFTER_FORWARD
 from methods.errors import UserError
 from methods.kernels.cross_entropy import LOGITS_BYTES
@@ -164,8 +165,10 @@ def resident(model: nn.Module, blocks: dict[str, nn.Module], config, *, mesh) ->
     """
     shards = 1 if mesh is None else mesh.size(mesh.ndim - 1)  # the last dimension of a mesh is the one that shards
     on_host = mesh is not None and config.use_cpu_offload
+    embedding = embedding_for_host(model).values() if mesh is None and config.embedding_on_host else ()
+    away = {id(p) for p in (model.parameters() if on_host else embedding)}
     held = 0
-    for p in () if on_host else model.parameters():
+    for p in (p for p in model.parameters() if id(p) not in away):
         mine, size = _rows(p, shards), p.element_size()
         held += mine * size
         if p.requires_grad:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from fsdp_utils.distributed import pick_device
 from fsdp_utils.offload import InputOffloader
 from methods.targets import has_dropout
 
@@ -20,21 +21,38 @@ RESHARD_AFTER_FORWARD = {
 }
 
 
-def keep_products(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-    """What `--checkpoint_policy products` keeps: the outputs that cost a matrix product or attention."""
+def _widths(op, args) -> tuple[int, int] | None:
+    """Input and output width of a matrix product or attention, None of anything else."""
     name = str(op)
-    kept = any(word in name for word in ("adapted_linear.", "aten.mm.", "aten.addmm.", "_attention"))
+    if "adapted_linear." in name:
+        return args[0].shape[-1], args[2].shape[0]
+    if "_attention" in name:
+        return args[0].shape[-1], args[0].shape[-1]
+    if "aten.mm." in name or "aten.addmm." in name:
+        return tuple(args[-1].shape)
+    return None
+
+
+def keep_for_adapters(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    """What `--checkpoint_policy adapters` keeps: `A x`, and outputs of DoRA's narrowing projections. Nothing but the
+    adapters' gradients reads them again, and of their size they are the dearest to compute."""
+    width, out = _widths(op, args) or (0, 1)
+    adapted = "adapted_linear." in str(op)
+    for_magnitude = adapted and args[-1] is not None and out < width  # the last argument is DoRA's factor
+    kept = for_magnitude or (not adapted and 8 * out <= width)
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def keep_magnitude_outputs(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-    """What `--checkpoint_policy magnitude` keeps: outputs of DoRA's narrowing projections. Nothing else reads them
-    again, but the gradient of the magnitude does, and they are the dearest to compute of their size."""
-    kept = False
-    if "adapted_linear." in str(op):
-        x, _, p0, *_, factor = args
-        kept = factor is not None and p0.shape[0] < x.shape[-1]
+def keep_narrow(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    """What `--checkpoint_policy narrow` keeps: attention, and matrix products that are no wider than their input."""
+    widths = _widths(op, args)
+    kept = widths is not None and widths[1] <= widths[0]
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def keep_products(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    """What `--checkpoint_policy products` keeps: everything that costs a matrix product or attention."""
+    return CheckpointPolicy.MUST_SAVE if _widths(op, args) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _selective(policy: Callable) -> dict:
@@ -43,7 +61,8 @@ def _selective(policy: Callable) -> dict:
 
 POLICIES = {
     "full": {},
-    "magnitude": _selective(keep_magnitude_outputs),
+    "adapters": _selective(keep_for_adapters),
+    "narrow": _selective(keep_narrow),
     "products": _selective(keep_products),
 }
 
@@ -62,7 +81,6 @@ def checkpoint_block(block: nn.Module, *, reentrant: bool, preserve_rng: bool, p
         return checkpoint(run, *args, use_reentrant=reentrant, preserve_rng_state=preserve_rng, **POLICIES[policy])
 
     block.forward = checkpointed
-    block.recomputes = True
 
 
 def require_input_gradients(model: nn.Module) -> None:
@@ -79,7 +97,8 @@ def prepare_blocks(
     projection); re-entrant checkpointing cannot be compiled and stays outside, as FSDP2 and the offload of inputs do.
     """
     reentrant, random = config.reentrant_checkpointing, has_dropout(model)
-    offloader = InputOffloader() if config.use_activation_cpu_offload and torch.cuda.is_available() else None
+    on_gpu = pick_device(config.device).type == "cuda"
+    offloader = InputOffloader() if config.use_activation_cpu_offload and on_gpu else None
     for number, block in enumerate(blocks.values()):
         # the first, not the last: backward comes to them when the others have already freed all that they keep, so
         # what a block recomputes never adds to the peak
@@ -88,6 +107,9 @@ def prepare_blocks(
             block.forward = compile_block(block.forward)
         if recomputes:
             checkpoint_block(block, reentrant=reentrant, preserve_rng=random, policy=config.checkpoint_policy)
+            block.recomputes = True
+        elif compile_block and not reentrant:  # else the compiler keeps results of elementwise operations as well
+            checkpoint_block(block, reentrant=False, preserve_rng=random, policy="products")
         if compile_block and not reentrant:
             block.forward = compile_block(block.forward)
         if offloader and recomputes:

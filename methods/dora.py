@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from methods.kernels import norms
 from methods.lora import LoRA, LoRALinear
 from methods.quantizers.linear import QuantizedLinear, weight_rows
 from methods.rows import fill, gather_each, local
@@ -51,6 +52,10 @@ def row_norms(weight, weight_norm, lora_a, lora_b, scaling) -> torch.Tensor:
     Args:
         weight: `[n, in]`; weight_norm: fp32 `[n]`; lora_a: `[r, in]`; lora_b: `[n, r]`.
     """
+    if weight.dtype == lora_a.dtype == torch.bfloat16 and norms.fits(weight, rank=len(lora_a), group_size=1):
+        wide = dict(out_dtype=torch.float32)  # sums stay in fp32
+        cross, gram = torch.mm(weight, lora_a.T, **wide), torch.mm(lora_a, lora_a.T, **wide)
+        return norms.finish(weight_norm, cross, gram, lora_b, scaling)
     cross = (weight @ lora_a.to(weight.dtype).T).float()  # [n, r]
     a, b = lora_a.float(), lora_b.float()
     low_rank = ((b @ (a @ a.T)) * b).sum(1)

@@ -20,7 +20,9 @@ def test_table_with_a_peer(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(SHAPES, "tiny", dict(SHAPES["tiny"]))  # --layers changes it
     path, train_types = tmp_path / "rows.jsonl", ["custom_qlora", "bnb_dora", "hqq_lora"]
     flags = ["--rows=1x16:ckpt", f"--train_types={','.join(train_types)}", "--extra=device=cpu", f"--json={path}"]
-    throughput.main(throughput.parse_arguments(["--shape=tiny", "--layers=1", "--peer=peft", *flags]))
+    throughput.main(
+        throughput.parse_arguments(["--shape=tiny", "--layers=1", "--peer=peft", "--sustained=0.05", *flags])
+    )
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     pairs = [(row["train_type"], row["peer"]) for row in rows]
     assert pairs == [(t, p) for t in train_types for p in (None, "peft")][:-1]

@@ -162,11 +162,15 @@ def test_learning_rates(base, tmp_path):
     """Every method tries three rates, one of them shared by all, and goes on with the best on validation."""
     config = config_of(base, tmp_path, seeds=3)
     jobs = list(run.rate_jobs(config, []))
+    assert run.pending(config, []) == list(dict.fromkeys(jobs))  # of one size: the readings of the base, then in order
+    both = replace(config, sizes="8,32", epochs="1,1")
+    assert [job.samples for job in run.pending(both, [])] == [0] * 2 + [32] * 33 + [8] * 33
     for name, method in run.METHODS.items():
         rates = {job.lr for job in jobs if job.method == name}
         assert rates == {0.0} if method.train_type is None else len(rates) == 3 and config.shared_lr in rates
     rows = [job._asdict() | {"validation": 0.5 if job.lr == 4e-3 else 0.25} for job in jobs if job.method == "qdora"]
     rows += [rows[0] | {"lr": 1.0, "validation": None}, rows[0] | {"lr": 2.0, "validation": 1.0, "rank": 2, "alpha": 4}]
+    assert list(run.seed_jobs(config, rows[1:])) == []  # not before all rates are done
     more = list(run.seed_jobs(config, rows))
     assert [(job.method, job.lr, job.seed) for job in more] == [("qdora", 4e-3, 1), ("qdora", 4e-3, 2)]
     assert [(job.rank, job.alpha, job.lr) for job in run.rank_jobs(config, rows)] == [(*r, 4e-3) for r in run.RANKS]
@@ -236,7 +240,7 @@ def test_budget_starts_nothing_after_its_end(finished, monkeypatch):
     config, _ = finished
     monkeypatch.setattr(run, "execute", lambda job, config: pytest.fail("started"))
     jobs = [run.Job("zero_shot"), run.Job("five_shot")]
-    assert list(run.run_jobs(jobs, config, run.Here(), deadline=0.0)) == []
+    assert list(run.run_jobs(lambda: jobs, config, run.Here(), deadline=0.0)) == []
 
 
 def test_a_failing_run_stops_no_other(finished, monkeypatch, capsys):
@@ -250,7 +254,7 @@ def test_a_failing_run_stops_no_other(finished, monkeypatch, capsys):
 
     monkeypatch.setattr(run, "execute", execute)
     jobs = [run.Job(name) for name in ("five_shot", "zero_shot", "full")]
-    found = list(run.run_jobs(jobs, config, run.Here(), deadline=float("inf")))
+    found = list(run.run_jobs(lambda: jobs, config, run.Here(), deadline=float("inf")))
     assert [row["method"] for (row,) in found] == ["zero_shot", "full"]
     assert capsys.readouterr().out == f"{jobs[0]}: failed (no room)\n"
 

@@ -46,7 +46,7 @@ def test_fast_equals_plain_in_bf16(flags, train_type):
     "more",
     [dict(use_activation_cpu_offload=True), dict(use_cpu_offload=True), dict(use_gradient_checkpointing=False),
      dict(reentrant_checkpointing=True), dict(checkpoint_policy="products"),
-     dict(use_activation_cpu_offload=True, checkpoint_policy="magnitude")],
+     dict(use_activation_cpu_offload=True, checkpoint_policy="adapters")],
     ids=str,
 )  # fmt: skip
 def test_memory_options_change_nothing(flags, more, compiled):
@@ -117,16 +117,17 @@ def test_offloaded_activations_leave_the_gpu(tiny):
     assert held(False) - held(True) > 0.7 * inputs
 
 
-def test_embedding_on_host_changes_nothing_but_memory(flags):
+@pytest.mark.parametrize("packed", [False, True])
+def test_embedding_on_host_changes_nothing_but_memory(flags, packed):
     """Loss and gradients are those of an embedding on the GPU; its bytes are not there."""
 
     def seen(on_host):
-        more = flags(train_type="bnb_dora", embedding_on_host=on_host)
+        more = flags(train_type="bnb_dora", embedding_on_host=on_host, quantize_lm_head=packed)
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
         model, *_ = prepared(make_config(**more))
         held = torch.cuda.memory_allocated() - before
-        nbytes = model.get_input_embeddings().weight.nbytes
+        nbytes = sum(p.nbytes for p in model.get_input_embeddings().parameters())
         del model
         return held, nbytes, first_step(more)
 

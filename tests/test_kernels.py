@@ -118,14 +118,16 @@ def test_row_norms_equal_dense(device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("quantizer", [q for q in QUANTIZERS if isinstance(q, Bnb4bit)], ids=str)
 def test_row_norms_of_packed_rows(quantizer, dtype, rank):
-    """The kernel's norms are those of the built product, for ragged numbers of rows and groups that split."""
+    """The kernel's norms are those of the built product, for ragged numbers of rows and groups that split; so are those
+    that end in the same kernel after cuBLAS."""
     generator = torch.Generator().manual_seed(5)
     packed = quantizer.quantize(torch.randn(200, 4096, generator=generator).cuda() * 0.05)
     a = (torch.randn(rank, 4096, generator=generator) * 0.02).to("cuda", dtype)
     b = (torch.randn(200, rank, generator=generator) * 0.1).to("cuda", dtype)
     w = quantizer.dequantize_plain(packed, in_features=4096, dtype=dtype)
-    found = quantizer.row_norms(packed, w.float().norm(dim=1), a, b, 2.0)
-    torch.testing.assert_close(found, row_norms_dense(w, a, b, 2.0), rtol=1e-5, atol=1e-6)
+    norm, dense = w.float().norm(dim=1), row_norms_dense(w, a, b, 2.0)
+    torch.testing.assert_close(quantizer.row_norms(packed, norm, a, b, 2.0), dense, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(row_norms(w, norm, a, b, 2.0), dense, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("device", DEVICES)

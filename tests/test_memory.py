@@ -6,6 +6,7 @@ from runs import make_config, prepared
 
 import train
 from fsdp_utils.memory import OutOfMemory, breakdown, remedies
+from fsdp_utils.sharding import POLICIES
 from methods.rows import local
 
 
@@ -24,11 +25,23 @@ def test_breakdown_counts_what_is_there(tiny):
     assert offloaded["base"] == offloaded["optimizer"] == 0
 
 
+def test_activations_grow_with_the_policy(tiny):
+    """Each policy keeps more than the one before; what is as large as the hidden states can wait in host memory."""
+    model, *_ = prepared(make_config(model_name=tiny("llama"), train_type="bnb_dora"))
+    of = lambda **flags: breakdown(model, make_config(model_name=tiny("llama"), **flags))["activations"]
+    kept = [of(checkpoint_policy=policy) for policy in POLICIES]
+    assert kept == sorted(set(kept))
+    away = [of(checkpoint_policy=policy, use_activation_cpu_offload=True) for policy in POLICIES]
+    assert away[0] == away[1] == away[2] < kept[0] and away[2] < away[3] < kept[3]
+
+
 def test_remedies_name_only_what_is_not_in_use():
     """A flag that is already set is not offered."""
     assert "--use_cpu_offload true" in remedies(make_config())
     assert "--use_cpu_offload true" not in remedies(make_config(use_cpu_offload=True))
     assert "--quant_scales double" not in remedies(make_config(train_type="hqq_lora"))
+    assert "--checkpoint_policy full" in remedies(make_config(checkpoint_policy="narrow"))
+    assert "--checkpoint_policy full" not in remedies(make_config())
 
 
 def test_out_of_memory_is_one_message(tiny, tiny_data, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Where rows and activations go when they leave the GPU. That results stay the same is in test_gpu and test_parity."""
 
 import weakref
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -55,41 +56,73 @@ def test_host_memory_wastes_little(monkeypatch):
 
 @pytest.fixture
 def hostly():
-    """An offloader that needs no GPU: it copies at once."""
+    """An offloader that needs no GPU: it copies at once, and counts."""
 
     class Copies(InputOffloader):
         def __init__(self):
-            self.kept, self.packed, self.wrapped = [], 0, False
+            super().__init__()
+            self.sent, self.brought = [], []
 
-        def pack(self, tensor, *, elements, width):
-            if not self.is_state(tensor, elements=elements, width=width):
-                return tensor
-            self.packed += 1
-            self.kept.append(tensor.detach().clone())
-            return len(self.kept) - 1
+        def _send(self, tensor):
+            self.sent.append(tensor.clone(memory_format=torch.preserve_format))
+            return self.sent[-1], None
 
-        def unpack(self, saved):
-            return saved if isinstance(saved, torch.Tensor) else self.kept[saved]
+        def _bring(self, host, device):
+            self.brought.append(host)
+            return host.clone(memory_format=torch.preserve_format), None
 
-        def forget(self):
-            self.kept.clear()
+        @staticmethod
+        def _wait(event):
+            pass
 
     return Copies()
 
 
 def test_nothing_else_holds_what_was_offloaded(hostly):
-    """The block's input is free once it was copied: neither a hook nor the graph keeps it."""
-    weight = nn.Parameter(torch.randn(8, 8))
-    block = hostly.wrap(lambda hidden: torch.utils.checkpoint.checkpoint(torch.mm, hidden, weight, use_reentrant=False))
-    hidden = torch.randn(4, 8, requires_grad=True) * 1  # as a block's output: not a leaf
-    expected = hidden.detach().T @ torch.ones(4, 8)
-    gone = weakref.ref(hidden)
-    output = block(hidden)
-    del hidden
-    assert hostly.packed == 1
-    assert gone() is None
-    output.sum().backward()
-    torch.testing.assert_close(weight.grad, expected)
+    """Inputs of all blocks but the last are free once they were copied: neither hooks nor graph keep them, and the
+    offloader only those of the block whose copies may be under way."""
+    weights = [nn.Parameter(torch.randn(8, 8)) for _ in range(4)]
+    run = lambda hidden, weight: torch.utils.checkpoint.checkpoint(torch.mm, hidden, weight, use_reentrant=False)
+    blocks = [hostly.wrap(partial(run, weight=weight)) for weight in weights]
+    start = torch.randn(4, 8, requires_grad=True)
+    hidden, inputs = start * 1, []  # as a block's output: not a leaf
+    for block in blocks:
+        inputs.append(weakref.ref(hidden))
+        hidden = block(hidden)
+    assert len(hostly.sent) == 3
+    assert [gone() is None for gone in inputs] == [True, True, True, False]
+    assert [leaving.block for leaving in hostly.leaving] == [2]
+    hidden.sum().backward()
+    got = [weight.grad.clone() for weight in weights]
+    plain = start * 1
+    for weight in weights:
+        weight.grad, plain = None, plain @ weight
+    plain.sum().backward()
+    torch.testing.assert_close(got, [weight.grad for weight in weights])
+
+
+def test_blocks_come_back_one_ahead(hostly):
+    """While a block is in backward, what the block before it sent is already under way; each tensor comes once."""
+    blocks, seen = [hostly.wrap(lambda hidden: (hidden.sin() * 2).cos()) for _ in range(4)], []
+    hidden = torch.randn(4, 8, requires_grad=True)
+    for block in blocks:
+        hidden = block(hidden)
+        hidden.register_hook(lambda grad: seen.append(len(hostly.brought)))
+    assert len(hostly.sent) == 6  # two of each block but the last
+    hidden.sum().backward()
+    assert seen == [0, 2, 4, 6]
+    assert len(hostly.brought) == 6
+
+
+def test_strides_survive(hostly):
+    """A saved tensor comes back in the order in which it lay; one with gaps is not sent."""
+    pack = partial(hostly.pack, block=0, elements=24, dtype=torch.float32)
+    turned = torch.arange(24.0).view(2, 3, 4).transpose(1, 2)
+    back = hostly.unpack(pack(turned), block=0)
+    assert back.stride() == turned.stride()
+    torch.testing.assert_close(back, turned)
+    for other in (torch.zeros(4, 12)[:, :6], torch.zeros(24, dtype=torch.float64), nn.Parameter(torch.zeros(24))):
+        assert pack(other) is other
 
 
 def test_a_forward_without_backward_is_forgotten(hostly):
@@ -100,6 +133,7 @@ def test_a_forward_without_backward_is_forgotten(hostly):
         hidden = torch.randn(4, 8, requires_grad=True)
         for block in blocks:
             hidden = block(hidden)
-        assert len(hostly.kept) == 3
+        assert sorted(hostly.away) == [0, 1]
     hidden.sum().backward()
     assert weight.grad is not None
+    assert not hostly.away and not hostly.fetched and not hostly.leaving

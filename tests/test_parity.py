@@ -117,7 +117,11 @@ def test_splits_of_the_global_batch(pair, one_process, flags, train_type, no_syn
 
 @pytest.mark.parametrize(
     "how",
-    [dict(), dict(reentrant_checkpointing=True), *(dict(checkpoint_policy=name) for name in ("magnitude", "products"))],
+    [
+        dict(),
+        dict(reentrant_checkpointing=True),
+        *(dict(checkpoint_policy=name) for name in ("adapters", "narrow", "products")),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("train_type", ["qlora", "bnb_dora", "hqq_lora", "full"])

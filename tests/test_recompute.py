@@ -153,13 +153,41 @@ def test_attention_of_the_gpu(tiny):
         assert planned_and_kept(config, attention_name=attention.NAME)[1].block == pytest.approx(plain, rel=0.01)
 
 
-def test_what_a_policy_keeps(tiny):
-    """`products`: the outputs of linears and attention, and the adapters' hidden states, by hand for a Llama block."""
-    config = make_config(model_name=tiny("llama"), train_type="bnb_dora", batch_size=2, checkpoint_policy="products")
-    kept = planned_and_kept(config)[1]
-    linears = 64 + 32 + 32 + 64 + 128 + 128 + 64  # q, k, v, o, gate, up, down
-    attended, hidden = 64 + 4, 6 * 8  # output and a number per head; rank 8 in all but o
-    assert kept.by_policy == 2 * 64 * 4 * (linears + attended + hidden)
+WIDTHS = dict(q=64, k=32, v=32, o=64, gate=128, up=128, down=64)  # of a tiny Llama's outputs; hidden size 64
+ATTENDED, HIDDEN = 64 + 4, 6 * 8  # output and a number per head; A x of rank 8 in all but o
+
+
+@pytest.mark.parametrize(
+    ("train_type", "policy", "elements"),
+    [
+        ("bnb_dora", "full", 0),
+        ("custom_qlora", "adapters", HIDDEN),
+        ("bnb_dora", "adapters", HIDDEN + sum(WIDTHS[name] for name in ("k", "v", "down"))),
+        ("bnb_dora", "narrow", HIDDEN + ATTENDED + sum(WIDTHS[name] for name in ("q", "k", "v", "o", "down"))),
+        ("bnb_dora", "products", HIDDEN + ATTENDED + sum(WIDTHS.values())),
+    ],
+)
+def test_what_a_policy_keeps(tiny, train_type, policy, elements):
+    """Elements per token, by hand for a Llama block."""
+    config = make_config(model_name=tiny("llama"), train_type=train_type, batch_size=2, checkpoint_policy=policy)
+    assert planned_and_kept(config)[1].by_policy == 2 * 64 * 4 * elements
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_embedding_on_the_host_takes_no_room(tiny, packed):
+    """Only on one GPU, and only if it is frozen."""
+    embedding = lambda planned: sum(p.nbytes for p in planned.model.get_input_embeddings().parameters())
+    held = []
+    for on_host in (True, False):
+        flags = dict(train_type="bnb_dora", embedding_on_host=on_host, quantize_lm_head=packed)
+        config = make_config(model_name=tiny("llama"), **flags)
+        planned = model.plan(config, device=CPU)
+        held.append(recompute.resident(planned.model, decoder_blocks(planned.model), config, mesh=None))
+    assert held[1] - held[0] == embedding(planned) > 0
+    config = make_config(model_name=tiny("llama"), train_type="full")
+    planned = model.plan(config, device=CPU)
+    total = sum(p.nbytes for p in planned.model.parameters())
+    assert recompute.resident(planned.model, decoder_blocks(planned.model), config, mesh=None) >= 2 * total
 
 
 def test_families_that_change_logits_hold_all_of_them(tiny):
@@ -370,7 +398,7 @@ def test_only_inputs_of_recomputed_blocks_are_offloaded(tiny, monkeypatch):
     wrapped = []
     offloader = SimpleNamespace(wrap=lambda forward: wrapped.append(forward) or forward)
     monkeypatch.setattr(sharding, "InputOffloader", lambda: offloader)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sharding, "pick_device", lambda name: torch.device("cuda"))
     config = make_config(
         model_name=tiny("llama", num_hidden_layers=BLOCKS),
         use_activation_cpu_offload=True,

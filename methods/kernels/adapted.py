@@ -4,7 +4,8 @@ The plain version is `LoRALinear.plain_forward`. What this one does differently:
 
 - The row factor c goes into the scales while they are dequantized, and into B: DoRA costs what LoRA costs.
 - The low-rank product is no pass over the output of its own. Where the output is wider than the input, the product is
-  `[x, A x] @ [W, s c B].T`; elsewhere the base product accumulates onto it.
+  `[x, A x] @ [W, s c B].T`, and in backward `grad @ [W, s c B]` gives B's share beside the base's; elsewhere the base
+  product accumulates onto the low-rank one.
 - The gradient of the magnitude needs `V x`, which is output / c: the output is kept anyway by what follows it.
 """
 
@@ -27,6 +28,20 @@ def _weight(parts, spec: str, factor: Tensor | None, *, dtype, in_features: int,
     return weight.to(dtype) if out is None else out.copy_(weight)
 
 
+def _widens(p0: Tensor, width: int) -> bool:
+    """Whether copying x costs less than writing and reading the output once more."""
+    return p0.shape[0] > 2 * width
+
+
+def _beside(parts, spec: str, factor: Tensor | None, scaled_b: Tensor, *, dtype, in_features: int) -> Tensor:
+    """`[W, s c B]`, `[out, in + r]`."""
+    out, rank = scaled_b.shape
+    both = torch.empty(out, in_features + rank, dtype=dtype, device=scaled_b.device)
+    _weight(parts, spec, factor, dtype=dtype, in_features=in_features, out=both[:, :in_features])
+    both[:, in_features:] = scaled_b
+    return both
+
+
 def forward(
     x: Tensor, hidden: Tensor | None, p0: Tensor, p1: Tensor | None, p2: Tensor | None, spec: str,
     a: Tensor | None, scaled_b: Tensor | None, factor: Tensor | None,
@@ -38,11 +53,8 @@ def forward(
     if a is None:
         return (rows @ _weight(parts, spec, factor, **weight).T).view(*shape, -1)
     hidden = hidden.reshape(-1, a.shape[0])  # [t, r]
-    if p0.shape[0] > 2 * width:  # copying x costs less than writing and reading the output once more
-        both = torch.empty(p0.shape[0], width + a.shape[0], dtype=x.dtype, device=x.device)
-        _weight(parts, spec, factor, **weight, out=both[:, :width])
-        both[:, width:] = scaled_b
-        out = torch.cat([rows, hidden], dim=1) @ both.T
+    if _widens(p0, width):
+        out = torch.cat([rows, hidden], dim=1) @ _beside(parts, spec, factor, scaled_b, **weight).T
     else:
         out = (hidden @ scaled_b.T).addmm_(rows, _weight(parts, spec, factor, **weight).T)
     return out.view(*shape, -1)
@@ -60,29 +72,39 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, A, scaled_b and the row factor; empty tensors for what is absent."""
     grads = grad.reshape(-1, grad.shape[-1])  # [t, out]
+    parts, weight = (p0, p1, p2), dict(dtype=grad.dtype, in_features=in_features)
     grad_x, grad_a, grad_b, grad_factor = (grad.new_empty(0) for _ in range(4))  # an operator's outputs may not alias
-    if a is not None:
-        rows, hidden = x.reshape(-1, in_features), hidden.reshape(-1, a.shape[0])
-        through_b = grads @ scaled_b  # [t, r]
+    if a is None:
+        if needs_x:
+            grad_x = grads @ _weight(parts, spec, factor, **weight)
+    else:
+        rows, hidden, wide_a = x.reshape(-1, in_features), hidden.reshape(-1, a.shape[0]), a.to(grad.dtype)
+        if needs_x and _widens(p0, in_features):
+            both = grads @ _beside(parts, spec, factor, scaled_b, **weight)  # [t, in + r]
+            grad_x, through_b = both[:, :in_features], both[:, in_features:]
+            grad_x.addmm_(through_b, wide_a)
+        else:
+            through_b = grads @ scaled_b  # [t, r]
+            if needs_x:
+                grad_x = (through_b @ wide_a).addmm_(grads, _weight(parts, spec, factor, **weight))
         grad_a = (through_b.T @ rows).to(a.dtype)
         grad_b = grads.T @ hidden
-        if needs_x:
-            grad_x = through_b @ a.to(grad.dtype)
     if factor is not None:
         # d/dc sum(grad * c V x) = sum(grad * out) / c; a row with c = 0 has no output to learn from
         summed = reduce.column_dot(grads, out.reshape(grads.shape))  # fp32 [out]
         grad_factor = torch.where(factor == 0, 0.0, summed / factor)
     if needs_x:
-        weight = _weight((p0, p1, p2), spec, factor, dtype=grad.dtype, in_features=in_features)
-        grad_x = grads @ weight if a is None else grad_x.addmm_(grads, weight)
         grad_x = grad_x.view(*grad.shape[:-1], in_features)
     return grad_x, grad_a, grad_b, grad_factor
 
 
 def backward_shapes(grad, x, hidden, out, p0, p1, p2, spec, a, scaled_b, factor, in_features, needs_x):
     """What `backward` returns, without values."""
+    grad_x = grad.new_empty(*grad.shape[:-1], in_features) if needs_x else grad.new_empty(0)
+    if needs_x and a is not None and _widens(p0, in_features):  # columns of a wider matrix
+        grad_x = grad.new_empty(*grad.shape[:-1], in_features + a.shape[0])[..., :in_features]
     return (
-        grad.new_empty(*grad.shape[:-1], in_features) if needs_x else grad.new_empty(0),
+        grad_x,
         *(grad.new_empty(0) if t is None else torch.empty_like(t) for t in (a, scaled_b, factor)),
     )
 

@@ -15,7 +15,7 @@ from methods.kernels.dequantize import code_table
 from methods.quantizers.linear import as_bytes
 
 MAX_RANK, MAX_GROUP = 128, 128  # beyond them the tiles no longer fit
-ROWS, PROGRAMS, WARPS, STAGES = 64, 528, 4, 3  # of a tile; to keep 132 multiprocessors busy
+ROWS, PROGRAMS = 64, 528  # of a tile; at most, for 132 multiprocessors
 
 
 if triton is not None:
@@ -68,26 +68,33 @@ if triton is not None:
 
     @triton.jit
     def _norm_kernel(
-        weight_norm, cross, b, out, rows, rank, splits, scaling, BLOCK: tl.constexpr, RANK: tl.constexpr
+        weight_norm, cross, gram, b, out, rows, rank, splits, stride, scaling, BLOCK: tl.constexpr, RANK: tl.constexpr,
+        PART: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         inside = row < rows
         r = tl.arange(0, RANK)
-        known = r < rank
-        at = row[:, None] * rank + r[None, :]
-        mask = inside[:, None] & known[None, :]
-        lora_b = tl.load(b + at, mask=mask, other=0).to(tl.float32)
-        square_at, square_mask = (rows + r[:, None]) * rank + r[None, :], known[:, None] & known[None, :]
+        at, mask = row[:, None] * rank + r[None, :], inside[:, None] & (r < rank)[None, :]
         product = tl.zeros((BLOCK, RANK), tl.float32)
-        square = tl.zeros((RANK, RANK), tl.float32)
         for split in range(splits):
-            part = cross + split * (rows + rank) * rank
-            product += tl.load(part + at, mask=mask, other=0)
-            square += tl.load(part + square_at, mask=square_mask, other=0)
-        low_rank = tl.sum(tl.dot(lora_b, square, input_precision="ieee") * lora_b, axis=1)
+            product += tl.load(cross + split * stride + at, mask=mask, other=0)
+        # B (A A^T), a few columns of B at a time: the whole of A A^T would not stay in registers
+        through = tl.zeros((BLOCK, RANK), tl.float32)
+        for first in range(0, RANK, PART):
+            part = first + tl.arange(0, PART)
+            square_at = part[:, None] * rank + r[None, :]
+            square_mask = (part < rank)[:, None] & (r < rank)[None, :]
+            square = tl.zeros((PART, RANK), tl.float32)
+            for split in range(splits):
+                square += tl.load(gram + split * stride + square_at, mask=square_mask, other=0)
+            some = tl.load(
+                b + row[:, None] * rank + part[None, :], mask=inside[:, None] & (part < rank)[None, :], other=0
+            )
+            through = tl.dot(some.to(tl.float32), square, through, input_precision="tf32x3")
+        lora_b = tl.load(b + at, mask=mask, other=0).to(tl.float32)
         norm = tl.load(weight_norm + row, mask=inside, other=0)
-        squared = norm * norm + 2 * scaling * tl.sum(product * lora_b, axis=1) + scaling * scaling * low_rank
-        tl.store(out + row, tl.sqrt(tl.maximum(squared, 0)), mask=inside)
+        added = tl.sum((2 * scaling * product + scaling * scaling * through) * lora_b, axis=1)
+        tl.store(out + row, tl.sqrt(tl.maximum(norm * norm + added, 0)), mask=inside)
 
 
 def fits(codes: torch.Tensor, *, rank: int, group_size: int) -> bool:
@@ -98,21 +105,35 @@ def fits(codes: torch.Tensor, *, rank: int, group_size: int) -> bool:
 def row_norms(codes, scales, ranges, weight_norm, lora_a, lora_b, scaling, *, quant_type, group_size) -> torch.Tensor:
     """`||W + s B A||` of each row, fp32 `[n]`; codes, scales and ranges as `dequantize.table_rows` takes them."""
     rows, groups, rank = len(codes), scales.shape[1], len(lora_a)
-    out = torch.empty(rows, dtype=torch.float32, device=codes.device)
     if not rows:
-        return out
+        return weight_norm.clone()
     blocks = triton.cdiv(rows, ROWS) + triton.cdiv(rank, ROWS)
     splits = max(1, min(groups // 8, PROGRAMS // blocks))
     per_split = triton.cdiv(groups, splits)
     splits = triton.cdiv(groups, per_split)
     cross = torch.empty(splits, rows + rank, rank, dtype=torch.float32, device=codes.device)
-    width = max(16, triton.next_power_of_2(rank))
     _cross_kernel[(blocks, splits)](
         as_bytes(codes), scales if ranges is None else as_bytes(scales), ranges, code_table(quant_type, codes.device),
         lora_a.contiguous(), cross, rows, groups, rank, per_split,
-        GROUP=group_size, DOUBLE=ranges is not None, ROWS=ROWS, RANK=width, num_warps=WARPS, num_stages=STAGES,
+        GROUP=group_size, DOUBLE=ranges is not None, ROWS=ROWS, RANK=max(16, triton.next_power_of_2(rank)),
+        num_warps=4, num_stages=1,  # with more, Triton looks the table up by asynchronous copies: 1.5 times as slow
     )  # fmt: skip
-    _norm_kernel[(triton.cdiv(rows, 64),)](
-        weight_norm, cross, lora_b.contiguous(), out, rows, rank, splits, scaling, BLOCK=64, RANK=width, num_warps=4
-    )
+    stride = (rows + rank) * rank
+    return finish(weight_norm, cross, cross[0, rows:], lora_b, scaling, splits=splits, stride=stride)
+
+
+def finish(weight_norm, cross, gram, lora_b, scaling, *, splits: int = 1, stride: int = 0) -> torch.Tensor:
+    """`sqrt(norm^2 + 2 s rowsum(cross * B) + s^2 rowsum((B gram) * B))`, fp32 `[n]`, in one pass.
+
+    Args:
+        weight_norm: fp32 `[n]`; cross: fp32 `[n, r]`; gram: fp32 `[r, r]`; lora_b: `[n, r]`.
+        splits: of how many parts cross and gram are the sums, each `stride` elements after the one before.
+    """
+    rows, rank = lora_b.shape
+    out = torch.empty(rows, dtype=torch.float32, device=lora_b.device)
+    if rows:
+        _norm_kernel[(triton.cdiv(rows, 32),)](
+            weight_norm, cross, gram, lora_b.contiguous(), out, rows, rank, splits, stride, scaling,
+            BLOCK=32, RANK=max(16, triton.next_power_of_2(rank)), PART=16, num_warps=4,
+        )  # fmt: skip
     return out
