@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from experiments.orca_math_mini.problems import pretraining_texts, problems, splits
 from fsdp_utils.distributed import fail, pick_device
 from fsdp_utils.flags import flag, parse
-from fsdp_utils.safetensors_io import new_folder
+from fsdp_utils.loading import fingerprint
+from fsdp_utils.safetensors_io import CheckpointReader, new_folder
 from methods.errors import UserError
 from scripts.make_demo import PROMPT, make_tokenizer, packed_batches, pretrain, write_jsonl
 
@@ -115,7 +116,7 @@ def pretrained(tokenizer, scale: Scale, *, steps: int, seed: int, device: torch.
     workers = min(12, len(os.sched_getaffinity(0)) - 1) if on_gpu else 0  # on a GPU, making text would be the slow part
     batches = iter(DataLoader(text, batch_size=None, num_workers=workers))
     deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     try:
         with torch.autocast("cuda", torch.bfloat16) if on_gpu else nullcontext():
             pretrain(torch.compile(model) if on_gpu else model, batches, steps, lr=scale.lr)
@@ -138,6 +139,7 @@ def main(args: Pretrain) -> None:
         tokenizer.save_pretrained(folder / "model")
         for name, found in sets.items():
             write_jsonl(folder / f"{name}.jsonl", [problem.row for problem in found])
+        print(f"base {fingerprint(CheckpointReader(folder / 'model'))[:12]}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python experiments/orca_math_mini/report.py --results output/mini_runs/results.jsonl --output_dir output/mini_report
     python experiments/orca_math_mini/report.py --plots false
 
-report.md has the comparison (mean and standard deviation over seeds), the learning rates, the ranks, and how far DoRA's
-magnitudes moved. The plots, loss.png and tradeoff.png, need matplotlib.
+report.md has the comparison (mean and standard deviation over seeds), the learning rates, LoRA beside DoRA at equal
+rates, the ranks, and how far DoRA's magnitudes moved. The plots, loss.png and tradeoff.png, need matplotlib.
 """
 
 import sys
@@ -102,14 +102,33 @@ def costs(found: list[dict]) -> list[str]:
 
 
 def learning_rates(rows: list[dict], samples: int) -> str:
-    """What each learning rate gave on the validation problems, at seed 0."""
+    """What each learning rate gave at seed 0: exact match on the validation problems, which choose, and on the test."""
     lines = []
     for name in METHODS:
         tried = sorted(select(rows, name, samples, seed=0), key=lambda row: row["lr"])
         failed = select(rows, name, samples, seed=0, diverged=True)
-        cells = [f"{r['lr']:g}: {r['validation']:.3f}" for r in tried] + [f"{r['lr']:g}: diverged" for r in failed]
-        lines += [[name, ", ".join(cells)]] if cells else []
-    return table(["method", "validation exact match by learning rate"], lines)
+        best = best_rate(rows, name, samples)
+        cells = [f"{r['lr']:g}: {r['validation']:.3f} / {exact(r)}" for r in tried]
+        cells = [f"**{cell}**" if r["lr"] == best else cell for r, cell in zip(tried, cells, strict=True)]
+        cells += [f"{r['lr']:g}: diverged" for r in failed]
+        lines += [[name, ", ".join(cells)]] if cells and METHODS[name].train_type else []
+    return table(["method", "learning rate: exact match on validation / test; bold: chosen"], lines)
+
+
+def pairs(rows: list[dict], samples: int) -> str:
+    """LoRA beside DoRA, on the same base at the same learning rate and seed 0."""
+    found, higher = {}, []
+    for dora in [name for name in METHODS if name.endswith("dora")]:
+        names = dora.removesuffix("dora") + "lora", dora
+        loras, doras = ({r["lr"]: r for r in select(rows, name, samples, seed=0)} for name in names)
+        both = {lr: (loras[lr], doras[lr]) for lr in sorted(loras.keys() & doras.keys())}
+        found |= {names: both} if both else {}
+        higher += [b["exact_match"] > a["exact_match"] for a, b in both.values()]
+    rates = sorted({lr for both in found.values() for lr in both})
+    cells = lambda both: [" / ".join(map(exact, both.get(lr, ()))) for lr in rates]
+    lines = [[" / ".join(names), *cells(both)] for names, both in found.items()]
+    said = f"\nDoRA is higher in {sum(higher)} of {len(higher)}.\n" if higher else ""
+    return table(["test exact match at", *(f"{lr:g}" for lr in rates)], lines) + said
 
 
 def ranks(rows: list[dict], samples: int) -> str:
@@ -120,6 +139,8 @@ def ranks(rows: list[dict], samples: int) -> str:
         for rank, alpha in RANKS:
             for row in select(rows, name, samples, seed=0, lr=best, rank=rank, alpha=alpha):
                 lines.append([name, f"{rank}-{alpha}", exact(row), *costs([row])])
+    if len({line[1] for line in lines}) < 2:
+        return ""  # only the main rank was run
     return table(["method", "rank-alpha", "exact match", *COSTS], lines)
 
 
@@ -136,6 +157,7 @@ def magnitudes(rows: list[dict], samples: int) -> str:
 SECTIONS = {
     "Comparison": comparison,
     "Learning rates": learning_rates,
+    "LoRA and DoRA at equal rates": pairs,
     "Ranks": ranks,
     "DoRA's magnitudes": magnitudes,
 }
@@ -153,37 +175,65 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join(parts)
 
 
+# a colour for each base; LoRA is a circle and dashes, DoRA a diamond and a line, so that pairs can be told apart
+BASES = {"": "tab:gray", "q": "tab:blue", "hqq4_": "tab:orange", "hqq2_": "tab:green"}
+KINDS = {"lora": dict(marker="o", linestyle="--"), "dora": dict(marker="D", linestyle="-")}
+STYLES = {base + kind: dict(color=color, **KINDS[kind]) for base, color in BASES.items() for kind in KINDS} | {
+    "full": dict(color="black", marker="s", linestyle="-"),
+    "full_nf4": dict(color="tab:red", marker="x", linestyle="-"),
+    "llama_pro": dict(color="tab:purple", marker="^", linestyle=":"),
+    "llama_pro_4": dict(color="tab:brown", marker="v", linestyle=":"),
+}
+
+
 def draw_losses(rows: list[dict], path: Path) -> None:
     """Training loss over steps, seed 0 at the best learning rate; one panel per size."""
     from matplotlib.figure import Figure
 
     sizes = sizes_of(rows)
-    figure = Figure(figsize=(6 * len(sizes), 4), layout="constrained")
+    figure = Figure(figsize=(5 * len(sizes) + 1.5, 4.5), layout="constrained")
+    lines = {}
     for samples, axes in zip(sizes, figure.subplots(1, len(sizes), squeeze=False)[0], strict=True):
         for name in METHODS:
             for row in [r for r in at_best_rate(rows, name, samples) if r["seed"] == 0 and "loss" in r]:
-                axes.plot(*zip(*row["loss"], strict=True), label=name)
-        axes.set(title=f"{samples} training problems", xlabel="step", ylabel="loss", yscale="log")
-        axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+                style = STYLES[name] | dict(marker="")
+                lines[name] = axes.plot(*zip(*row["loss"], strict=True), label=name, linewidth=1.2, **style)[0]
+        axes.set(title=f"{samples} training problems", xlabel="step", ylabel="training loss", yscale="log")
+        axes.grid(alpha=0.3)
+    figure.legend(handles=lines.values(), loc="outside right center", fontsize="small")
+    figure.savefig(path, dpi=100)
 
 
 def draw_tradeoff(rows: list[dict], path: Path) -> None:
-    """Exact match against peak memory and training time, mean over seeds; one row of panels per size."""
+    """Exact match against peak memory and training time, mean over seeds; one row of panels per size.
+
+    A bar is the standard deviation over seeds, where there are several. A method below a tenth of the best is named in
+    a line below the others, which would otherwise lie on top of each other.
+    """
     from matplotlib.figure import Figure
 
-    sizes, costs = sizes_of(rows), {"train_peak_gib": "peak memory, GiB", "train_seconds": "training, s"}
-    figure = Figure(figsize=(6 * len(costs), 4 * len(sizes)), layout="constrained")
+    processes = max(row["processes"] for row in rows)
+    shared = f" (up to {processes} runs at a time)" if processes > 1 else ""
+    sizes, costs = sizes_of(rows), {"train_peak_gib": "peak memory, GiB", "train_seconds": f"training, s{shared}"}
+    figure = Figure(figsize=(5 * len(costs) + 1.5, 4 * len(sizes)), layout="constrained")
+    points = {}
     for samples, line in zip(sizes, figure.subplots(len(sizes), len(costs), squeeze=False), strict=True):
+        runs = {name: [r for r in at_best_rate(rows, name, samples) if "steps" in r] for name in OWNERS}
+        scores = {name: [row["exact_match"] for row in found] for name, found in runs.items() if found}
+        best = max((mean(values) for values in scores.values()), default=0)
+        low = [name for name, values in scores.items() if mean(values) < best / 10]
         for (key, label), axes in zip(costs.items(), line, strict=True):
-            for name in OWNERS:
-                found = [row for row in at_best_rate(rows, name, samples) if key in row]
-                if found:
-                    point = mean(row[key] for row in found), mean(row["exact_match"] for row in found)
-                    axes.scatter(*point)
-                    axes.annotate(name, point, fontsize="small")
-            axes.set(title=f"{samples} training problems", xlabel=label, ylabel="exact match")
-    figure.savefig(path, dpi=120)
+            at = {name: mean(row[key] for row in runs[name]) for name in scores}
+            for name in [name for name in scores if name not in low]:
+                bar = stdev(scores[name]) if len(scores[name]) > 1 else None
+                style = STYLES[name] | dict(linestyle="none", capsize=3)
+                points[name] = axes.errorbar(at[name], mean(scores[name]), yerr=bar, label=name, **style)
+            left = ", ".join(f"{name} {mean(scores[name]):.3f} at {at[name]:.3g}" for name in low)
+            axes.set(title=f"{samples} training problems", ylabel="exact match")
+            axes.set_xlabel(label + (f"\nnot in the picture: {left}" if left else ""))
+            axes.grid(alpha=0.3)
+    figure.legend(handles=points.values(), loc="outside right center", fontsize="small")
+    figure.savefig(path, dpi=100)
 
 
 def main(args: Report) -> None:

@@ -5,7 +5,7 @@
 
 results.jsonl only grows: what is in it is not run again, so the work may be split over several calls, and the file may
 be carried to another machine. Stages: `rates` tries each method's learning rates, `seeds` repeats the one that did best
-on the validation problems, `ranks` varies LoRA's rank and alpha.
+on the validation problems, `ranks` varies LoRA's rank and alpha; both begin for a method when its rates are done.
 """
 
 import gc
@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
@@ -64,6 +64,7 @@ class Method:
         shots: solved problems before each question.
         also: further results of the same run: their names, and evaluate.py's --eval_type.
         main: whether its best learning rate is repeated with further seeds.
+        new_blocks: of Llama-Pro; the rate of 2024, a tenth, makes one of this base.
     """
 
     train_type: str | None
@@ -72,6 +73,7 @@ class Method:
     shots: int = 0
     also: dict[str, str] = field(default_factory=dict)
     main: bool = False
+    new_blocks: int = 0
 
     @property
     def adapter(self) -> bool:
@@ -84,7 +86,8 @@ METHODS = {
     "full": Method("full", (0.3, 1, 3), also={"full_nf4": "full_post_quantized"}, main=True),
     "qlora": Method("custom_qlora", main=True),
     "qdora": Method("bnb_dora", main=True),
-    "llama_pro": Method("bnb_llama_pro", (0.3, 1, 3), main=True),
+    "llama_pro": Method("bnb_llama_pro", (0.3, 1, 3), main=True, new_blocks=1),
+    "llama_pro_4": Method("bnb_llama_pro", (0.3, 1, 3), new_blocks=4),
     "hqq4_lora": Method("hqq_lora", flags={"n_bits": 4}),
     "hqq4_dora": Method("hqq_dora", flags={"n_bits": 4}),
     "hqq2_lora": Method("hqq_lora", flags={"n_bits": 2}),
@@ -103,7 +106,7 @@ class RunConfig:
     only: str = flag(",".join(METHODS), "methods to run")
     sizes: str = flag("3000,30000", "training problems of a run")
     epochs: str = flag("4,1", "passes over the problems, one number for each of --sizes")
-    stages: str = flag("rates,seeds,ranks", "what to do, in this order")
+    stages: str = flag("rates,seeds,ranks", "what to do")
     seeds: int = flag(3, "runs at the best learning rate", minimum=1)
     shared_lr: float = flag(1e-3, "the learning rate that every method tries", above=0.0)
     tune: bool = flag(True, "try two more learning rates per method")
@@ -143,9 +146,8 @@ class RunConfig:
     def heldout(self) -> Path:
         return Path(self.output_dir) / "heldout.jsonl"
 
-    @property
-    def expanded(self) -> Path:
-        return Path(self.output_dir) / "base_pro"
+    def expanded(self, method: Method) -> Path:
+        return Path(self.output_dir) / f"base_pro_{method.new_blocks}"
 
 
 class Job(NamedTuple):
@@ -191,11 +193,20 @@ def best_rate(rows: list[dict], name: str, samples: int) -> float | None:
     return min(scored, key=lambda row: (-row["validation"], row["lr"]))["lr"] if scored else None
 
 
+def chosen_rate(config: RunConfig, rows: list[dict], name: str, samples: int) -> float | None:
+    """`best_rate`, once no rate is left to try."""
+    if "rates" in config.stages.split(","):
+        left = remaining(rate_jobs(config, rows), rows)
+        if any((job.method, job.samples) == (name, samples) for job in left):
+            return None
+    return best_rate(rows, name, samples)
+
+
 def seed_jobs(config: RunConfig, rows: list[dict]) -> Iterator[Job]:
     """The best learning rate of the main rows at further seeds."""
     for samples in config.numbers:
         for name, method in config.methods.items():
-            best = best_rate(rows, name, samples)
+            best = chosen_rate(config, rows, name, samples)
             if best and method.main:
                 yield from (job_of(name, samples, best, seed=seed) for seed in range(1, config.seeds))
 
@@ -204,7 +215,7 @@ def rank_jobs(config: RunConfig, rows: list[dict]) -> Iterator[Job]:
     """Ranks and alphas at the largest size and the main rank's best learning rate."""
     samples = max(config.numbers)
     for name in RANKED_METHODS:
-        best = best_rate(rows, name, samples)
+        best = chosen_rate(config, rows, name, samples)
         if best and name in config.methods:
             yield from (job_of(name, samples, best, rank=rank, alpha=alpha) for rank, alpha in RANKS)
 
@@ -266,8 +277,8 @@ def train_config(job: Job, config: RunConfig) -> TrainConfig:
     )
     if method.adapter:
         flags.update(lora_rank=job.rank, lora_alpha=job.alpha)
-    if method.train_type == "bnb_llama_pro":
-        flags.update(llama_pro_path=config.expanded)
+    if method.new_blocks:
+        flags.update(llama_pro_path=config.expanded(method))
     return parse(TrainConfig, [f"--{name}={value}" for name, value in flags.items()], prog="train.py")
 
 
@@ -446,17 +457,31 @@ def executor(config: RunConfig):
     return ProcessPoolExecutor(config.processes, mp_context=get_context("spawn"))
 
 
-def run_jobs(jobs: list[Job], config: RunConfig, pool, *, deadline: float) -> Iterator[list[dict]]:
+def pending(config: RunConfig, rows: list[dict]) -> list[Job]:
+    """The jobs of all stages that have no result and need none that is missing: readings of the base, then the longest
+    first, so that those that end last are short and the other processes wait least."""
+    jobs = remaining((job for stage in config.stages.split(",") for job in STAGES[stage](config, rows)), rows)
+    length = lambda job: job.samples * config.epochs_of(job.samples) if job.samples else float("inf")
+    return sorted(jobs, key=length, reverse=True)
+
+
+def run_jobs(jobs: Callable[[], list[Job]], config: RunConfig, pool, *, deadline: float) -> Iterator[list[dict]]:
     """The rows of each job as it ends; none of one that fails, which is said and stops no other. After the deadline no
-    further one is started."""
-    running, waiting = {}, deque(jobs)
-    while waiting or running:
-        if time.monotonic() > deadline:
-            waiting.clear()
+    further one is started.
+
+    Args:
+        jobs: those to do, asked again whenever one has ended, since results make further ones. None is run twice.
+    """
+    running, begun = {}, set()
+    while True:
+        waiting = deque(job for job in jobs() if job not in begun) if time.monotonic() <= deadline else ()
         while waiting and len(running) < config.processes:
             job = waiting.popleft()
+            begun.add(job)
             running[pool.submit(execute, job, config)] = job
-        for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
+        if not running:
+            return
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
             job, error = running.pop(future), future.exception()
             if error:
                 print(f"{job}: failed ({str(error).splitlines()[0] if str(error) else repr(error)})", flush=True)
@@ -465,7 +490,7 @@ def run_jobs(jobs: list[Job], config: RunConfig, pool, *, deadline: float) -> It
 
 
 def prepare(config: RunConfig) -> None:
-    """Folders, the file of questions, and the expanded base for Llama-Pro.
+    """Folders, the file of questions, and the expanded bases for Llama-Pro.
 
     Raises:
         UserError: --base is not what pretrain.py makes.
@@ -483,7 +508,9 @@ def prepare(config: RunConfig) -> None:
         (out / name).mkdir(parents=True, exist_ok=True)
     write_jsonl(config.heldout, test + validation + train_rows[:SHOTS])  # shots are what is not asked
     with open(out / "logs" / "expansion.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
-        expand(Expansion(str(base / "model"), str(config.expanded), overwrite=True))
+        for method in filter(lambda method: method.new_blocks, config.methods.values()):
+            source, target = str(base / "model"), str(config.expanded(method))
+            expand(Expansion(source, target, num_new_blocks=method.new_blocks, overwrite=True))
 
 
 def announce(row: dict) -> None:
@@ -509,20 +536,16 @@ def main(config: RunConfig) -> None:
     with executor(config) as pool, open(path, "a", buffering=1) as file:
         if path.stat().st_size and not path.read_text().endswith("\n"):
             file.write("\n")  # a line that was cut short must not swallow the next
-        for stage in config.stages.split(","):
-            rows = read_rows(path)
-            jobs = remaining(STAGES[stage](config, rows), rows)
-            print(f"{stage}: {len(jobs)} runs to do", flush=True)
-            for found in run_jobs(jobs, config, pool, deadline=deadline):
-                file.write("".join(json.dumps(row) + "\n" for row in found))  # one write: all rows of a run or none
-                for row in found:
-                    announce(row)
-            left = len(remaining(jobs, read_rows(path)))
-            if left and time.monotonic() > deadline:
-                print(f"{stage}: {left} runs left when the time was over; start the same command again", flush=True)
-                return
-            if left:
-                raise UserError(f"{stage}: {left} runs failed; {out / 'logs'} says why, the same command tries again")
+        left = lambda: pending(config, read_rows(path))
+        print(f"{len(left())} runs to do; those at the best learning rates follow", flush=True)
+        for found in run_jobs(left, config, pool, deadline=deadline):
+            file.write("".join(json.dumps(row) + "\n" for row in found))  # one write: all rows of a run or none
+            for row in found:
+                announce(row)
+    if left() and time.monotonic() > deadline:
+        print(f"{len(left())} runs left when the time was over; start the same command again", flush=True)
+    elif left():
+        raise UserError(f"{len(left())} runs failed; {out / 'logs'} says why, the same command tries again")
 
 
 if __name__ == "__main__":
