@@ -17,7 +17,7 @@ from fsdp_utils.config import TrainConfig
 from fsdp_utils.distributed import say, world_size
 from fsdp_utils.flags import as_dict
 from fsdp_utils.losses import check_packing, label_tokens, with_targets
-from fsdp_utils.memory import out_of_memory
+from fsdp_utils.memory import host_activations, out_of_memory
 from fsdp_utils.micro_step import micro_step
 from fsdp_utils.model import PRECISIONS, compiler, load, plan, size_report
 from fsdp_utils.optim import OPTIMIZERS, LocalParameters, LossScaler, clip_, global_norm, schedule_factor
@@ -187,6 +187,8 @@ def main(config: TrainConfig) -> None:
     checkpoint.write_run(config, **run, finished=False)
     model = load(planned, config, mesh=mesh, device=device, compile_block=compiler(config, device))
     say(*size_report(model, planned.quantizer), sep="\n")
+    if config.use_activation_cpu_offload and device.type == "cuda":
+        say(f"activations: about {host_activations(model, config):.1f} GiB of host memory in each process")
     if config.verbose:
         say(model)
     if config.packing:

@@ -55,6 +55,15 @@ def breakdown(model: nn.Module, config) -> dict[str, float]:
     return {name: size / GIB for name, size in sizes.items()}
 
 
+def host_activations(model: nn.Module, config) -> float:
+    """GiB of page-locked host memory that `--use_activation_cpu_offload` takes in this process, about; the largest
+    micro-batch assumed. The last block that recomputes keeps what it saves."""
+    recomputed = sum(getattr(module, "recomputes", False) for module in model.modules())
+    width = 4 if config.precision == "fp32" else 2
+    state = config.batch_size * config.context_length * model.config.get_text_config().hidden_size * width
+    return max(recomputed - 1, 0) * (1 + KEPT_WIDTHS[config.checkpoint_policy][0]) * state / GIB
+
+
 def remedies(config) -> list[str]:
     """Flags that lower memory and are not in use, cheapest first."""
     offered = (

@@ -5,7 +5,7 @@ import torch
 from runs import make_config, prepared
 
 import train
-from fsdp_utils.memory import OutOfMemory, breakdown, remedies
+from fsdp_utils.memory import OutOfMemory, breakdown, host_activations, remedies
 from fsdp_utils.sharding import POLICIES
 from methods.rows import local
 
@@ -33,6 +33,15 @@ def test_activations_grow_with_the_policy(tiny):
     assert kept == sorted(set(kept))
     away = [of(checkpoint_policy=policy, use_activation_cpu_offload=True) for policy in POLICIES]
     assert away[0] == away[1] == away[2] < kept[0] and away[2] < away[3] < kept[3]
+
+
+def test_host_memory_of_activations(tiny):
+    """The input, and under `narrow` five more of its size or less, of all blocks but one."""
+    flags = dict(model_name=tiny("llama", num_hidden_layers=5), train_type="bnb_dora", batch_size=2, context_length=96)
+    model, *_ = prepared(make_config(**flags))
+    state = 2 * 96 * 64 * 4 / 2**30
+    assert host_activations(model, make_config(**flags)) == pytest.approx(4 * state)
+    assert host_activations(model, make_config(**flags, checkpoint_policy="narrow")) == pytest.approx(4 * 6 * state)
 
 
 def test_remedies_name_only_what_is_not_in_use():
