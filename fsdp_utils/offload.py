@@ -122,8 +122,10 @@ class InputOffloader:
         return copy
 
     def forget(self) -> None:
-        """Drops what a forward pass left that no backward followed."""
+        """Drops what a forward pass left that no backward followed, or that backward did not ask for."""
         self._let_go(before=self.blocks)
+        for _, whole in self.fetched.values():
+            self._wait(whole)  # else the copy might still be written to when its memory holds something else
         self.away.clear()
         self.fetched.clear()
 

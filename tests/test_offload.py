@@ -61,19 +61,18 @@ def hostly():
     class Copies(InputOffloader):
         def __init__(self):
             super().__init__()
-            self.sent, self.brought = [], []
+            self.sent, self.brought, self.awaited = [], [], []
 
         def _send(self, tensor):
             self.sent.append(tensor.clone(memory_format=torch.preserve_format))
-            return self.sent[-1], None
+            return self.sent[-1], f"out {len(self.sent)}"
 
         def _bring(self, host, device):
             self.brought.append(host)
-            return host.clone(memory_format=torch.preserve_format), None
+            return host.clone(memory_format=torch.preserve_format), f"back {len(self.brought)}"
 
-        @staticmethod
-        def _wait(event):
-            pass
+        def _wait(self, event):
+            self.awaited.append(event)
 
     return Copies()
 
@@ -112,6 +111,8 @@ def test_blocks_come_back_one_ahead(hostly):
     hidden.sum().backward()
     assert seen == [0, 2, 4, 6]
     assert len(hostly.brought) == 6
+    # a copy is waited for before its source's memory is given back, or before it is read
+    assert sorted(hostly.awaited) == sorted(f"{way} {n}" for way in ("out", "back") for n in range(1, 7))
 
 
 def test_strides_survive(hostly):
@@ -123,6 +124,19 @@ def test_strides_survive(hostly):
     torch.testing.assert_close(back, turned)
     for other in (torch.zeros(4, 12)[:, :6], torch.zeros(24, dtype=torch.float64), nn.Parameter(torch.zeros(24))):
         assert pack(other) is other
+
+
+def test_what_backward_does_not_ask_for_is_waited_for(hostly):
+    """Backward of the last two blocks alone leaves what was fetched ahead; its copy ends before it is dropped."""
+    blocks = [hostly.wrap(lambda hidden: hidden.sin()) for _ in range(3)]
+    outputs = [torch.randn(4, 8, requires_grad=True)]
+    for block in blocks:
+        outputs.append(block(outputs[-1]))
+    torch.autograd.grad(outputs[3].sum(), outputs[1])
+    assert list(hostly.fetched) == [(0, 0)]
+    awaited = set(hostly.awaited)
+    blocks[0](outputs[0])
+    assert set(hostly.awaited) - awaited == {"back 2"} and not hostly.fetched
 
 
 def test_a_forward_without_backward_is_forgotten(hostly):
