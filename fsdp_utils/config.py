@@ -197,6 +197,8 @@ class TrainConfig:
         said = [f"--{name} has no effect: {why}" for name, why in idle]
         if self.use_cpu_offload and self.gradient_accumulation_steps > 1 and not self.no_sync:
             said.append("--no_sync false with CPU offload: gradients go to the host at every accumulation step")
+        if self.use_activation_cpu_offload and self.checkpoint_policy != "full" and not self.compile:
+            said.append("--use_activation_cpu_offload with --compile false: only the inputs of blocks leave the GPU")
         if self.no_sync and self.gradient_accumulation_steps == 1:
             said.append("--no_sync has no effect with --gradient_accumulation_steps 1")
         return said

@@ -141,6 +141,9 @@ def test_meaningless_flags_say_so():
         (note,) = [note for note in read(*argv).notes() if "has no effect" in note]
         assert note.startswith(f"--{name} has no effect: --")
     assert read("--apply_gradient_clipping", "true", "--grad_norm", "1").notes() == []
+    offloaded = ("--use_activation_cpu_offload", "true", "--checkpoint_policy", "narrow")
+    assert read(*offloaded).notes() == []
+    assert "only the inputs of blocks" in read(*offloaded, "--compile", "false").notes()[0]
 
 
 def test_help_explains_every_flag():
