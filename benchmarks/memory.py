@@ -36,13 +36,13 @@ def main() -> None:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(args.cap_gib * 2**30 / total, device)
     extra = dict(pair.split("=") for pair in args.extra.split(",") if pair)
-    rows = [parse_row(row) for row in args.rows.split(",")]
-    batch, length, _ = max(rows, key=lambda row: row[0] * row[1])  # what `auto` plans for
+    rows = {row: parse_row(row) for row in args.rows.split(",")}
+    batch, length, _ = max(rows.values(), key=lambda row: row[0] * row[1])  # what `auto` plans for
     flags = dict(train_type=args.train_type, batch_size=batch, context_length=length) | extra
     run = Run(make_config(write_config(args.shape, tempfile.mkdtemp()), **flags))
     loaded = torch.cuda.max_memory_allocated() / 2**30
     results = []
-    for row, (batch, length, _) in zip(args.rows.split(","), rows, strict=True):
+    for row, (batch, length, _) in rows.items():
         try:
             measured = run.measure(batch, length, steps=args.steps, warmup=1)
         except torch.OutOfMemoryError as error:

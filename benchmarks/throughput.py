@@ -114,8 +114,8 @@ def main(args: argparse.Namespace) -> None:
         floor_of = partial(floor_seconds, args.shape, batch=batch, length=length, checkpointing=checkpointing)
         floors = dict(floor=floor_of(device=device), sustained=floor_of(device=device, at_least=args.sustained))
         for train_type in args.train_types.split(","):
-            rows = dict(batch_size=batch, context_length=length, use_gradient_checkpointing=checkpointing)
-            config = make_config(folder, train_type=train_type, **rows | extra)
+            flags = dict(batch_size=batch, context_length=length, use_gradient_checkpointing=checkpointing)
+            config = make_config(folder, train_type=train_type, **flags | extra)
             for peer in (None, *(peers if has_peer(train_type) else ())):
                 run = PeerRun(config, peer=peer) if peer else Run(config)
                 results.append(measured(run, row=row, **floors, train_type=train_type, peer=peer, **common))

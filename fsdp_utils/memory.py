@@ -25,6 +25,14 @@ def optimizer_bytes(optimizer: str, elements: int, element_size: int) -> int:
     return elements * STATE_BYTES.get(optimizer, 2 * element_size)
 
 
+def _states(model: nn.Module, config) -> tuple[int, int]:
+    """How many blocks recompute, and the bytes of one hidden state of the largest micro-batch."""
+    recomputed = sum(getattr(module, "recomputes", False) for module in model.modules())
+    width = 4 if config.precision == "fp32" else 2
+    hidden = model.config.get_text_config().hidden_size
+    return recomputed, config.batch_size * config.context_length * hidden * width
+
+
 def breakdown(model: nn.Module, config) -> dict[str, float]:
     """GiB in this process by purpose, largest micro-batch assumed: `batch_size` rows of `context_length` tokens."""
     shape = model.config.get_text_config()
@@ -35,13 +43,13 @@ def breakdown(model: nn.Module, config) -> dict[str, float]:
     trained = sum(p.nbytes for p in rows)
     states = sum(optimizer_bytes(config.optimizer, p.numel(), p.element_size()) for p in rows)
     tokens, width = config.batch_size * config.context_length, 4 if config.precision == "fp32" else 2
-    hidden, layers = shape.hidden_size, shape.num_hidden_layers
-    inside = tokens * width * (6 * hidden + 4 * shape.intermediate_size)  # what one block keeps for backward, about
-    recomputed = sum(getattr(module, "recomputes", False) for module in model.modules())
+    (recomputed, state), layers = _states(model, config), shape.num_hidden_layers
+    middle = tokens * width * shape.intermediate_size
+    inside = 6 * state + 4 * middle  # what one block keeps for backward, about
     # the last blocks keep everything; when they are done, one at a time of the first holds what it recomputes
     narrow, wide = KEPT_WIDTHS[config.checkpoint_policy]
     narrow = 0 if config.use_activation_cpu_offload else 1 + narrow
-    kept = recomputed * tokens * width * (narrow * hidden + wide * shape.intermediate_size)
+    kept = recomputed * (narrow * state + wide * middle)
     kept += max(layers - recomputed, min(recomputed, 1)) * inside
     logits = LOGITS_BYTES if config.fused_loss else tokens * shape.vocab_size * (width + 8)
     on_host = config.use_cpu_offload
@@ -58,9 +66,7 @@ def breakdown(model: nn.Module, config) -> dict[str, float]:
 def host_activations(model: nn.Module, config) -> float:
     """GiB of page-locked host memory that `--use_activation_cpu_offload` takes in this process, about; the largest
     micro-batch assumed. The last block that recomputes keeps what it saves."""
-    recomputed = sum(getattr(module, "recomputes", False) for module in model.modules())
-    width = 4 if config.precision == "fp32" else 2
-    state = config.batch_size * config.context_length * model.config.get_text_config().hidden_size * width
+    recomputed, state = _states(model, config)
     return max(recomputed - 1, 0) * (1 + KEPT_WIDTHS[config.checkpoint_policy][0]) * state / GIB
 
 

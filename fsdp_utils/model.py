@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fsdp_utils import attention, loading, recompute, sharding
-from fsdp_utils.offload import move_embedding_to_host
+from fsdp_utils.offload import embedding_for_host, move_embedding_to_host
 from fsdp_utils.quantized_cache import QuantizedCache, cache_folder, check_cache_root
 from methods import method_of, quantizer_of
 from methods.base import Method
@@ -105,8 +105,8 @@ def load(planned: Plan, config, *, mesh, device: torch.device, compile_block: Ca
     sharding.shard(model, blocks, config, mesh=mesh, dtype=planned.dtype)
     host = mesh is not None and config.use_cpu_offload
     loading.materialize(model, device=torch.device("cpu") if host else device, buffer_device=device)
-    if config.embedding_on_host and device.type == "cuda" and mesh is None:
-        move_embedding_to_host(model, device=device)
+    if device.type == "cuda":
+        move_embedding_to_host(model, embedding_for_host(model, config, mesh=mesh), device=device)
     cache = None
     if config.quantized_cache and planned.quantizer:
         folder = cache_folder(config.quantized_cache, model, fingerprint=planned.base_fingerprint)

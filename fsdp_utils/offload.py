@@ -18,17 +18,20 @@ class _Bytes:
         self.__cuda_array_interface__ = interface
 
 
-def embedding_for_host(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of the embedding, packed or not; none if it trains or shares its weight with the head."""
+def embedding_for_host(model: nn.Module, config, *, mesh) -> dict[str, nn.Parameter]:
+    """The parameters of the embedding, packed or not; none if they train, are the head's too, are sharded or shall stay
+    where the others are."""
+    if mesh is not None or not config.embedding_on_host:
+        return {}
     held = dict(model.get_input_embeddings().named_parameters(recurse=False))
     shared = {id(p) for p in held.values()} & {id(p) for p in model.get_output_embeddings().parameters()}
     return {} if shared or any(p.requires_grad for p in held.values()) else held
 
 
-def move_embedding_to_host(model: nn.Module, *, device: torch.device) -> None:
-    """Puts a frozen embedding into host memory, where `embedding_for_host` allows it; its tensors stay CUDA tensors to
-    all who use them. The rows of a micro-batch, a few megabytes, then come over the bus."""
-    embedding, held = model.get_input_embeddings(), embedding_for_host(model)
+def move_embedding_to_host(model: nn.Module, held: dict[str, nn.Parameter], *, device: torch.device) -> None:
+    """Puts what `embedding_for_host` named into host memory; it stays CUDA tensors to all who use it. The rows of a
+    micro-batch, a few megabytes, then come over the bus."""
+    embedding = model.get_input_embeddings()
     for name, p in held.items():
         pinned = torch.empty(p.shape, dtype=p.dtype, pin_memory=True)
         rows = torch.as_tensor(_Bytes(pinned), device=device).view(p.dtype).view(p.shape)

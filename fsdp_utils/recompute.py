@@ -165,8 +165,8 @@ def resident(model: nn.Module, blocks: dict[str, nn.Module], config, *, mesh) ->
     """
     shards = 1 if mesh is None else mesh.size(mesh.ndim - 1)  # the last dimension of a mesh is the one that shards
     on_host = mesh is not None and config.use_cpu_offload
-    embedding = embedding_for_host(model).values() if mesh is None and config.embedding_on_host else ()
-    away = {id(p) for p in (model.parameters() if on_host else embedding)}
+    away = model.parameters() if on_host else embedding_for_host(model, config, mesh=mesh).values()
+    away = {id(p) for p in away}
     held = 0
     for p in (p for p in model.parameters() if id(p) not in away):
         mine, size = _rows(p, shards), p.element_size()

@@ -33,26 +33,28 @@ def _widths(op, args) -> tuple[int, int] | None:
     return None
 
 
+def _save_if(kept: bool) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 def keep_for_adapters(ctx, op, *args, **kwargs) -> CheckpointPolicy:
     """What `--checkpoint_policy adapters` keeps: `A x`, and outputs of DoRA's narrowing projections. Nothing but the
     adapters' gradients reads them again, and of their size they are the dearest to compute."""
     width, out = _widths(op, args) or (0, 1)
     adapted = "adapted_linear." in str(op)
     for_magnitude = adapted and args[-1] is not None and out < width  # the last argument is DoRA's factor
-    kept = for_magnitude or (not adapted and 8 * out <= width)
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+    return _save_if(for_magnitude or (not adapted and 8 * out <= width))
 
 
 def keep_narrow(ctx, op, *args, **kwargs) -> CheckpointPolicy:
     """What `--checkpoint_policy narrow` keeps: attention, and matrix products that are no wider than their input."""
-    widths = _widths(op, args)
-    kept = widths is not None and widths[1] <= widths[0]
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+    width, out = _widths(op, args) or (0, 1)
+    return _save_if(out <= width)
 
 
 def keep_products(ctx, op, *args, **kwargs) -> CheckpointPolicy:
     """What `--checkpoint_policy products` keeps: everything that costs a matrix product or attention."""
-    return CheckpointPolicy.MUST_SAVE if _widths(op, args) else CheckpointPolicy.PREFER_RECOMPUTE
+    return _save_if(_widths(op, args) is not None)
 
 
 def _selective(policy: Callable) -> dict:

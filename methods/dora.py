@@ -52,7 +52,7 @@ def row_norms(weight, weight_norm, lora_a, lora_b, scaling) -> torch.Tensor:
     Args:
         weight: `[n, in]`; weight_norm: fp32 `[n]`; lora_a: `[r, in]`; lora_b: `[n, r]`.
     """
-    if weight.dtype == lora_a.dtype == torch.bfloat16 and norms.fits(weight, rank=len(lora_a), group_size=1):
+    if weight.dtype == lora_a.dtype == torch.bfloat16 and norms.fits(weight, rank=len(lora_a)):
         wide = dict(out_dtype=torch.float32)  # sums stay in fp32
         cross, gram = torch.mm(weight, lora_a.T, **wide), torch.mm(lora_a, lora_a.T, **wide)
         return norms.finish(weight_norm, cross, gram, lora_b, scaling)

@@ -92,3 +92,28 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
+@pytest.fixture
+def hostly():
+    """An offloader that needs no GPU: it copies at once, and counts."""
+
+    from fsdp_utils.offload import InputOffloader
+
+    class Copies(InputOffloader):
+        def __init__(self):
+            super().__init__()
+            self.sent, self.brought, self.awaited = [], [], []
+
+        def _send(self, tensor):
+            self.sent.append(tensor.clone(memory_format=torch.preserve_format))
+            return self.sent[-1], f"out {len(self.sent)}"
+
+        def _bring(self, host, device):
+            self.brought.append(host)
+            return host.clone(memory_format=torch.preserve_format), f"back {len(self.brought)}"
+
+        def _wait(self, event):
+            self.awaited.append(event)
+
+    return Copies()

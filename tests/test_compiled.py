@@ -7,30 +7,12 @@ import pytest
 import torch
 from runs import make_config, perturb
 
-from fsdp_utils import offload, sharding
+from fsdp_utils import sharding
 from fsdp_utils.losses import CausalLMLoss, with_targets
 from fsdp_utils.model import load, plan
 
 CPU, BLOCKS, TOKENS = torch.device("cpu"), 3, 24
 as_compiled = partial(torch.compile, backend="aot_eager_decomp_partition")
-
-
-class HostCopies(offload.InputOffloader):
-    """Copies at once, where there is no GPU; counts bytes."""
-
-    def __init__(self):
-        super().__init__()
-        self.sent = 0
-
-    def _send(self, tensor):
-        self.sent += tensor.nbytes
-        return tensor.clone(memory_format=torch.preserve_format), None
-
-    def _bring(self, host, device):
-        return host.clone(memory_format=torch.preserve_format), None
-
-    def _wait(self, event):
-        pass
 
 
 def gradients(flags: dict, *, compile_block) -> list[torch.Tensor]:
@@ -58,14 +40,13 @@ CASES = [("bnb_dora", None), *(("bnb_dora", policy) for policy in sharding.POLIC
 
 
 @pytest.mark.parametrize(("train_type", "policy"), CASES)
-def test_compiled_blocks_equal_plain_ones(base, monkeypatch, train_type, policy):
+def test_compiled_blocks_equal_plain_ones(base, hostly, monkeypatch, train_type, policy):
     """Every policy, its states offloaded, gives the gradients of blocks that keep everything; so do compiled blocks
     without checkpointing. What leaves is counted."""
     torch._dynamo.reset()
     flags = dict(model_name=base, train_type=train_type)
     plain = gradients({**flags, "use_gradient_checkpointing": False}, compile_block=None)
-    copies = HostCopies()
-    monkeypatch.setattr(sharding, "InputOffloader", lambda: copies)
+    monkeypatch.setattr(sharding, "InputOffloader", lambda: hostly)
     monkeypatch.setattr(sharding, "pick_device", lambda name: torch.device("cuda"))
     how = dict(checkpoint_policy=policy, use_activation_cpu_offload=True)
     how = how if policy else dict(use_gradient_checkpointing=False)
@@ -76,4 +57,4 @@ def test_compiled_blocks_equal_plain_ones(base, monkeypatch, train_type, policy)
     # the input; query, attention and its projection; the down projection's output, for the magnitude alone
     tensors = {None: 0, "full": 1, "adapters": 1, "narrow": 4, "products": 4}[policy]
     tensors += train_type.endswith("dora") and policy not in ("full", None)
-    assert copies.sent == (BLOCKS - 1) * tensors * state
+    assert sum(copy.nbytes for copy in hostly.sent) == (BLOCKS - 1) * tensors * state

@@ -4,7 +4,6 @@ import weakref
 from functools import partial
 from itertools import pairwise
 
-import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -13,7 +12,6 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from fsdp_utils import loading
 from fsdp_utils.loading import HostMemory, materialize
-from fsdp_utils.offload import InputOffloader
 
 CPU = torch.device("cpu")
 
@@ -52,29 +50,6 @@ def test_host_memory_wastes_little(monkeypatch):
     needed = [t.nbytes for t in wanted]
     assert rounded(pieces) < 1.1 * sum(needed)
     assert rounded(needed) > 1.3 * sum(needed)  # one by one
-
-
-@pytest.fixture
-def hostly():
-    """An offloader that needs no GPU: it copies at once, and counts."""
-
-    class Copies(InputOffloader):
-        def __init__(self):
-            super().__init__()
-            self.sent, self.brought, self.awaited = [], [], []
-
-        def _send(self, tensor):
-            self.sent.append(tensor.clone(memory_format=torch.preserve_format))
-            return self.sent[-1], f"out {len(self.sent)}"
-
-        def _bring(self, host, device):
-            self.brought.append(host)
-            return host.clone(memory_format=torch.preserve_format), f"back {len(self.brought)}"
-
-        def _wait(self, event):
-            self.awaited.append(event)
-
-    return Copies()
 
 
 def test_nothing_else_holds_what_was_offloaded(hostly):

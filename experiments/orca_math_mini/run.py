@@ -177,12 +177,17 @@ def job_of(name: str, samples: int, lr: float, *, seed: int = 0, rank: int = RAN
     return Job(name, samples, float(f"{lr:.3g}"), seed, *((rank, alpha) if method.adapter else (0, 0)))
 
 
+def rates_of(config: RunConfig, name: str, samples: int) -> list[Job]:
+    """A method at each of its learning rates."""
+    factors = METHODS[name].factors if config.tune else (1,)
+    return [job_of(name, samples, factor * config.shared_lr) for factor in factors]
+
+
 def rate_jobs(config: RunConfig, rows: list[dict]) -> Iterator[Job]:
     """Each method at each of its learning rates."""
     for samples in config.numbers:
-        for name, method in config.methods.items():
-            for factor in method.factors if config.tune else (1,):
-                yield job_of(name, samples, factor * config.shared_lr)
+        for name in config.methods:
+            yield from rates_of(config, name, samples)
 
 
 def best_rate(rows: list[dict], name: str, samples: int) -> float | None:
@@ -195,11 +200,8 @@ def best_rate(rows: list[dict], name: str, samples: int) -> float | None:
 
 def chosen_rate(config: RunConfig, rows: list[dict], name: str, samples: int) -> float | None:
     """`best_rate`, once no rate is left to try."""
-    if "rates" in config.stages.split(","):
-        left = remaining(rate_jobs(config, rows), rows)
-        if any((job.method, job.samples) == (name, samples) for job in left):
-            return None
-    return best_rate(rows, name, samples)
+    untried = "rates" in config.stages.split(",") and remaining(rates_of(config, name, samples), rows)
+    return None if untried else best_rate(rows, name, samples)
 
 
 def seed_jobs(config: RunConfig, rows: list[dict]) -> Iterator[Job]:
@@ -542,10 +544,11 @@ def main(config: RunConfig) -> None:
             file.write("".join(json.dumps(row) + "\n" for row in found))  # one write: all rows of a run or none
             for row in found:
                 announce(row)
-    if left() and time.monotonic() > deadline:
-        print(f"{len(left())} runs left when the time was over; start the same command again", flush=True)
-    elif left():
-        raise UserError(f"{len(left())} runs failed; {out / 'logs'} says why, the same command tries again")
+    missing = len(left())
+    if missing and time.monotonic() > deadline:
+        print(f"{missing} runs left when the time was over; start the same command again", flush=True)
+    elif missing:
+        raise UserError(f"{missing} runs failed; {out / 'logs'} says why, the same command tries again")
 
 
 if __name__ == "__main__":

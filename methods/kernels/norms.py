@@ -97,9 +97,9 @@ if triton is not None:
         tl.store(out + row, tl.sqrt(tl.maximum(norm * norm + added, 0)), mask=inside)
 
 
-def fits(codes: torch.Tensor, *, rank: int, group_size: int) -> bool:
-    """Whether the kernels run here: CUDA, tiles that fit."""
-    return triton is not None and codes.is_cuda and rank <= MAX_RANK and group_size <= MAX_GROUP
+def fits(weight: torch.Tensor, *, rank: int, group_size: int = 1) -> bool:
+    """Whether the kernels run here: CUDA, tiles that fit. `weight` may be packed, in groups of `group_size`."""
+    return triton is not None and weight.is_cuda and rank <= MAX_RANK and group_size <= MAX_GROUP
 
 
 def row_norms(codes, scales, ranges, weight_norm, lora_a, lora_b, scaling, *, quant_type, group_size) -> torch.Tensor:
