@@ -84,7 +84,7 @@ class TrainConfig:
         choices=("full", "adapters", "narrow", "products"),
     )
     reentrant_checkpointing: bool = flag(False, "use re-entrant checkpointing")
-    embedding_on_host: bool = flag(True, "keep a frozen embedding in host memory (one GPU; ignored elsewhere)")
+    embedding_on_host: bool = flag(True, "keep a frozen embedding, whole, in the host memory of each process (GPUs)")
     use_activation_cpu_offload: bool = flag(False, "keep hidden states that checkpointed blocks save in host memory")
     no_sync: bool = flag(False, "reduce gradients only at the last accumulation step")
     compile: bool = flag(True, "compile decoder blocks (CUDA with Triton; ignored elsewhere)")

@@ -127,7 +127,7 @@ class HostMemory:
 
 def _in_host_memory(model: nn.Module, *, pinned: bool):
     """What gives each parameter on meta its place in one HostMemory; everything else is left as it is."""
-    rows = {id(p): local(p) for p in model.parameters()}
+    rows = {id(p): local(p) for p in model.parameters() if local(p).is_meta}
     memory = HostMemory(sum(HostMemory.aligned(t.nbytes) for t in rows.values()), pinned=pinned)
 
     def place(tensor):
@@ -141,7 +141,7 @@ def _in_host_memory(model: nn.Module, *, pinned: bool):
 
 
 def materialize(model: nn.Module, *, device: torch.device, buffer_device: torch.device) -> None:
-    """Gives every parameter (sharded ones: this process's rows) memory without values, and moves the buffers."""
+    """Gives every parameter on meta (sharded ones: this process's rows) memory without values, moves the buffers."""
     buffers = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
     host = device.type == "cpu" and any(isinstance(p, DTensor) for p in model.parameters())
     # swapping keeps each Parameter object: tied weights stay tied, and FSDP2 keeps pointing at what it sharded
@@ -151,7 +151,7 @@ def materialize(model: nn.Module, *, device: torch.device, buffer_device: torch.
         if host:
             model._apply(_in_host_memory(model, pinned=buffer_device.type == "cuda"))
         else:
-            model.to_empty(device=device)
+            model._apply(lambda tensor: torch.empty_like(tensor, device=device) if local(tensor).is_meta else tensor)
     finally:
         torch.__future__.set_swap_module_params_on_conversion(before)
     for module, name, buffer in buffers:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fsdp_utils import attention, loading, recompute, sharding
-from fsdp_utils.offload import embedding_for_host, move_embedding_to_host
+from fsdp_utils import attention, loading, offload, recompute, sharding
 from fsdp_utils.quantized_cache import QuantizedCache, cache_folder, check_cache_root
 from methods import method_of, quantizer_of
 from methods.base import Method
@@ -103,10 +102,9 @@ def load(planned: Plan, config, *, mesh, device: torch.device, compile_block: Ca
     recomputed = recompute.choose(model, blocks, config, mesh=mesh, device=device, **dtypes)
     sharding.prepare_blocks(model, blocks, config, recomputed=recomputed, compile_block=compile_block)
     sharding.shard(model, blocks, config, mesh=mesh, dtype=planned.dtype)
+    offload.move_embedding_to_host(model, offload.whole_embedding(model, config, device=device), device=device)
     host = mesh is not None and config.use_cpu_offload
     loading.materialize(model, device=torch.device("cpu") if host else device, buffer_device=device)
-    if device.type == "cuda":
-        move_embedding_to_host(model, embedding_for_host(model, config, mesh=mesh), device=device)
     cache = None
     if config.quantized_cache and planned.quantizer:
         folder = cache_folder(config.quantized_cache, model, fingerprint=planned.base_fingerprint)

@@ -18,19 +18,24 @@ class _Bytes:
         self.__cuda_array_interface__ = interface
 
 
-def embedding_for_host(model: nn.Module, config, *, mesh) -> dict[str, nn.Parameter]:
-    """The parameters of the embedding, packed or not; none if they train, are the head's too, are sharded or shall stay
-    where the others are."""
-    if mesh is not None or not config.embedding_on_host:
+def embedding_for_host(model: nn.Module, config) -> dict[str, nn.Parameter]:
+    """The parameters of the embedding, packed or not; none if they train, are the head's too or shall stay where the
+    others are."""
+    if not config.embedding_on_host:
         return {}
     held = dict(model.get_input_embeddings().named_parameters(recurse=False))
     shared = {id(p) for p in held.values()} & {id(p) for p in model.get_output_embeddings().parameters()}
     return {} if shared or any(p.requires_grad for p in held.values()) else held
 
 
+def whole_embedding(model: nn.Module, config, *, device: torch.device) -> dict[str, nn.Parameter]:
+    """What each process of a run holds whole in its host memory, and FSDP2 need not gather: a frozen embedding."""
+    return embedding_for_host(model, config) if device.type == "cuda" else {}
+
+
 def move_embedding_to_host(model: nn.Module, held: dict[str, nn.Parameter], *, device: torch.device) -> None:
-    """Puts what `embedding_for_host` named into host memory; it stays CUDA tensors to all who use it. The rows of a
-    micro-batch, a few megabytes, then come over the bus."""
+    """Makes what `whole_embedding` named in host memory, without values; its tensors are CUDA tensors to all who use
+    them. The rows of a micro-batch, a few megabytes, then come over the bus."""
     embedding = model.get_input_embeddings()
     for name, p in held.items():
         pinned = torch.empty(p.shape, dtype=p.dtype, pin_memory=True)

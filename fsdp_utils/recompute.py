@@ -165,8 +165,8 @@ def resident(model: nn.Module, blocks: dict[str, nn.Module], config, *, mesh) ->
     """
     shards = 1 if mesh is None else mesh.size(mesh.ndim - 1)  # the last dimension of a mesh is the one that shards
     on_host = mesh is not None and config.use_cpu_offload
-    away = model.parameters() if on_host else embedding_for_host(model, config, mesh=mesh).values()
-    away = {id(p) for p in away}
+    embedding = embedding_for_host(model, config).values()
+    away = {id(p) for p in (model.parameters() if on_host else embedding)}
     held = 0
     for p in (p for p in model.parameters() if id(p) not in away):
         mine, size = _rows(p, shards), p.element_size()
@@ -176,7 +176,7 @@ def resident(model: nn.Module, blocks: dict[str, nn.Module], config, *, mesh) ->
     if mesh is None:
         return held
     in_blocks = [list(block.parameters()) for block in blocks.values()]
-    inside = {id(p) for parameters in in_blocks for p in parameters}
+    inside = {id(p) for parameters in (*in_blocks, embedding) for p in parameters}
     root = [p for p in model.parameters() if id(p) not in inside]
     whole = lambda parameters: sum(p.nbytes for p in parameters)
     # gradients before they are reduced, and the fp32 buffer that they are reduced in

@@ -8,8 +8,8 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from fsdp_utils import offload
 from fsdp_utils.distributed import pick_device
-from fsdp_utils.offload import InputOffloader
 from methods.targets import has_dropout
 
 RESHARD_AFTER_FORWARD = {
@@ -100,7 +100,7 @@ def prepare_blocks(
     """
     reentrant, random = config.reentrant_checkpointing, has_dropout(model)
     on_gpu = pick_device(config.device).type == "cuda"
-    offloader = InputOffloader() if config.use_activation_cpu_offload and on_gpu else None
+    offloader = offload.InputOffloader() if config.use_activation_cpu_offload and on_gpu else None
     for number, block in enumerate(blocks.values()):
         # the first, not the last: backward comes to them when the others have already freed all that they keep, so
         # what a block recomputes never adds to the peak
@@ -137,22 +137,24 @@ def shard(model: nn.Module, blocks: dict[str, nn.Module], config, *, mesh, dtype
     )
     for block in blocks.values():
         fully_shard(block, **settings)
-    _shard_ends(model, settings)
-    fully_shard(model, **settings)
+    # what is a gigabyte to gather, and shows at the start of every step, is a few rows to read
+    apart = offload.whole_embedding(model, config, device=pick_device(config.device))
+    _shard_ends(model, settings, embedding=not apart)
+    fully_shard(model, **settings, ignored_params=set(apart.values()))
 
 
-def _shard_ends(model: nn.Module, settings: dict) -> None:
-    """Embedding and head in groups of their own: each is whole only while it runs, not during the whole step.
+def _shard_ends(model: nn.Module, settings: dict, *, embedding: bool) -> None:
+    """Head, and embedding if wanted, in groups of their own: each is whole while it runs, not during the whole step.
 
     Where they share a weight it stays in the root group, since a weight cannot be in two.
     """
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if {id(p) for p in embedding.parameters()} & {id(p) for p in head.parameters()}:
+    first, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if {id(p) for p in first.parameters()} & {id(p) for p in head.parameters()}:
         return
-    for module in (embedding, head):
-        fully_shard(module, **settings)
-    if _frozen(embedding):
-        embedding.set_unshard_in_backward(False)  # nothing to compute from it there
+    fully_shard(head, **settings)
+    if embedding:
+        fully_shard(first, **settings)
+        gather_in_backward(first, False)  # nothing to compute from it there
 
 
 def _frozen(module: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """The number of processes, the sharding and the split of the batch do not change what is computed."""
 
 import shutil
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from runs import first_step, packed_bytes
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES
 
-from fsdp_utils import distributed
+from fsdp_utils import distributed, offload
 from methods import TRAIN_TYPES
 from methods.errors import UserError
 
@@ -131,6 +132,26 @@ def test_checkpointing(pair, one_process, flags, train_type, how):
     more = dict(use_gradient_checkpointing=True, **how)
     assert_close(first_step(flags(train_type=train_type, **more)), alone, relative=1e-5)
     both = pair.run(first_step, {**flags(train_type=train_type, **more), "batch_size": 4})
+    assert_close(both[0], alone, relative=1e-5)
+
+
+def first_step_with_whole_embedding(flags):
+    """As on GPUs, where each process holds a frozen embedding whole; here in the memory that it has anyway."""
+    named = lambda model, config, *, device: offload.embedding_for_host(model, config)
+    stay = lambda model, held, *, device: None
+    with patch.multiple(offload, whole_embedding=named, move_embedding_to_host=stay):
+        return first_step(flags)
+
+
+@pytest.mark.parametrize("use_cpu_offload", [False, True])
+@pytest.mark.parametrize(
+    ("train_type", "more"), [("bnb_dora", dict(quantize_lm_head=True)), ("lora", {}), ("full", {})]
+)
+def test_whole_embedding(pair, one_process, flags, train_type, more, use_cpu_offload):
+    """What FSDP2 leaves alone changes nothing; a trained embedding stays with it."""
+    alone = one_process(flags(train_type=train_type, **more))
+    more = {**more, "batch_size": 4, "use_cpu_offload": use_cpu_offload}
+    both = pair.run(first_step_with_whole_embedding, {**flags(train_type=train_type), **more})
     assert_close(both[0], alone, relative=1e-5)
 
 
