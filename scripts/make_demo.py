@@ -197,7 +197,8 @@ def packed_batches(texts, tokenizer, *, rows=16, length=128):
 
 
 def pretrain(model, batches, steps, *, lr=2e-3):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    fused = model.device.type == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=fused)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.05)
     progress = trange(steps, desc="pre-training")
     for step in progress:

@@ -11,9 +11,11 @@ cores.
 
 import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; without it sums differ by run
@@ -128,16 +130,19 @@ def pretrained(tokenizer, scale: Scale, *, steps: int, seed: int, device: torch.
 def main(args: Pretrain) -> None:
     scale, device = SCALES[args.scale], pick_device(args.device)
     sizes = dict(test=args.test_samples, validation=args.validation_samples, train=args.train_samples)
-    sets = splits(seed=args.seed, **sizes)
     asked = islice(problems(seed=f"vocabulary {args.seed}"), 3000)  # not those of the sets
     vocabulary = [PROMPT.format(**problem.row) + problem.answer for problem in asked]
     vocabulary += islice(pretraining_texts(seed=args.seed), 5000)
     tokenizer = make_tokenizer(vocabulary, vocab_size=scale.vocabulary)
-    with new_folder(args.output_dir, overwrite=args.overwrite, mark="model/config.json") as folder:
+    with (
+        new_folder(args.output_dir, overwrite=args.overwrite, mark="model/config.json") as folder,
+        ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart,
+    ):
+        sets = apart.submit(splits, seed=args.seed, **sizes)  # half a minute, while the GPU works
         model = pretrained(tokenizer, scale, steps=args.steps or scale.steps, seed=args.seed, device=device)
         model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
-        for name, found in sets.items():
+        for name, found in sets.result().items():
             write_jsonl(folder / f"{name}.jsonl", [problem.row for problem in found])
         print(f"base {fingerprint(CheckpointReader(folder / 'model'))[:12]}")
 

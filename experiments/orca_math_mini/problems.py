@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -34,8 +35,18 @@ class Number(NamedTuple):
     money: bool = False
 
     def draw(self, rng: random.Random) -> Fraction:
-        step = Fraction(self.step)
-        return step * rng.randint(math.ceil(self.low / step), math.floor(self.high / step))
+        return Fraction(self.draw_hundredths(rng), 100)
+
+    def draw_hundredths(self, rng: random.Random) -> int:
+        step, first, last = _choices(self)
+        return step * rng.randint(first, last)
+
+
+@cache
+def _choices(number: Number) -> tuple[int, int, int]:
+    """The step in hundredths, and the first and the last of its multiples."""
+    step = Fraction(number.step)
+    return int(100 * step), math.ceil(number.low / step), math.floor(number.high / step)
 
 
 def money(low, high, step):
@@ -336,20 +347,39 @@ def sentences(rng: random.Random) -> str:
 SIZES = [SMALL, MIDDLE, LARGE, tenths(0.1, 300), Number(0.25, 99, "0.25"), Number(0.01, 9, "0.01")]
 
 
+HUNDREDTHS = {
+    "+": lambda a, b: (a + b, 1),
+    "-": lambda a, b: (a - b, 1),
+    "*": lambda a, b: (a * b, 100),
+    "/": lambda a, b: (100 * a, b),
+}  # numerator and denominator of the result
+
+
+def show_hundredths(value: int) -> str:
+    """`show` of `value / 100`."""
+    return str(value // 100) if value % 100 == 0 else f"{value / 100:.2f}".rstrip("0")
+
+
 def bare_arithmetic(rng: random.Random) -> str:
-    """One true equation between numbers from 0.01 to LARGEST; of two factors, one is small or round."""
+    """One true equation between numbers from 0.01 to LARGEST; of two factors, one is small or round.
+
+    In hundredths, as whole numbers: fractions would take most of the time that pre-training has to wait for its text.
+    """
     while True:
-        op, a, b = rng.choice("+-*/"), rng.choice(SIZES).draw(rng), rng.choice(SIZES).draw(rng)
+        op, a, b = rng.choice("+-*/"), rng.choice(SIZES).draw_hundredths(rng), rng.choice(SIZES).draw_hundredths(rng)
         if op in "*/":
-            b = rng.choice((SMALL, ROUND)).draw(rng)
+            b = rng.choice((SMALL, ROUND)).draw_hundredths(rng)
         if op == "*" and rng.random() < 0.5:
             a, b = b, a
         if op == "/":
-            a = a * b  # drawn at random, few divisions would come out even
-            b = rng.choice([b, b, b, Fraction(100)])
-        result = Fraction(OPERATIONS[op](a, b))
-        if all(0 < v <= LARGEST and (v * 100).denominator == 1 for v in (a, b, result)):
-            return f"{show(a)} {op} {show(b)} = {show(result)}."
+            a, uneven = divmod(a * b, 100)  # drawn at random, few divisions would come out even
+            b = rng.choice([b, b, b, 10_000])
+            if uneven:
+                continue
+        over, under = HUNDREDTHS[op](a, b)
+        result, uneven = divmod(over, under)
+        if not uneven and all(0 < v <= 100 * LARGEST for v in (a, b, result)):
+            return f"{show_hundredths(a)} {op} {show_hundredths(b)} = {show_hundredths(result)}."
 
 
 def pretraining_texts(*, seed) -> Iterator[str]:
