@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import LlamaConfig
 
@@ -117,11 +118,20 @@ def floor_seconds(
     return s["num_hidden_layers"] * (timed(linears) + timed(attention)) + timed(lambda: (states @ head.T) @ head)
 
 
+def of_slowest(seconds: float, device: torch.device) -> float:
+    """The largest of all processes."""
+    if not dist.is_initialized():
+        return seconds
+    largest = torch.tensor(seconds, dtype=torch.float64, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.item()
+
+
 def median_step(
     step: Callable[[int, int], None], *, batch: int, length: int, device: torch.device, steps: int, warmup: int
 ) -> dict:
-    """Median seconds of `step(batch, length)` and tokens per second of this process, after `warmup` steps; peak GiB of
-    all steps on a GPU (None on a CPU); the first step's seconds separately."""
+    """Median seconds of `step(batch, length)` after `warmup` steps, in the slowest process, and its tokens per second;
+    peak GiB of all steps on a GPU (None on a CPU); the first step's seconds separately."""
     on_gpu, times = device.type == "cuda", []
     if on_gpu:  # before warm-up: what a CUDA graph holds is only counted when it is captured
         torch.cuda.reset_peak_memory_stats()
@@ -131,7 +141,7 @@ def median_step(
         step(batch, length)
         synchronize(device)
         times.append(time.perf_counter() - start)
-    median = sorted(times[warmup:])[steps // 2]
+    median = of_slowest(sorted(times[warmup:])[steps // 2], device)
     return dict(
         step_s=round(median, 4),
         tokens_s=round(batch * length / median),
@@ -141,13 +151,13 @@ def median_step(
 
 
 class Run:
-    """A loaded model that can take optimizer steps on random tokens."""
+    """A loaded model that can take optimizer steps on random tokens; sharded over the processes, or whole in each."""
 
-    def __init__(self, config):
+    def __init__(self, config, *, alone: bool = False):
         self.config = config
         self.device = distributed.pick_device(config.device)
         distributed.start(self.device, alone=config.use_cpu_offload)
-        self.mesh = distributed.mesh_for(config, self.device)
+        self.mesh = None if alone else distributed.mesh_for(config, self.device)
         self.plan = plan(config, device=self.device)
         start = time.perf_counter()
         self.model = load(

@@ -1,4 +1,5 @@
-"""The peer a user would pick instead: PEFT on bitsandbytes and transformers, alone or with Liger's kernels."""
+"""The peer a user would pick instead: PEFT on bitsandbytes and transformers, alone or with Liger's kernels. And what
+several processes are measured against: each of them by itself."""
 
 import gc
 import time
@@ -51,11 +52,15 @@ PEERS = {
 }
 
 
+ALONE = "alone"  # no peer: our run in every process by itself, all at the same time; tells what sharding costs
+
+
 def parse_peers(text: str, *, device: torch.device) -> list[str]:
     """`peft,liger` to the names of peers that can run here.
 
     Raises:
-        UserError: with one line for each that cannot: unknown, not installed, without a GPU, in several processes.
+        UserError: with one line for each that cannot: unknown, not installed, without a GPU, in several processes, or
+            (`alone`) in one.
     """
     names = [name for name in text.split(",") if name]
     if wrong := [line for name in names if (line := _error_of(name, device))]:
@@ -64,8 +69,10 @@ def parse_peers(text: str, *, device: torch.device) -> list[str]:
 
 
 def _error_of(name: str, device: torch.device) -> str | None:
+    if name == ALONE:
+        return None if distributed.world_size() > 1 else f"--peer {ALONE}: is for several processes; start torchrun"
     if name not in PEERS:
-        return f"--peer {name}: choose from {', '.join(PEERS)}"
+        return f"--peer {name}: choose from {', '.join((*PEERS, ALONE))}"
     if distributed.world_size() > 1:
         return f"--peer {name}: trains in one process; start this without torchrun"
     if PEERS[name].needs_gpu and device.type != "cuda":
@@ -79,10 +86,10 @@ def _error_of(name: str, device: torch.device) -> str | None:
     return None
 
 
-def has_peer(train_type: str) -> bool:
-    """Whether PEFT trains the same thing: LoRA or DoRA on a 16-bit or NF4 base."""
+def has_peer(train_type: str, name: str) -> bool:
+    """Whether the peer trains the same thing; PEFT does with LoRA or DoRA on a 16-bit or NF4 base."""
     row = TRAIN_TYPES[train_type]
-    return row.method in USE_DORA and row.quantizer in QUANTIZERS
+    return name == ALONE or (row.method in USE_DORA and row.quantizer in QUANTIZERS)
 
 
 def linear_4bit(weight: torch.Tensor) -> nn.Module:

@@ -1,14 +1,16 @@
 """Training speed against the floor and against the peer a user would pick instead, in one run.
 
     python benchmarks/throughput.py --shape 8b --rows 4x2048:ckpt,1x2048:none,1x512:ckpt --peer peft,liger
-    torchrun --nproc_per_node 2 benchmarks/throughput.py --train_types bnb_dora
+    torchrun --nproc_per_node 2 benchmarks/throughput.py --train_types bnb_dora --peer alone
     python benchmarks/throughput.py --shape tiny --rows 2x64:ckpt --peer peft
 
 Two floors: "of floor" is against products timed in a short burst, "sustained" against the same products kept up until
 the GPU runs at the clock rate that its power allows, as it does in a step.
 
 Peers train LoRA and DoRA in one process, on a bf16 base or NF4 in groups of 64; other train types get no row of theirs.
-Of --extra they follow lora_*, optimizer, lr, wd and seed. A CPU runs the tiny shape, to try the script.
+Of --extra they follow lora_*, optimizer, lr, wd and seed. `--peer alone`, under torchrun, is our own run without
+sharding, in every process at the same time: two GPUs of one kind differ by as much as sharding costs. The slowest
+process counts. A CPU runs the tiny shape, to try the script.
 """
 
 import argparse
@@ -20,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.common import SHAPES, Run, floor_seconds, make_config, synchronize, write_config, write_results
-from benchmarks.peer import PEERS, PeerRun, has_peer, parse_peers
+from benchmarks.peer import ALONE, PEERS, PeerRun, has_peer, parse_peers
 from fsdp_utils import distributed
 from fsdp_utils.distributed import say
 
@@ -91,7 +93,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has; the floor is scaled alike")
     parser.add_argument("--train_types", default="custom_qlora,bnb_dora")
     parser.add_argument("--rows", default="4x2048:ckpt,1x2048:none,1x512:ckpt")
-    parser.add_argument("--peer", default="", help=f"whom to measure beside ours, of {','.join(PEERS)}")
+    parser.add_argument("--peer", default="", help=f"whom to measure beside ours, of {','.join((*PEERS, ALONE))}")
     parser.add_argument("--extra", default="", help="more flags of train.py, such as 'compile=false,quant_scales=fp32'")
     parser.add_argument("--sustained", type=float, default=1.0, help="seconds of each part of the sustained floor")
     parser.add_argument("--profile", action="store_true")
@@ -116,8 +118,9 @@ def main(args: argparse.Namespace) -> None:
         for train_type in args.train_types.split(","):
             flags = dict(batch_size=batch, context_length=length, use_gradient_checkpointing=checkpointing)
             config = make_config(folder, train_type=train_type, **flags | extra)
-            for peer in (None, *(peers if has_peer(train_type) else ())):
-                run = PeerRun(config, peer=peer) if peer else Run(config)
+            for peer in (None, *(peer for peer in peers if has_peer(train_type, peer))):
+                ours = peer in (None, ALONE)
+                run = Run(config, alone=peer == ALONE) if ours else PeerRun(config, peer=peer)
                 results.append(measured(run, row=row, **floors, train_type=train_type, peer=peer, **common))
                 say(table_line(results[-1]))
                 write_results(args.json, results[-1:])

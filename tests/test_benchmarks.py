@@ -35,6 +35,22 @@ def test_table_with_a_peer(tmp_path, capsys, monkeypatch):
     assert f"{rows[0]['tokens_s'] / rows[1]['tokens_s']:.2f} in tokens/s" in shown[0]
 
 
+def measure_beside_alone(flags: list[str]) -> None:
+    throughput.main(throughput.parse_arguments(["--shape=tiny", "--layers=1", "--sustained=0.05", *flags]))
+
+
+def test_two_processes_beside_each_alone(pair, tmp_path):
+    """Sharded, then whole in each process; both count the slowest, so both processes agree."""
+    path = tmp_path / "rows.jsonl"
+    train_types = ["hqq_lora", "full"]  # of no peer
+    flags = ["--rows=1x16:ckpt", f"--train_types={','.join(train_types)}", "--extra=device=cpu", f"--json={path}"]
+    pair.run(measure_beside_alone, [*flags, "--peer=alone"])
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(row["train_type"], row["peer"]) for row in rows] == [(t, p) for t in train_types for p in (None, "alone")]
+    assert all(row["processes"] == 2 and row["step_s"] > 0 for row in rows)
+    assert all(ours["trained"] == alone["trained"] for ours, alone in (rows[:2], rows[2:]))
+
+
 @pytest.mark.parametrize("train_type", ["custom_qlora", "bnb_dora", "lora", "dora"])
 def test_peer_is_the_same_model(tmp_path, train_type):
     """The same base, quantized alike (equal logits while B is zero), and adapters of the same names and shapes."""
@@ -58,4 +74,6 @@ def test_peer_that_cannot_run(monkeypatch):
     package, gpu, unknown = str(error.value).splitlines()
     assert package.startswith("--peer peft: ") and "pip install peft" in package
     assert gpu.startswith("--peer liger: ") and "GPU" in gpu
-    assert unknown == "--peer pefd: choose from peft, liger"
+    assert unknown == "--peer pefd: choose from peft, liger, alone"
+    with pytest.raises(UserError, match=r"--peer alone: .* torchrun"):
+        parse_peers("alone", device=CPU)
