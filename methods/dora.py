@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from methods.kernels import norms
+from methods.kernels import norms, swiglu
 from methods.lora import LoRA, LoRALinear
 from methods.quantizers.linear import QuantizedLinear, weight_rows
 from methods.rows import fill, gather_each, local
@@ -55,7 +55,7 @@ def row_norms(weight, weight_norm, lora_a, lora_b, scaling) -> torch.Tensor:
     if weight.dtype == lora_a.dtype == torch.bfloat16 and norms.fits(weight, rank=len(lora_a)):
         wide = dict(out_dtype=torch.float32)  # sums stay in fp32
         cross, gram = torch.mm(weight, lora_a.T, **wide), torch.mm(lora_a, lora_a.T, **wide)
-        return norms.finish(weight_norm, cross, gram, lora_b, scaling)
+        return norms.finish(weight_norm, (cross * lora_b).sum(1)[None], gram[None], lora_b, scaling)
     cross = (weight @ lora_a.to(weight.dtype).T).float()  # [n, r]
     a, b = lora_a.float(), lora_b.float()
     low_rank = ((b @ (a @ a.T)) * b).sum(1)
@@ -83,6 +83,11 @@ class DoRA(LoRA):
     def __init__(self, config):
         super().__init__(config)
         self._adapted, self._wholes, self._graph = None, None, None
+
+    def attach(self, model, *, dtype):
+        super().attach(model, dtype=dtype)
+        # a bias is no part of the output that the magnitude's gradient is summed from
+        swiglu.join(model, lambda m: isinstance(m, DoRALinear) and m.fuses and m.base_layer.bias is None)
 
     @torch.no_grad()
     def initialize(self, model, *, device):

@@ -40,14 +40,20 @@ class LoRALinear(nn.Module):
         """What each output row is multiplied by, fp32 `[out]`: nothing in LoRA."""
         return None
 
+    @property
+    def fuses(self) -> bool:
+        """Whether `fused_forward` computes this layer."""
+        return self.fused and isinstance(self.dropout, nn.Identity)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.fused and isinstance(self.dropout, nn.Identity):
-            x = x.to(compute_dtype(x))
-            parts = packed_parts(self.base_layer)
-            y = adapted_linear(x, *parts, self.lora_A, self.lora_B, self.row_factor(), self.scaling)
-        else:
-            y = self.plain_forward(x)
+        y = self.fused_forward(x, self.row_factor()) if self.fuses else self.plain_forward(x)
         return add_bias(y, self.base_layer)
+
+    def fused_forward(self, x: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
+        """`plain_forward` as one operator, with the row factor given; it gets a gradient only if it asks for one."""
+        x = x.to(compute_dtype(x))
+        parts = packed_parts(self.base_layer)
+        return adapted_linear(x, *parts, self.lora_A, self.lora_B, factor, self.scaling)
 
     def plain_forward(self, x: torch.Tensor) -> torch.Tensor:
         """The definition, without the bias: what the fused operator is tested against."""

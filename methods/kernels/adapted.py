@@ -7,7 +7,6 @@ The plain version is `LoRALinear.plain_forward`. What this one does differently:
   `[x, A x] @ [W, s c B].T`, and in backward `grad @ [W, s c B]` gives B's share beside the base's; elsewhere the base
   product accumulates onto the low-rank one.
 - The gradient of the magnitude needs `V x`, which is output / c: the output is kept anyway by what follows it.
-  Its sum over the tokens is left to the compiler where there is one.
 """
 
 import torch
@@ -66,7 +65,7 @@ def forward_shape(x, hidden, p0, p1, p2, spec, a, scaled_b, factor):
     return x.new_empty(*x.shape[:-1], p0.shape[0])
 
 
-def _factor_gradient(summed: Tensor, factor: Tensor) -> Tensor:
+def factor_gradient(summed: Tensor, factor: Tensor) -> Tensor:
     """d/dc sum(grad * c V x) = sum(grad * out) / c, fp32 `[out]`; a row with c = 0 has no output to learn from."""
     return torch.where(factor == 0, 0.0, summed / factor)
 
@@ -76,10 +75,7 @@ def backward(
     p0: Tensor, p1: Tensor | None, p2: Tensor | None, spec: str,
     a: Tensor | None, scaled_b: Tensor | None, factor: Tensor | None, in_features: int, needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, A, scaled_b and the row factor; empty tensors for what is absent.
-
-    Without the output there is none of the row factor.
-    """
+    """Gradients of x, A, scaled_b and the row factor (only with the output); empty tensors for what is absent."""
     grads = grad.reshape(-1, grad.shape[-1])  # [t, out]
     parts, weight = (p0, p1, p2), dict(dtype=grad.dtype, in_features=in_features)
     grad_x, grad_a, grad_b, grad_factor = (grad.new_empty(0) for _ in range(4))  # an operator's outputs may not alias
@@ -99,7 +95,7 @@ def backward(
         grad_a = (through_b.T @ rows).to(a.dtype)
         grad_b = grads.T @ hidden
     if out is not None:
-        grad_factor = _factor_gradient(reduce.column_dot(grads, out.reshape(grads.shape)), factor)
+        grad_factor = factor_gradient(reduce.column_dot(grads, out.reshape(grads.shape)), factor)
     if needs_x:
         grad_x = grad_x.view(*grad.shape[:-1], in_features)
     return grad_x, grad_a, grad_b, grad_factor
@@ -110,11 +106,8 @@ def backward_shapes(grad, x, hidden, out, p0, p1, p2, spec, a, scaled_b, factor,
     grad_x = grad.new_empty(*grad.shape[:-1], in_features) if needs_x else grad.new_empty(0)
     if needs_x and a is not None and _widens(p0, in_features):  # columns of a wider matrix
         grad_x = grad.new_empty(*grad.shape[:-1], in_features + a.shape[0])[..., :in_features]
-    of_factor = None if out is None else factor
-    return (
-        grad_x,
-        *(grad.new_empty(0) if t is None else torch.empty_like(t) for t in (a, scaled_b, of_factor)),
-    )
+    found = (a, scaled_b, None if out is None else factor)
+    return grad_x, *(grad.new_empty(0) if t is None else torch.empty_like(t) for t in found)
 
 
 # Registered by hand: torch.library.custom_op checks every call for aliasing, which costs more than a small product.
@@ -138,24 +131,18 @@ for _name, _run, _shapes in (
 
 def _keep(ctx, inputs, output):
     x, hidden, p0, p1, p2, spec, a, scaled_b, factor = inputs
-    # what backward does not need is not kept: x only for A, the output only for the magnitude
-    kept = (x if a is not None else None, hidden, output if factor is not None else None)
+    # what backward does not need is not kept: x only for A, the output only for the row factor, the ninth input
+    kept = (x if a is not None else None, hidden, output if ctx.needs_input_grad[8] else None)
     ctx.save_for_backward(*kept, p0, p1, p2, a, scaled_b, factor)
     ctx.spec, ctx.in_features, ctx.needs_x = spec, x.shape[-1], ctx.needs_input_grad[0]
 
 
 def _backward(ctx, grad):
     x, hidden, out, p0, p1, p2, a, scaled_b, factor = ctx.saved_tensors
-    summed = None
-    if out is not None and type(grad) is not torch.Tensor:
-        # a compiler is tracing: it sums in the pass that makes the gradient (of SwiGLU, say), and reads nothing twice
-        summed, out = reduce.column_dot_plain(grad.flatten(0, -2), out.flatten(0, -2)), None
     grad_x, grad_a, grad_b, grad_factor = torch.ops.fsdp_qlora.adapted_linear_backward(
         grad, x, hidden, out, p0, p1, p2, ctx.spec, a, scaled_b, factor, ctx.in_features, ctx.needs_x
     )
-    if summed is not None:
-        grad_factor = _factor_gradient(summed, factor)
-    adapters = (g if t is not None else None for g, t in ((grad_a, a), (grad_b, scaled_b), (grad_factor, factor)))
+    adapters = (g if t is not None else None for g, t in ((grad_a, a), (grad_b, scaled_b), (grad_factor, out)))
     return (grad_x if ctx.needs_x else None, None, None, None, None, None, *adapters)
 
 

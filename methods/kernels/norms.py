@@ -1,7 +1,10 @@
 """Triton: DoRA's factored row norm of a 4-bit weight from its packed rows; the weight is never written.
 
-`methods.dora.row_norms` defines the result.
+`methods.dora.row_norms` defines the result. A program looks a tile of 128 rows and 128 columns up in registers, where
+the tensor cores take it from, and multiplies its `W A^T` by its rows of B at once: one number a row is left.
 """
+
+from functools import lru_cache
 
 import torch
 
@@ -14,126 +17,209 @@ except ImportError:
 from methods.kernels.dequantize import code_table
 from methods.quantizers.linear import as_bytes
 
-MAX_RANK, MAX_GROUP = 128, 128  # beyond them the tiles no longer fit
-ROWS, PROGRAMS = 64, 528  # of a tile; at most, for 132 multiprocessors
+MAX_RANK = 128  # beyond it the tiles no longer fit
+TILE, PROGRAMS = 128, 264  # rows and columns of a tile; at most, for 132 multiprocessors
+
+
+def lookup_ptx() -> str:
+    """PTX: two words of 8 codes -> 8 pairs of bf16, pair i = column i of each word, times the scale of its word.
+
+    `prmt d, p, q, s` makes d of 4 of the 8 bytes of p (0 to 3) and q (4 to 7); a hexadecimal digit of s names each,
+    the lowest first. So a register of codes is itself a selector: it looks 4 codes up at once, a byte of their values.
+
+    $0 to $7: the pairs; $8, $9: the words; $10: both scales, bf16.
+    t: the table, 16 bf16 values: their high bytes, 4 a register, then their low bytes (`table_words`). As two elements
+        go through the PTX at once, an operand that both share comes twice: hence every other number.
+    x: bytes 0 and 1, later 2 and 3, of both words: `a0 b0 a1 b1` from the lowest, a code in each digit.
+    m: the codes' lower three bits: which of 8 bytes. (The fourth would make prmt repeat the byte's sign.)
+    c: 0 to 3 in its digits, plus 4 where a code has its fourth bit: byte of a (codes 0 to 7) or of b (codes 8 to 15).
+    h, l: high and low bytes of 4 values: lower and upper code of a word's byte, and of the other word's.
+    z: two zeros, negative so that adding them changes nothing: only a Hopper and later has `mul.bf16x2`.
+    """
+    t = [f"${11 + 2 * i}" for i in range(8)]
+    lines = [".reg .b32 x, m, c, a, b, h, l, z;", "mov.b32 z, 0x80008000;"]
+    for column, both in ((0, "0x5140"), (4, "0x7362")):
+        lines += [f"prmt.b32 x, $8, $9, {both};", "and.b32 m, x, 0x77777777;", "shr.u32 c, x, 1;"]
+        lines += ["lop3.b32 c, c, 0x44444444, 0x32103210, 0xea;"]  # 0xea: (c & 0x4444...) | 0x3210...
+        for byte in range(2):
+            lines += ["shr.u32 m, m, 16;", "shr.u32 c, c, 16;"] * byte  # prmt reads 4 digits
+            for out, (t0, t1, t2, t3) in (("h", t[:4]), ("l", t[4:])):
+                lines += [f"prmt.b32 a, {t0}, {t1}, m;", f"prmt.b32 b, {t2}, {t3}, m;", f"prmt.b32 {out}, a, b, c;"]
+            # a byte's upper code is the earlier column
+            lines += ["prmt.b32 a, l, h, 0x7351;", f"fma.rn.bf16x2 ${column + 2 * byte}, a, $10, z;"]
+            lines += ["prmt.b32 b, l, h, 0x6240;", f"fma.rn.bf16x2 ${column + 2 * byte + 1}, b, $10, z;"]
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+@lru_cache
+def table_words(quant_type: str) -> tuple[int, ...]:
+    """The 16 values of the code, bf16, as `lookup_ptx` takes them: 8 signed 32-bit words."""
+    raw = code_table(quant_type, torch.device("cpu")).bfloat16().view(torch.uint8).view(16, 2)  # low byte, high byte
+    return tuple(raw.flip(1).T.contiguous().view(torch.int32).flatten().tolist())
 
 
 if triton is not None:
+    LOOKUP, OPERANDS = tl.constexpr(lookup_ptx()), tl.constexpr(",".join(["=r"] * 8 + ["r"] * 19))
 
     @triton.jit
-    def _cross_kernel(
-        codes, scales, ranges, table, a, cross, rows, groups, rank, per_split,
-        GROUP: tl.constexpr, DOUBLE: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr,
+    def _reorder_kernel(a, out, rank, width, RANK: tl.constexpr):
+        """A^T, `[in, RANK]`, rows of each tile in the order in which `_product_kernel` multiplies them."""
+        k, r = tl.program_id(1) * 32 + tl.arange(0, 32), tl.arange(0, RANK)
+        word = k % 8 // 2 * 4 + k // 8 % 2 * 2 + k % 2
+        column = tl.program_id(0) * 128 + word * 8 + k // 16
+        value = tl.load(a + r[None, :] * width + column[:, None], mask=(r < rank)[None, :], other=0)
+        tl.store(out + (tl.program_id(0) * 128 + k)[:, None] * RANK + r[None, :], value)
+
+    @triton.jit
+    def _weights(w, s, table, t0, t1, t2, t3, t4, t5, t6, t7):
+        """Words and scales `[128, 4, 4]` to weights `[128, 4, 4, 8]`, in bf16 as the scales are."""
+        if s.dtype == tl.bfloat16:
+            p0, p1, p2, p3, p4, p5, p6, p7 = tl.inline_asm_elementwise(
+                LOOKUP, OPERANDS, [w, s, t0, t1, t2, t3, t4, t5, t6, t7], dtype=(tl.bfloat16,) * 8, is_pure=True, pack=2
+            )
+        else:  # for Triton's interpreter, whose bf16 has no arithmetic and which knows no PTX
+            p0, p1 = tl.load(table + (w >> 4 & 15)) * s, tl.load(table + (w & 15)) * s
+            p2, p3 = tl.load(table + (w >> 12 & 15)) * s, tl.load(table + (w >> 8 & 15)) * s
+            p4, p5 = tl.load(table + (w >> 20 & 15)) * s, tl.load(table + (w >> 16 & 15)) * s
+            p6, p7 = tl.load(table + (w >> 28 & 15)) * s, tl.load(table + (w >> 24 & 15)) * s
+        even, odd = tl.join(tl.join(p0, p4), tl.join(p2, p6)), tl.join(tl.join(p1, p5), tl.join(p3, p7))
+        return tl.join(even, odd).reshape(128, 4, 4, 8)
+
+    # The table comes in arguments: loaded, or written into the PTX, ptxas would copy its registers for each lookup.
+    @triton.jit(do_not_specialize=[*(f"t{i}" for i in range(8)), "per_split"])
+    def _product_kernel(
+        words, scales, ranges, table, t0, t1, t2, t3, t4, t5, t6, t7, a, b, product, gram, rows, tiles, rank, per_split,
+        GROUP: tl.constexpr, DOUBLE: tl.constexpr, RANK: tl.constexpr,
     ):  # fmt: skip
-        """One split's share of `W A^T`, and below it of `A A^T`: A is a few more rows of W."""
-        HALF: tl.constexpr = GROUP // 2
-        weight_blocks = tl.cdiv(rows, ROWS)
-        block, first = tl.program_id(0), tl.program_id(1) * per_split
-        last = tl.minimum(first + per_split, groups)
-        width = groups * GROUP
-        lane, half, r = tl.arange(0, GROUP), tl.arange(0, HALF), tl.arange(0, RANK)
-        right = a + r[None, :] * width + lane[:, None]  # A^T, one group of columns: [GROUP, RANK]
-        known = r < rank
-        total = tl.zeros((ROWS, RANK), tl.float32)
-        if block < weight_blocks:
-            row = block * ROWS + tl.arange(0, ROWS)
-            inside = row < rows
-            place, end = row, rows
-            start = row.to(tl.int64) * groups
+        """One split's share of `rowsum((W A^T) * B)`, and in the last program of `A A^T`; A is from `_reorder_kernel`.
+
+        Words are loaded so that a thread has 4 of a row, four threads a row, a warp 8 rows, 8 warps 64, and all of them
+        the other 64. wgmma wants of a warp's thread, for 16 columns: of its rows i and i + 8 the columns 2q, 2q + 1,
+        2q + 8 and 2q + 9, q = 0..3. Nothing moves between threads if place i of a warp is one of the first 64 rows,
+        i + 8 one of the others, and the 16 columns are the same column of the 16 words, the four of thread q at those
+        places. Columns may come in any order that A's have too; the rows' order is undone at the end.
+        """
+        GROUPS: tl.constexpr = 128 // GROUP  # of a tile
+        split, first = tl.program_id(1), tl.program_id(1) * per_split
+        last = tl.minimum(first + per_split, tiles)
+        r = tl.arange(0, RANK)
+        a_at = a + tl.arange(0, 128)[:, None] * RANK + r[None, :]
+        if tl.program_id(0) * 128 < rows:
+            row = tl.minimum(tl.program_id(0) * 128 + tl.arange(0, 128), rows - 1)
+            word_at = words + (row * (tiles * 16))[:, None] + tl.arange(0, 16)[None, :]  # int32: to 2^34 weights
+            quarter = tl.arange(0, 4)  # of the tile's columns: a thread's 4 words
+            scale_at = scales + (row * (tiles * GROUPS))[:, None] + (quarter * GROUPS // 4)[None, :]
             if DOUBLE:
-                low = tl.load(ranges + 2 * row, mask=inside, other=0)
-                step = tl.load(ranges + 2 * row + 1, mask=inside, other=0)
-            for group in range(first, last):
-                scale = tl.load(scales + start + group, mask=inside, other=0).to(tl.float32)
+                range_at = ranges + 2 * row[:, None] + 0 * quarter[None, :]
+                low, step = tl.load(range_at), tl.load(range_at + 1)
+            total = tl.zeros((128, RANK), tl.float32)
+            next_w, next_s = tl.load(word_at + first * 16), tl.load(scale_at + first * GROUPS)
+            next_a = tl.load(a_at + first * (128 * RANK))
+            for tile in range(first, last):  # loads of the next tile are under way while this one is multiplied
+                w, scale, right = next_w, next_s.to(tl.float32), next_a
+                then = tl.minimum(tile + 1, last - 1)
+                next_w, next_s = tl.load(word_at + then * 16), tl.load(scale_at + then * GROUPS)
+                next_a = tl.load(a_at + then * (128 * RANK))
                 if DOUBLE:
                     scale = low + step * scale
-                at = codes + ((start + group) * HALF)[:, None] + half[None, :]
-                byte = tl.load(at, mask=inside[:, None], other=0).to(tl.int32)
-                high = tl.load(table + (byte >> 4)) * scale[:, None]
-                below = tl.load(table + (byte & 15)) * scale[:, None]
-                weight = tl.join(high, below).reshape(ROWS, GROUP).to(a.dtype.element_ty)
-                other = tl.load(right + group * GROUP, mask=known[None, :], other=0)
-                total = tl.dot(weight, other, total, input_precision="ieee")
+                s = tl.broadcast_to(scale.to(a.dtype.element_ty)[:, :, None], (128, 4, 4))
+                left = _weights(w.reshape(128, 4, 4), s, table, t0, t1, t2, t3, t4, t5, t6, t7)
+                left = left.reshape(2, 8, 8, 4, 2, 2, 8)  # half, warp, row; quarter, word's two bits, column
+                total = tl.dot(tl.permute(left, (1, 0, 2, 6, 4, 3, 5)).reshape(128, 128), right, total)
+            i = tl.arange(0, 128)
+            own = tl.program_id(0) * 128 + i // 8 % 2 * 64 + i // 16 * 8 + i % 8  # the row at place i
+            inside = own < rows
+            lora_b = tl.load(b + own[:, None] * rank + r[None, :], mask=inside[:, None] & (r < rank)[None, :], other=0)
+            tl.store(product + split * rows + own, tl.sum(total * lora_b.to(tl.float32), axis=1), mask=inside)
         else:
-            row = (block - weight_blocks) * ROWS + tl.arange(0, ROWS)
-            inside = row < rank
-            place, end = rows + row, rows + rank
-            for group in range(first, last):
-                at = a + row[:, None] * width + group * GROUP + lane[None, :]
-                own = tl.load(at, mask=inside[:, None], other=0)
-                other = tl.load(right + group * GROUP, mask=known[None, :], other=0)
-                total = tl.dot(own, other, total, input_precision="ieee")
-        at = (tl.program_id(1) * (rows + rank) + place)[:, None] * rank + r[None, :]
-        tl.store(cross + at, total, mask=(place < end)[:, None] & known[None, :])
+            square = tl.zeros((RANK, RANK), tl.float32)
+            for tile in range(first, last):
+                right = tl.load(a_at + tile * (128 * RANK))
+                square = tl.dot(tl.trans(right), right, square)
+            mask = (r < rank)[:, None] & (r < rank)[None, :]
+            tl.store(gram + (split * rank + r)[:, None] * rank + r[None, :], square, mask=mask)
 
-    @triton.jit
-    def _norm_kernel(
-        weight_norm, cross, gram, b, out, rows, rank, splits, stride, scaling, BLOCK: tl.constexpr, RANK: tl.constexpr,
+    @triton.jit(do_not_specialize=["splits"])
+    def _finish_kernel(
+        weight_norm, product, gram, b, out, rows, rank, splits, scaling, BLOCK: tl.constexpr, RANK: tl.constexpr,
         PART: tl.constexpr,
     ):  # fmt: skip
-        row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        row, r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, RANK)
         inside = row < rows
-        r = tl.arange(0, RANK)
-        at, mask = row[:, None] * rank + r[None, :], inside[:, None] & (r < rank)[None, :]
-        product = tl.zeros((BLOCK, RANK), tl.float32)
+        added = tl.zeros((BLOCK,), tl.float32)
         for split in range(splits):
-            product += tl.load(cross + split * stride + at, mask=mask, other=0)
+            added += tl.load(product + split * rows + row, mask=inside, other=0)
         # B (A A^T), a few columns of B at a time: the whole of A A^T would not stay in registers
         through = tl.zeros((BLOCK, RANK), tl.float32)
         for first in range(0, RANK, PART):
-            part = first + tl.arange(0, PART)
-            square_at = part[:, None] * rank + r[None, :]
-            square_mask = (part < rank)[:, None] & (r < rank)[None, :]
+            k = first + tl.arange(0, PART)
+            mask = (k < rank)[:, None] & (r < rank)[None, :]
             square = tl.zeros((PART, RANK), tl.float32)
-            for split in range(splits):
-                square += tl.load(gram + split * stride + square_at, mask=square_mask, other=0)
-            some = tl.load(
-                b + row[:, None] * rank + part[None, :], mask=inside[:, None] & (part < rank)[None, :], other=0
-            )
+            for split in tl.range(splits, loop_unroll_factor=4):  # few rows have many splits: wait for four at once
+                square += tl.load(gram + (split * rank + k)[:, None] * rank + r[None, :], mask=mask, other=0)
+            some = tl.load(b + row[:, None] * rank + k[None, :], mask=inside[:, None] & (k < rank)[None, :], other=0)
             through = tl.dot(some.to(tl.float32), square, through, input_precision="tf32x3")
-        lora_b = tl.load(b + at, mask=mask, other=0).to(tl.float32)
+        lora_b = tl.load(b + row[:, None] * rank + r[None, :], mask=inside[:, None] & (r < rank)[None, :], other=0)
+        low_rank = tl.sum(through * lora_b.to(tl.float32), axis=1)
         norm = tl.load(weight_norm + row, mask=inside, other=0)
-        added = tl.sum((2 * scaling * product + scaling * scaling * through) * lora_b, axis=1)
-        tl.store(out + row, tl.sqrt(tl.maximum(norm * norm + added, 0)), mask=inside)
+        squared = norm * norm + 2 * scaling * added + scaling * scaling * low_rank
+        tl.store(out + row, tl.sqrt(tl.maximum(squared, 0)), mask=inside)
 
 
-def fits(weight: torch.Tensor, *, rank: int, group_size: int = 1) -> bool:
-    """Whether the kernels run here: CUDA, tiles that fit. `weight` may be packed, in groups of `group_size`."""
-    return triton is not None and weight.is_cuda and rank <= MAX_RANK and group_size <= MAX_GROUP
+def fits(weight: torch.Tensor, *, rank: int) -> bool:
+    """Whether `finish` runs for rows that lie where `weight` lies: CUDA, tiles that fit."""
+    return triton is not None and weight.is_cuda and rank <= MAX_RANK
+
+
+def suits(codes: torch.Tensor, lora_a: torch.Tensor, *, group_size: int) -> bool:
+    """Whether `row_norms` runs: bf16 on an Ampere or later, whole tiles, words loaded 4 at once."""
+    if not fits(codes, rank=len(lora_a)) or torch.version.cuda is None:
+        return False
+    whole = codes.shape[1] * 2 % TILE == 0 and group_size in (32, 64, 128) and codes.data_ptr() % 16 == 0
+    return whole and lora_a.dtype == torch.bfloat16 and torch.cuda.get_device_capability(codes.device) >= (8, 0)
 
 
 def row_norms(codes, scales, ranges, weight_norm, lora_a, lora_b, scaling, *, quant_type, group_size) -> torch.Tensor:
-    """`||W + s B A||` of each row, fp32 `[n]`; codes, scales and ranges as `dequantize.table_rows` takes them."""
-    rows, groups, rank = len(codes), scales.shape[1], len(lora_a)
-    if not rows:
-        return weight_norm.clone()
-    blocks = triton.cdiv(rows, ROWS) + triton.cdiv(rank, ROWS)
-    splits = max(1, min(groups // 8, PROGRAMS // blocks))
-    per_split = triton.cdiv(groups, splits)
-    splits = triton.cdiv(groups, per_split)
-    cross = torch.empty(splits, rows + rank, rank, dtype=torch.float32, device=codes.device)
-    _cross_kernel[(blocks, splits)](
-        as_bytes(codes), scales if ranges is None else as_bytes(scales), ranges, code_table(quant_type, codes.device),
-        lora_a.contiguous(), cross, rows, groups, rank, per_split,
-        GROUP=group_size, DOUBLE=ranges is not None, ROWS=ROWS, RANK=max(16, triton.next_power_of_2(rank)),
-        num_warps=4, num_stages=1,  # with more, Triton looks the table up by asynchronous copies: 1.5 times as slow
-    )  # fmt: skip
-    stride = (rows + rank) * rank
-    return finish(weight_norm, cross, cross[0, rows:], lora_b, scaling, splits=splits, stride=stride)
-
-
-def finish(weight_norm, cross, gram, lora_b, scaling, *, splits: int = 1, stride: int = 0) -> torch.Tensor:
-    """`sqrt(norm^2 + 2 s rowsum(cross * B) + s^2 rowsum((B gram) * B))`, fp32 `[n]`, in one pass.
+    """`||W + s B A||` of each row, fp32 `[n]`, for what `suits`; W is the bf16 product of bf16 table and bf16 scales.
 
     Args:
-        weight_norm: fp32 `[n]`; cross: fp32 `[n, r]`; gram: fp32 `[r, r]`; lora_b: `[n, r]`.
-        splits: of how many parts cross and gram are the sums, each `stride` elements after the one before.
+        codes, scales, ranges: as `dequantize.table_rows` takes them; weight_norm: fp32 `[n]`.
+        lora_a: bf16 `[r, in]`, or fp32 in Triton's interpreter, which then rounds nothing; lora_b: `[n, r]`.
+    """
+    rows, rank, tiles, device = len(codes), len(lora_a), codes.shape[1] * 2 // TILE, codes.device
+    if not rows:
+        return weight_norm.clone()
+    padded = max(16, triton.next_power_of_2(rank))
+    a = torch.empty(tiles * TILE, padded, dtype=lora_a.dtype, device=device)
+    _reorder_kernel[(tiles, 4)](lora_a.contiguous(), a, rank, tiles * TILE, RANK=padded, num_warps=4)
+    blocks = triton.cdiv(rows, TILE)
+    splits = max(1, min(tiles // 2, PROGRAMS // blocks))
+    per_split = triton.cdiv(tiles, splits)
+    splits = triton.cdiv(tiles, per_split)
+    product = torch.empty(splits, rows, dtype=torch.float32, device=device)
+    gram = torch.empty(splits, rank, rank, dtype=torch.float32, device=device)
+    _product_kernel[(blocks + 1, splits)](
+        as_bytes(codes).view(torch.int32), scales if ranges is None else as_bytes(scales), ranges,
+        code_table(quant_type, device), *table_words(quant_type), a, lora_b.contiguous(), product, gram,
+        rows, tiles, rank, per_split, GROUP=group_size, DOUBLE=ranges is not None, RANK=padded,
+        num_warps=8, num_stages=1,  # 8: the order of rows; with more stages ptxas waits after each wgmma
+    )  # fmt: skip
+    return finish(weight_norm, product, gram, lora_b, scaling)
+
+
+def finish(weight_norm, product, gram, lora_b, scaling) -> torch.Tensor:
+    """`sqrt(norm^2 + 2 s product + s^2 rowsum((B gram) * B))`, fp32 `[n]`, in one pass.
+
+    Args:
+        weight_norm: fp32 `[n]`; lora_b: `[n, r]`.
+        product: fp32 `[splits, n]`, whose sum is `rowsum((W A^T) * B)`; gram: fp32 `[splits, r, r]`, of `A A^T`.
     """
     rows, rank = lora_b.shape
+    padded = max(16, triton.next_power_of_2(rank))
     out = torch.empty(rows, dtype=torch.float32, device=lora_b.device)
     if rows:
-        _norm_kernel[(triton.cdiv(rows, 32),)](
-            weight_norm, cross, gram, lora_b.contiguous(), out, rows, rank, splits, stride, scaling,
-            BLOCK=32, RANK=max(16, triton.next_power_of_2(rank)), PART=16, num_warps=4,
+        _finish_kernel[(triton.cdiv(rows, 64),)](
+            weight_norm, product, gram, lora_b.contiguous(), out, rows, rank, len(product), scaling,
+            BLOCK=64, RANK=padded, PART=min(padded, 2048 // padded), num_warps=4,
         )  # fmt: skip
     return out

@@ -86,7 +86,7 @@ class Bnb4bit:
     def row_norms(self, packed, weight_norm, lora_a, lora_b, scaling) -> torch.Tensor | None:
         """`methods.dora.row_norms` from packed rows, without their weight; None where the kernel does not run."""
         codes, scales, ranges = (*packed, None)[:3]
-        if not norms.fits(codes, rank=len(lora_a), group_size=self.group_size):
+        if not norms.suits(codes, lora_a, group_size=self.group_size):
             return None
         settings = dict(quant_type=self.quant_type, group_size=self.group_size)
         return norms.row_norms(codes, scales, ranges, weight_norm, lora_a, lora_b, scaling, **settings)

@@ -1,0 +1,169 @@
+"""SwiGLU between DoRA projections: its backward makes the gradients of their magnitudes too, in the same pass.
+
+The gradient of a row factor c is `sum over tokens of grad * out / c`, with the gradient that SwiGLU's backward has just
+made from that very output. Read again for the sum alone, both are the widest tensors of a block. So the factors are
+inputs of this product, although its value does not depend on them, and the projections get them detached.
+"""
+
+import inspect
+from collections.abc import Callable
+from types import MethodType
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+from methods.kernels.adapted import factor_gradient
+
+Tensor = torch.Tensor
+FORWARD = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"  # of Llama, Mistral, Qwen and their kin
+
+
+if triton is not None:
+
+    @triton.jit
+    def _forward_kernel(gate, up, out, count, BLOCK: tl.constexpr):
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < count
+        g = tl.load(gate + at, mask=inside, other=0).to(tl.float32)
+        u = tl.load(up + at, mask=inside, other=0).to(tl.float32)
+        tl.store(out + at, (g * tl.sigmoid(g) * u).to(out.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _backward_kernel(
+        grad, gate, up, grad_gate, grad_up, gate_dots, up_dots, rows, columns,
+        ROWS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    ):  # fmt: skip
+        column = tl.program_id(0) * C + tl.arange(0, C)
+        start = tl.program_id(1) * ROWS
+        gate_total, up_total = tl.zeros((R, C), tl.float32), tl.zeros((R, C), tl.float32)
+        for step in range(0, ROWS, R):
+            row = start + step + tl.arange(0, R)
+            at = row[:, None].to(tl.int64) * columns + column[None, :]
+            mask = (row[:, None] < rows) & (column[None, :] < columns)
+            d = tl.load(grad + at, mask=mask, other=0).to(tl.float32)
+            g = tl.load(gate + at, mask=mask, other=0).to(tl.float32)
+            u = tl.load(up + at, mask=mask, other=0).to(tl.float32)
+            share = tl.sigmoid(g)
+            of_gate = d * u * share * (1 + g * (1 - share))
+            of_up = d * g * share
+            gate_total += of_gate * g
+            up_total += of_up * u
+            tl.store(grad_gate + at, of_gate.to(grad_gate.dtype.element_ty), mask=mask)
+            tl.store(grad_up + at, of_up.to(grad_up.dtype.element_ty), mask=mask)
+        at = tl.program_id(1) * columns + column
+        tl.store(gate_dots + at, tl.sum(gate_total, axis=0), mask=column < columns)
+        tl.store(up_dots + at, tl.sum(up_total, axis=0), mask=column < columns)
+
+
+def forward_plain(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up`."""
+    return F.silu(gate) * up
+
+
+def backward_plain(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of gate and up, `[..., n]`, and their sums over the tokens with gate and up themselves, fp32 `[n]`."""
+    d, g, u = grad.float(), gate.float(), up.float()
+    share = torch.sigmoid(g)
+    of_gate, of_up = d * u * share * (1 + g * (1 - share)), d * g * share
+    dots = ((of_gate * g).flatten(0, -2).sum(0), (of_up * u).flatten(0, -2).sum(0))
+    return of_gate.to(gate.dtype), of_up.to(up.dtype), *dots
+
+
+def forward(gate: Tensor, up: Tensor) -> Tensor:
+    """As `forward_plain`."""
+    if triton is None or not gate.is_cuda:
+        return forward_plain(gate, up)
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
+    if out.numel():
+        _forward_kernel[(triton.cdiv(out.numel(), 4096),)](gate, up, out, out.numel(), BLOCK=4096, num_warps=8)
+    return out
+
+
+def backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `backward_plain`; partial sums per block of rows, added in a fixed order, so runs repeat exactly."""
+    if triton is None or not gate.is_cuda:
+        return backward_plain(grad, gate, up)
+    grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
+    columns = gate.shape[-1]
+    rows = gate.numel() // columns
+    blocks = max(1, min(64, rows // 32))
+    per_program = triton.cdiv(triton.cdiv(rows, blocks), 8) * 8
+    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+    dots = torch.empty(2, blocks, columns, dtype=torch.float32, device=gate.device)
+    settings = dict(ROWS=per_program, R=8, C=128, num_warps=4, num_stages=1)
+    grid = (triton.cdiv(columns, 128), blocks)
+    _backward_kernel[grid](grad, gate, up, grad_gate, grad_up, dots[0], dots[1], rows, columns, **settings)
+    return grad_gate, grad_up, dots[0].sum(0), dots[1].sum(0)
+
+
+def _forward_op(gate, up, gate_factor, up_factor):
+    return forward(gate, up)
+
+
+def _shapes(grad, gate, up):
+    dots = (gate.new_empty(gate.shape[-1], dtype=torch.float32) for _ in range(2))
+    return torch.empty_like(gate), torch.empty_like(up), *dots
+
+
+_library = torch.library.Library("fsdp_qlora", "FRAGMENT")
+_library.define("swiglu(Tensor gate, Tensor up, Tensor gate_factor, Tensor up_factor) -> Tensor")
+_library.define("swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor, Tensor, Tensor)")
+_library.impl("swiglu", _forward_op, "CompositeExplicitAutograd")
+_library.impl("swiglu_backward", backward, "CompositeExplicitAutograd")
+torch.library.register_fake("fsdp_qlora::swiglu", lambda gate, *_: torch.empty_like(gate), lib=_library)
+torch.library.register_fake("fsdp_qlora::swiglu_backward", _shapes, lib=_library)
+
+
+def _keep(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad):
+    gate, up, gate_factor, up_factor = ctx.saved_tensors
+    grad_gate, grad_up, gate_dot, up_dot = torch.ops.fsdp_qlora.swiglu_backward(grad, gate, up)
+    return grad_gate, grad_up, factor_gradient(gate_dot, gate_factor), factor_gradient(up_dot, up_factor)
+
+
+# as in adapted.py, and for the same reason, not an autograd.Function
+torch.library.register_autograd("fsdp_qlora::swiglu", _backward, setup_context=_keep, lib=_library)
+
+
+def swiglu(gate: Tensor, up: Tensor, gate_factor: Tensor, up_factor: Tensor) -> Tensor:
+    """`silu(gate) * up`, `[..., n]`, of two projections whose rows were multiplied by detached factors, fp32 `[n]`.
+
+    Backward gives the factors the gradients that the projections leave out.
+    """
+    return torch.ops.fsdp_qlora.swiglu(gate, up, gate_factor, up_factor)
+
+
+def _gated_forward(self, x):
+    gate_factor, up_factor = self.gate_proj.row_factor(), self.up_proj.row_factor()
+    gate = self.gate_proj.fused_forward(x, gate_factor.detach())
+    up = self.up_proj.fused_forward(x, up_factor.detach())
+    return self.down_proj(swiglu(gate, up, gate_factor, up_factor))
+
+
+def join(model: nn.Module, suits: Callable[[nn.Module | None], bool]) -> None:
+    """Puts `swiglu` into every MLP of this form of which both projections suit; others stay as they are."""
+    for module in model.modules():
+        projections = [getattr(module, name, None) for name in ("gate_proj", "up_proj")]
+        if all(map(suits, projections)) and _is_swiglu(module):
+            module.forward = MethodType(_gated_forward, module)
+
+
+def _is_swiglu(module: nn.Module) -> bool:
+    """Whether the module computes what `_gated_forward` does, by its family's own code and the activation's values."""
+    try:
+        known = FORWARD in inspect.getsource(type(module).forward)
+    except OSError:  # shipped without its source
+        return False
+    probe = torch.linspace(-8, 8, 33, device="cpu")
+    return known and torch.allclose(module.act_fn(probe), F.silu(probe))
