@@ -12,12 +12,12 @@ except ImportError:
 if triton is not None:
 
     @triton.jit
-    def _column_dot_kernel(left, right, partial, rows, columns, ROWS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    def _column_dot_kernel(left, right, partial, rows, columns, per_program, R: tl.constexpr, C: tl.constexpr):
         column = tl.program_id(0) * C + tl.arange(0, C)
-        start = tl.program_id(1) * ROWS
+        start = tl.program_id(1) * per_program
         # summed over R once, at the end: a sum per step would wait on shared memory
         total = tl.zeros((R, C), tl.float32)
-        for step in range(0, ROWS, R):
+        for step in range(0, per_program, R):
             row = start + step + tl.arange(0, R)
             at = row[:, None].to(tl.int64) * columns + column[None, :]
             mask = (row[:, None] < rows) & (column[None, :] < columns)
@@ -39,9 +39,10 @@ def column_dot_kernel(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     blocks = max(1, min(32, rows // 64))
     per_program = triton.cdiv(triton.cdiv(rows, blocks), 16) * 16
     partial = torch.empty(blocks, columns, dtype=torch.float32, device=left.device)
-    grid = (triton.cdiv(columns, 128), blocks)
-    settings = dict(ROWS=per_program, R=16, C=128, num_warps=4, num_stages=4)
-    _column_dot_kernel[grid](left, right, partial, rows, columns, **settings)
+    _column_dot_kernel[(triton.cdiv(columns, 128), blocks)](
+        # rows per program are no constant: every length of batch would be compiled
+        left, right, partial, rows, columns, per_program, R=16, C=128, num_warps=4, num_stages=4,
+    )  # fmt: skip
     return partial.sum(0)
 
 

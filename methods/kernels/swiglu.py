@@ -37,13 +37,13 @@ if triton is not None:
 
     @triton.jit
     def _backward_kernel(
-        grad, gate, up, grad_gate, grad_up, gate_dots, up_dots, rows, columns,
-        ROWS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+        grad, gate, up, grad_gate, grad_up, gate_dots, up_dots, rows, columns, per_program,
+        R: tl.constexpr, C: tl.constexpr,
     ):  # fmt: skip
         column = tl.program_id(0) * C + tl.arange(0, C)
-        start = tl.program_id(1) * ROWS
+        start = tl.program_id(1) * per_program
         gate_total, up_total = tl.zeros((R, C), tl.float32), tl.zeros((R, C), tl.float32)
-        for step in range(0, ROWS, R):
+        for step in range(0, per_program, R):
             row = start + step + tl.arange(0, R)
             at = row[:, None].to(tl.int64) * columns + column[None, :]
             mask = (row[:, None] < rows) & (column[None, :] < columns)
@@ -76,10 +76,8 @@ def backward_plain(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tens
     return of_gate.to(gate.dtype), of_up.to(up.dtype), *dots
 
 
-def forward(gate: Tensor, up: Tensor) -> Tensor:
+def forward_kernel(gate: Tensor, up: Tensor) -> Tensor:
     """As `forward_plain`."""
-    if triton is None or not gate.is_cuda:
-        return forward_plain(gate, up)
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
     if out.numel():
@@ -87,10 +85,8 @@ def forward(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-def backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward_kernel(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `backward_plain`; partial sums per block of rows, added in a fixed order, so runs repeat exactly."""
-    if triton is None or not gate.is_cuda:
-        return backward_plain(grad, gate, up)
     grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
     columns = gate.shape[-1]
     rows = gate.numel() // columns
@@ -98,10 +94,23 @@ def backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Te
     per_program = triton.cdiv(triton.cdiv(rows, blocks), 8) * 8
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
     dots = torch.empty(2, blocks, columns, dtype=torch.float32, device=gate.device)
-    settings = dict(ROWS=per_program, R=8, C=128, num_warps=4, num_stages=1)
-    grid = (triton.cdiv(columns, 128), blocks)
-    _backward_kernel[grid](grad, gate, up, grad_gate, grad_up, dots[0], dots[1], rows, columns, **settings)
+    _backward_kernel[(triton.cdiv(columns, 128), blocks)](
+        # rows per program are no constant: every length of batch would be compiled
+        grad, gate, up, grad_gate, grad_up, dots[0], dots[1], rows, columns, per_program,
+        R=8, C=128, num_warps=4, num_stages=1,
+    )  # fmt: skip
     return grad_gate, grad_up, dots[0].sum(0), dots[1].sum(0)
+
+
+def forward(gate: Tensor, up: Tensor) -> Tensor:
+    """The fastest of the two that runs here."""
+    return forward_kernel(gate, up) if triton is not None and gate.is_cuda else forward_plain(gate, up)
+
+
+def backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The fastest of the two that runs here."""
+    run = backward_kernel if triton is not None and gate.is_cuda else backward_plain
+    return run(grad, gate, up)
 
 
 def _forward_op(gate, up, gate_factor, up_factor):
