@@ -126,7 +126,8 @@ def test_optimizers(pair, flags, optimizer, train_type):
 
 def test_fewer_rows_than_processes(pair, flags):
     """With --lora_rank 1 one of two processes holds no row of A; the run is still that of one process."""
-    more = dict(train_type="bnb_dora", lora_rank=1, max_steps=3, lr=1e-3)
+    # not Adam: of a gradient near zero, as one row's magnitude has here, it makes a step of the rounding error
+    more = dict(train_type="bnb_dora", lora_rank=1, max_steps=3, optimizer="sgd", lr=LR["sgd"])
     alone_rows, alone = run(flags("one", **more))
     both_rows, both = pair.run(run, flags("two", **{**more, "batch_size": 2}))[1]
     assert column(both_rows, "loss") == pytest.approx(column(alone_rows, "loss"), rel=1e-5)

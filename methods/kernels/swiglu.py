@@ -154,9 +154,12 @@ def swiglu(gate: Tensor, up: Tensor, gate_factor: Tensor, up_factor: Tensor) -> 
 
 
 def _gated_forward(self, x):
-    gate_factor, up_factor = self.gate_proj.row_factor(), self.up_proj.row_factor()
-    gate = self.gate_proj.fused_forward(x, gate_factor.detach())
-    up = self.up_proj.fused_forward(x, up_factor.detach())
+    gate_proj, up_proj = self.gate_proj, self.up_proj
+    if not (hasattr(gate_proj, "row_factor") and hasattr(up_proj, "row_factor")):
+        return type(self).forward(self, x)  # replaced since then, by their merged weights for instance
+    gate_factor, up_factor = gate_proj.row_factor(), up_proj.row_factor()
+    gate = gate_proj.fused_forward(x, gate_factor.detach())
+    up = up_proj.fused_forward(x, up_factor.detach())
     return self.down_proj(swiglu(gate, up, gate_factor, up_factor))
 
 
