@@ -89,7 +89,7 @@ def steps_of_epochs(config, tokenized) -> int:
 def backward(model, run, micro_batches, config, *, device, scale: float) -> tuple[torch.Tensor, int]:
     """Gradients of one optimizer step, by a MicroStep. Returns the summed loss of this process's micro-batches, fp32
     scalar, and the label tokens of the global batch."""
-    tokens = int(distributed.all_reduce_sum(sum(label_tokens(batch) for batch in micro_batches), device))
+    tokens = int(distributed.all_reduce(sum(label_tokens(batch) for batch in micro_batches), device))
     total = torch.zeros((), device=device)
     for i, batch in enumerate(micro_batches, 1):
         sharding.set_gradient_sync(model, i == len(micro_batches) or not config.no_sync)
@@ -101,7 +101,7 @@ def backward(model, run, micro_batches, config, *, device, scale: float) -> tupl
 
 def mean_loss(total: torch.Tensor, tokens: int) -> float:
     """Loss per token of the global batch, from what `backward` returned; waits for the GPU."""
-    return distributed.all_reduce_sum(total.item(), total.device) / max(tokens, 1)
+    return distributed.all_reduce(total.item(), total.device) / max(tokens, 1)
 
 
 def train(model, method, tokenized, tokenizer, config, *, mesh, device) -> None:

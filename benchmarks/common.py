@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed import ReduceOp
 from transformers import LlamaConfig
 
 from fsdp_utils import distributed
@@ -118,15 +118,6 @@ def floor_seconds(
     return s["num_hidden_layers"] * (timed(linears) + timed(attention)) + timed(lambda: (states @ head.T) @ head)
 
 
-def of_slowest(seconds: float, device: torch.device) -> float:
-    """The largest of all processes."""
-    if not dist.is_initialized():
-        return seconds
-    largest = torch.tensor(seconds, dtype=torch.float64, device=device)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return largest.item()
-
-
 def median_step(
     step: Callable[[int, int], None], *, batch: int, length: int, device: torch.device, steps: int, warmup: int
 ) -> dict:
@@ -141,7 +132,7 @@ def median_step(
         step(batch, length)
         synchronize(device)
         times.append(time.perf_counter() - start)
-    median = of_slowest(sorted(times[warmup:])[steps // 2], device)
+    median = distributed.all_reduce(sorted(times[warmup:])[steps // 2], device, op=ReduceOp.MAX)
     return dict(
         step_s=round(median, 4),
         tokens_s=round(batch * length / median),

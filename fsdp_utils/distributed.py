@@ -45,13 +45,13 @@ def barrier() -> None:
         dist.barrier()
 
 
-def all_reduce_sum(value: float, device: torch.device) -> float:
-    """The sum of a number over all processes."""
+def all_reduce(value: float, device: torch.device, *, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> float:
+    """The sum of a number over all processes, or what `op` makes of it."""
     if not dist.is_initialized():
         return value
-    total = torch.tensor(value, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.item()
+    reduced = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(reduced, op=op)
+    return reduced.item()
 
 
 def first_host(node_list: str) -> str:

@@ -101,8 +101,9 @@ def load(planned: Plan, config, *, mesh, device: torch.device, compile_block: Ca
     dtypes = dict(dtype=planned.dtype, autocast=PRECISIONS[config.precision][1])
     recomputed = recompute.choose(model, blocks, config, mesh=mesh, device=device, **dtypes)
     sharding.prepare_blocks(model, blocks, config, recomputed=recomputed, compile_block=compile_block)
-    sharding.shard(model, blocks, config, mesh=mesh, dtype=planned.dtype)
-    offload.move_embedding_to_host(model, offload.whole_embedding(model, config, device=device), device=device)
+    apart = offload.whole_embedding(model, config, device=device)
+    sharding.shard(model, blocks, config, mesh=mesh, dtype=planned.dtype, apart=set(apart.values()))
+    offload.move_embedding_to_host(model, apart, device=device)
     host = mesh is not None and config.use_cpu_offload
     loading.materialize(model, device=torch.device("cpu") if host else device, buffer_device=device)
     cache = None

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fsdp_utils.distributed import all_reduce_sum, barrier, is_main, say, world_size
+from fsdp_utils.distributed import all_reduce, barrier, is_main, say, world_size
 from fsdp_utils.safetensors_io import CheckpointReader, StreamingWriter, new_folder
 from methods.errors import UserError
 from methods.quantizers.linear import QuantizedWeight, as_bytes
@@ -48,7 +48,7 @@ class QuantizedCache:
 
     def __init__(self, folder: Path, *, device: torch.device):
         self.folder = folder
-        self.holders = int(all_reduce_sum(float(folder.is_dir()), device))
+        self.holders = int(all_reduce(float(folder.is_dir()), device))
         self.reader = CheckpointReader(folder) if self.holders == world_size() else None
         if 0 < self.holders < world_size():
             say(

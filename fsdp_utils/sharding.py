@@ -8,8 +8,8 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from fsdp_utils import offload
 from fsdp_utils.distributed import pick_device
+from fsdp_utils.offload import InputOffloader
 from methods.targets import has_dropout
 
 RESHARD_AFTER_FORWARD = {
@@ -100,7 +100,7 @@ def prepare_blocks(
     """
     reentrant, random = config.reentrant_checkpointing, has_dropout(model)
     on_gpu = pick_device(config.device).type == "cuda"
-    offloader = offload.InputOffloader() if config.use_activation_cpu_offload and on_gpu else None
+    offloader = InputOffloader() if config.use_activation_cpu_offload and on_gpu else None
     for number, block in enumerate(blocks.values()):
         # the first, not the last: backward comes to them when the others have already freed all that they keep, so
         # what a block recomputes never adds to the peak
@@ -120,10 +120,16 @@ def prepare_blocks(
         require_input_gradients(model)
 
 
-def shard(model: nn.Module, blocks: dict[str, nn.Module], config, *, mesh, dtype: torch.dtype) -> None:
+def shard(
+    model: nn.Module, blocks: dict[str, nn.Module], config, *, mesh, dtype: torch.dtype, apart: set[nn.Parameter]
+) -> None:
     """Applies fully_shard to each block, to embedding and head, and to the rest.
 
     Must come after the blocks were found and wrapped: fully_shard renames classes. `mesh` None shards nothing.
+
+    Args:
+        apart: the embedding's parameters where every process holds them whole (`offload.whole_embedding`), or none.
+            What is a gigabyte to gather, and shows at the start of every step, is a few rows to read.
     """
     if mesh is None:
         return
@@ -137,10 +143,8 @@ def shard(model: nn.Module, blocks: dict[str, nn.Module], config, *, mesh, dtype
     )
     for block in blocks.values():
         fully_shard(block, **settings)
-    # what is a gigabyte to gather, and shows at the start of every step, is a few rows to read
-    apart = offload.whole_embedding(model, config, device=pick_device(config.device))
     _shard_ends(model, settings, embedding=not apart)
-    fully_shard(model, **settings, ignored_params=set(apart.values()))
+    fully_shard(model, **settings, ignored_params=apart)
 
 
 def _shard_ends(model: nn.Module, settings: dict, *, embedding: bool) -> None:

@@ -46,7 +46,7 @@ def test_compiled_blocks_equal_plain_ones(base, hostly, monkeypatch, train_type,
     torch._dynamo.reset()
     flags = dict(model_name=base, train_type=train_type)
     plain = gradients({**flags, "use_gradient_checkpointing": False}, compile_block=None)
-    monkeypatch.setattr(sharding.offload, "InputOffloader", lambda: hostly)
+    monkeypatch.setattr(sharding, "InputOffloader", lambda: hostly)
     monkeypatch.setattr(sharding, "pick_device", lambda name: torch.device("cuda"))
     how = dict(checkpoint_policy=policy, use_activation_cpu_offload=True)
     how = how if policy else dict(use_gradient_checkpointing=False)

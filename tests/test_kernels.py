@@ -18,6 +18,8 @@ from methods.quantizers.hqq import HQQ
 from methods.quantizers.linear import QuantizedLinear
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+# CPU builds of torch come without Triton. Where it is installed, these cases run the kernels' own code on a CPU; on a
+# GPU the cases marked `gpu` run it compiled.
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1" or norms.triton is None, reason="needs Triton's interpreter"
 )

@@ -398,7 +398,7 @@ def test_only_inputs_of_recomputed_blocks_are_offloaded(tiny, monkeypatch):
     """A block that keeps everything keeps it on the GPU."""
     wrapped = []
     offloader = SimpleNamespace(wrap=lambda forward: wrapped.append(forward) or forward)
-    monkeypatch.setattr(sharding.offload, "InputOffloader", lambda: offloader)
+    monkeypatch.setattr(sharding, "InputOffloader", lambda: offloader)
     monkeypatch.setattr(sharding, "pick_device", lambda name: torch.device("cuda"))
     config = make_config(
         model_name=tiny("llama", num_hidden_layers=BLOCKS),

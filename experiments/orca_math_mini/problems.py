@@ -264,8 +264,13 @@ class Problem(NamedTuple):
 
 
 def show(value: Fraction) -> str:
-    """A number as it stands in an equation: `12`, `3.5`."""
-    return str(value.numerator) if value.denominator == 1 else f"{float(value):.2f}".rstrip("0")
+    """A number as it stands in an equation: `12`, `3.5`. None has more than two decimals."""
+    return show_hundredths(int(100 * value))
+
+
+def show_hundredths(value: int) -> str:
+    """`show` of `value / 100`."""
+    return str(value // 100) if value % 100 == 0 else f"{value / 100:.2f}".rstrip("0")
 
 
 def show_money(value: Fraction) -> str:
@@ -353,11 +358,6 @@ HUNDREDTHS = {
     "*": lambda a, b: (a * b, 100),
     "/": lambda a, b: (100 * a, b),
 }  # numerator and denominator of the result
-
-
-def show_hundredths(value: int) -> str:
-    """`show` of `value / 100`."""
-    return str(value // 100) if value % 100 == 0 else f"{value / 100:.2f}".rstrip("0")
 
 
 def bare_arithmetic(rng: random.Random) -> str:
