@@ -109,6 +109,7 @@ def train(model, method, tokenized, tokenizer, config, *, mesh, device) -> None:
     total = config.max_steps if config.max_steps > 0 else steps_of_epochs(config, tokenized)
     say(batch_arithmetic(config, tokenized, steps=total))
     run = micro_step(model, config, mesh=mesh, device=device)
+    sharding.leave_sharded(model)  # a forward pass, check_packing's, may have left it whole
     trained = LocalParameters(model, keep_gradients=run.graphs)
     optimizer = OPTIMIZERS[config.optimizer](trained.plain, config.lr, config.wd)
     scaler = LossScaler(config.precision == "fp16_autocast")
@@ -138,6 +139,7 @@ def train(model, method, tokenized, tokenizer, config, *, mesh, device) -> None:
                 optimizer.step()
                 method.after_step(model, device=device)
                 stepped = True
+            sharding.gather_ahead(model)
             loss, norm = mean_loss(loss_sum, tokens), norm.item()
             # too large a scale overflows gradients, never the loss
             if not math.isfinite(loss) or not (scaler.can_shrink or math.isfinite(norm)):
@@ -159,6 +161,7 @@ def train(model, method, tokenized, tokenizer, config, *, mesh, device) -> None:
             if profiler:
                 profiler.step()
     logger.close()
+    sharding.leave_sharded(model)
     if not stepped:
         raise Diverged(f"all {total} steps overflowed in fp16 and were skipped; use --precision bf16 or fp32")
     mean, peak = clock.mean(), metrics.peak_memory_gib(device)

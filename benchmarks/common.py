@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.distributed import ReduceOp
 from transformers import LlamaConfig
 
-from fsdp_utils import distributed
+from fsdp_utils import distributed, sharding
 from fsdp_utils.config import TrainConfig
 from fsdp_utils.flags import parse
 from fsdp_utils.losses import label_tokens, with_targets
@@ -175,6 +175,7 @@ class Run:
         )
         self.optimizer.step()
         self.plan.method.after_step(self.model, device=self.device)
+        sharding.gather_ahead(self.model)
         self.trained.zero_grad()
 
     def measure(self, batch: int, length: int, *, steps: int = 6, warmup: int = 3) -> dict:

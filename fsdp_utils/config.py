@@ -68,6 +68,12 @@ class TrainConfig:
     world_size: int = flag(-1, "processes when started by plain `python`; -1: one per visible GPU", minimum=-1)
     device: str = flag("auto", "where to compute", choices=("auto", "cuda", "cpu"))
     sharding_strategy: str = flag("full_shard", "what is sharded, over whom", choices=SHARDING_STRATEGIES)
+    peer_gather: bool | str = flag(
+        "auto",
+        "copy frozen weights out of the neighbours' memory, and keep adapters whole during a step, so that processes "
+        "meet once in it; auto: on GPUs of one host that can, without CPU offload; false: FSDP2 gathers every block",
+        choices=(True, False, "auto"),
+    )
     hybrid_shard_size: int = flag(-1, "processes that share one copy (hybrid_*); -1: those of a node", minimum=-1)
     use_cpu_offload: bool = flag(True, "keep parameters in host memory between uses")
     use_gradient_checkpointing: bool | str = flag(
@@ -131,6 +137,8 @@ class TrainConfig:
     def __post_init__(self):
         with suppress(ArgumentTypeError):  # what is neither true nor false is auto, or found wrong by its choices
             self.use_gradient_checkpointing = boolean(str(self.use_gradient_checkpointing))
+        with suppress(ArgumentTypeError):
+            self.peer_gather = boolean(str(self.peer_gather))
 
     @property
     def quantizer(self) -> str:
@@ -156,6 +164,8 @@ class TrainConfig:
             )
         if self.max_steps == 0:
             found.append("--max_steps 0: trains nothing; pass -1 for all epochs")
+        if self.peer_gather is True and self.use_cpu_offload:
+            found.append("--peer_gather true: shards in host memory are not gathered so; add --use_cpu_offload false")
         if self.checkpoint_policy != "full" and self.reentrant_checkpointing:
             found.append(f"--checkpoint_policy {self.checkpoint_policy}: not with --reentrant_checkpointing true")
         if self.quantize_lm_head and self.quantizer == "none":

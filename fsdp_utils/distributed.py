@@ -1,10 +1,12 @@
 """Processes: how they start, which device they own, the mesh they form, and how they end together."""
 
+import gc
 import os
 import re
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -15,6 +17,7 @@ from fsdp_utils.flags import parse
 from methods.errors import UserError
 
 FAIL_GRACE_SECONDS = 15.0
+AT_END: list[Callable] = []  # weak methods that `run` calls before the processes part
 
 
 def rank() -> int:
@@ -207,4 +210,9 @@ def run(function, config) -> None:
         sys.stderr.flush()
         os._exit(1)
     if dist.is_initialized():
+        for method in AT_END:
+            if (close := method()) is not None:
+                close()
+        barrier()
+        gc.collect()  # memory that another process had mapped goes while CUDA is still there
         dist.destroy_process_group()

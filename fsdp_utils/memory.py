@@ -70,8 +70,8 @@ def host_activations(model: nn.Module, config) -> float:
     return max(recomputed - 1, 0) * (1 + KEPT_WIDTHS[config.checkpoint_policy][0]) * state / GIB
 
 
-def remedies(config) -> list[str]:
-    """Flags that lower memory and are not in use, cheapest first."""
+def remedies(config, *, whole: bool = False) -> list[str]:
+    """Flags that lower memory and are not in use, cheapest first; `whole`: adapters are whole during a step."""
     offered = (
         (config.use_gradient_checkpointing is not True, "--use_gradient_checkpointing true"),  # auto estimates
         (config.checkpoint_policy != "full", "--checkpoint_policy full"),
@@ -81,6 +81,7 @@ def remedies(config) -> list[str]:
         (config.quantizer == "bnb" and config.quant_scales != "double", "--quant_scales double"),
         (config.quantizer != "none" and not config.quantize_lm_head, "--quantize_lm_head true"),
         (world_size() > 1 and config.sharding_strategy != "full_shard", "--sharding_strategy full_shard"),
+        (whole, "--peer_gather false"),
         (config.optimizer != "adamw_8bit", "--optimizer adamw_8bit"),
         (not config.use_activation_cpu_offload, "--use_activation_cpu_offload true"),
         (not config.use_cpu_offload, "--use_cpu_offload true"),
@@ -93,6 +94,7 @@ def out_of_memory(model: nn.Module, config, error: Exception) -> OutOfMemory:
     """The error to raise in place of torch's: one message, parts first, then the flags that would help."""
     parts = ", ".join(f"{name} {size:.2f}" for name, size in breakdown(model, config).items())
     first = str(error).splitlines()[0]
+    helpful = remedies(config, whole=getattr(model, "gathered_ahead", False))
     return OutOfMemory(
-        f"out of GPU memory ({first}). GiB by purpose: {parts}. Would help, in order: {'; '.join(remedies(config))}"
+        f"out of GPU memory ({first}). GiB by purpose: {parts}. Would help, in order: {'; '.join(helpful)}"
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fsdp_utils import attention, loading, offload, recompute, sharding
+from fsdp_utils import attention, loading, offload, peer_gather, recompute, sharding
 from fsdp_utils.quantized_cache import QuantizedCache, cache_folder, check_cache_root
 from methods import method_of, quantizer_of
 from methods.base import Method
@@ -99,10 +99,14 @@ def load(planned: Plan, config, *, mesh, device: torch.device, compile_block: Ca
     model = planned.model
     blocks = decoder_blocks(model)
     dtypes = dict(dtype=planned.dtype, autocast=PRECISIONS[config.precision][1])
-    recomputed = recompute.choose(model, blocks, config, mesh=mesh, device=device, **dtypes)
+    peers = peer_gather.choose(blocks, config, mesh=mesh, device=device)
+    frozen, together = (peers.parameters, peers.trains_little) if peers else (set(), False)
+    settings = dict(mesh=mesh, device=device, together=together, **dtypes)
+    recomputed = recompute.choose(model, blocks, config, **settings)
     sharding.prepare_blocks(model, blocks, config, recomputed=recomputed, compile_block=compile_block)
     apart = offload.whole_embedding(model, config, device=device)
-    sharding.shard(model, blocks, config, mesh=mesh, dtype=planned.dtype, apart=set(apart.values()))
+    groups = dict(apart=set(apart.values()), frozen=frozen, together=together)
+    sharding.shard(model, blocks, config, mesh=mesh, dtype=planned.dtype, **groups)
     offload.move_embedding_to_host(model, apart, device=device)
     host = mesh is not None and config.use_cpu_offload
     loading.materialize(model, device=torch.device("cpu") if host else device, buffer_device=device)
@@ -115,6 +119,8 @@ def load(planned: Plan, config, *, mesh, device: torch.device, compile_block: Ca
         cache.write(model)
     planned.method.initialize(model, device=device)
     loading.check_loaded(model)
+    if peers:
+        peers.connect(device)
     return model
 
 

@@ -158,10 +158,10 @@ def _rows(parameter: torch.Tensor, shards: int) -> int:
     return -(-parameter.shape[0] // shards) * (parameter.numel() // parameter.shape[0])
 
 
-def resident(model: nn.Module, blocks: dict[str, nn.Module], config, *, mesh) -> int:
+def resident(model: nn.Module, blocks: dict[str, nn.Module], config, *, mesh, together: bool = False) -> int:
     """Bytes in this process that are no activations: parameters, gradients, optimizer, and what FSDP2 gathers.
 
-    From the model on meta, before it is sharded over `mesh`.
+    From the model on meta, before FSDP2 shards it over `mesh`; `together` as `sharding.shard` takes it.
     """
     shards = 1 if mesh is None else mesh.size(mesh.ndim - 1)  # the last dimension of a mesh is the one that shards
     on_host = mesh is not None and config.use_cpu_offload
@@ -177,7 +177,7 @@ def resident(model: nn.Module, blocks: dict[str, nn.Module], config, *, mesh) ->
         return held
     in_blocks = [list(block.parameters()) for block in blocks.values()]
     inside = {id(p) for parameters in (*in_blocks, embedding) for p in parameters}
-    root = [p for p in model.parameters() if id(p) not in inside]
+    root = [p for p in model.parameters() if id(p) not in inside or (together and p.requires_grad)]
     whole = lambda parameters: sum(p.nbytes for p in parameters)
     # gradients before they are reduced, and the fp32 buffer that they are reduced in
     unreduced = lambda parameters: sum(p.numel() * (p.element_size() + 4) for p in parameters if p.requires_grad)
@@ -235,7 +235,9 @@ def smallest(value: int, device: torch.device) -> int:
     return int(least.item())
 
 
-def choose(model: nn.Module, blocks: dict[str, nn.Module], config, *, mesh, device, dtype, autocast) -> int:
+def choose(
+    model: nn.Module, blocks: dict[str, nn.Module], config, *, mesh, device, dtype, autocast, together: bool = False
+) -> int:
     """How many blocks recompute, the same in every process; with `auto` it says why.
 
     Runs on the planned model on meta, before blocks are wrapped and sharded. The first blocks are the ones to
@@ -256,7 +258,7 @@ def choose(model: nn.Module, blocks: dict[str, nn.Module], config, *, mesh, devi
     kept = measure(model, blocks, config, dtype=dtype, autocast=autocast)
     linears = [m for block in blocks.values() for m in block.modules() if hasattr(m, "in_features")]
     weight = max((m.in_features * m.out_features * dtype.itemsize for m in linears), default=0)
-    taken = resident(model, blocks, config, mesh=mesh) + kept.outside
+    taken = resident(model, blocks, config, mesh=mesh, together=together) + kept.outside
     free = smallest(int(available * (1 - RESERVE)) - taken, device)
     free = int(free / (1 + graphs_share(model, config, mesh=mesh, device=device)))
     recomputed = blocks_to_recompute(

@@ -121,7 +121,15 @@ def prepare_blocks(
 
 
 def shard(
-    model: nn.Module, blocks: dict[str, nn.Module], config, *, mesh, dtype: torch.dtype, apart: set[nn.Parameter]
+    model: nn.Module,
+    blocks: dict[str, nn.Module],
+    config,
+    *,
+    mesh,
+    dtype: torch.dtype,
+    apart: set[nn.Parameter],
+    frozen: set[nn.Parameter],
+    together: bool,
 ) -> None:
     """Applies fully_shard to each block, to embedding and head, and to the rest.
 
@@ -130,6 +138,8 @@ def shard(
     Args:
         apart: the embedding's parameters where every process holds them whole (`offload.whole_embedding`), or none.
             What is a gigabyte to gather, and shows at the start of every step, is a few rows to read.
+        frozen: the parameters of blocks that `peer_gather` gathers, or none.
+        together: what else is in the blocks is one group with the rest, whole from one optimizer step to the next.
     """
     if mesh is None:
         return
@@ -141,10 +151,12 @@ def shard(
         mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32 if dtype == torch.bfloat16 else None),
         offload_policy=CPUOffloadPolicy(pin_memory=pin) if config.use_cpu_offload else OffloadPolicy(),
     )
-    for block in blocks.values():
-        fully_shard(block, **settings)
+    for block in blocks.values() if not together else ():
+        fully_shard(block, **settings, ignored_params=frozen)
     _shard_ends(model, settings, embedding=not apart)
-    fully_shard(model, **settings, ignored_params=apart)
+    whole = dict(reshard_after_forward=False) if together else {}
+    fully_shard(model, **settings | whole, ignored_params=apart | frozen)
+    model.gathered_ahead = together
 
 
 def _shard_ends(model: nn.Module, settings: dict, *, embedding: bool) -> None:
@@ -169,6 +181,19 @@ def gather_in_backward(module: nn.Module, needed: bool) -> None:
     """Whether backward of a frozen sharded module needs its weight; without it no time is lost gathering."""
     if isinstance(module, FSDPModule) and _frozen(module):
         module.set_unshard_in_backward(needed)
+
+
+def gather_ahead(model: nn.Module) -> None:
+    """Gathers what is whole during a step at the end of the one before. The host is far ahead of the GPU then, and
+    would be behind it at the start: this takes it some milliseconds."""
+    if getattr(model, "gathered_ahead", False):
+        model.unshard()
+
+
+def leave_sharded(model: nn.Module) -> None:
+    """Undoes the last `gather_ahead`: parameters are this process's rows again."""
+    if getattr(model, "gathered_ahead", False):
+        model.reshard()
 
 
 def set_gradient_sync(model: nn.Module, sync: bool) -> None:

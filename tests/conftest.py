@@ -1,6 +1,7 @@
 """Shared fixtures: process groups that live as long as the test session, and tiny models on disk."""
 
 import os
+import shutil
 
 import pytest
 import torch
@@ -52,6 +53,42 @@ def tiny_data(tmp_path_factory):
     from tiny import make_data
 
     return make_data(tmp_path_factory.mktemp("data") / "data.jsonl")
+
+
+@pytest.fixture(scope="session")
+def flags(tiny, tiny_data, tmp_path_factory):
+    root = tmp_path_factory.mktemp("expanded")
+
+    def expanded(family):
+        """A copy of the tiny model whose last block counts as new."""
+        folder = root / family
+        if not folder.exists():
+            shutil.copytree(tiny(family), folder)
+            (folder / "expanded_layers.json").write_text('{"expanded_layers": [1]}')
+        return folder
+
+    def make(family="llama", **more):
+        if "llama_pro" in more.get("train_type", ""):
+            more["llama_pro_path"] = expanded(family)
+        return dict(model_name=tiny(family), dataset=tiny_data, batch_size=8, **more)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def one_process():
+    """`first_step` in this process, made once for the same flags: most tests compare with the same few."""
+    from runs import first_step
+
+    made = {}
+
+    def get(flags):
+        key = tuple(sorted((name, str(value)) for name, value in flags.items()))
+        if key not in made:
+            made[key] = first_step(flags)
+        return made[key]
+
+    return get
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,11 @@
-"""What only CUDA shows: compiled blocks, kernels in training, offload. One GPU; two are the benchmarks' business."""
+"""What only CUDA shows: compiled blocks, kernels in training, offload; on two GPUs, one memory read by another."""
 
 import pytest
 import torch
 from runs import first_step, make_config, perturb, prepared
+from safetensors.torch import load_file
+from test_cli import TRAIN, torchrun
+from test_launch import losses
 from test_parity import assert_close
 
 import train
@@ -155,3 +158,25 @@ def test_embedding_on_host_changes_nothing_but_memory(flags, packed):
     (there, nbytes, plain), (away, _, other) = seen(False), seen(True)
     assert there - away > 0.9 * nbytes
     assert_close(other, plain, relative=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_read_each_other(tiny, tiny_data, tmp_path):
+    """A compiled run on two GPUs that copy frozen weights out of each other's memory learns what it does through
+    FSDP2's collectives, and ends without a word about memory that it shares."""
+    shape = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=5)  # five blocks for two slots
+    flags = dict(
+        model_name=tiny("llama", **shape), dataset=tiny_data, train_type="bnb_dora", lora_rank=8, lora_dropout=0
+    )
+    flags |= dict(use_cpu_offload=False, max_steps=4, lr=1e-2, batch_size=2, save_model=True, precision="fp32")
+    found = {}
+    for on in (True, False):
+        folder = tmp_path / str(on)
+        given = flags | dict(peer_gather=on, output_dir=folder)
+        done = torchrun(TRAIN, *(f"--{name}={value}" for name, value in given.items()))
+        assert done.returncode == 0, done.stderr
+        assert "shared CUDA tensors" not in done.stderr
+        found[on] = losses(folder), load_file(folder / "adapter_model.safetensors")
+    assert len(found[True][0]) == 4 and found[True][0] == pytest.approx(found[False][0], rel=1e-4)
+    for name, tensor in found[False][1].items():
+        assert (found[True][1][name] - tensor).norm() <= 1e-2 * tensor.norm(), name

@@ -1,6 +1,5 @@
 """The number of processes, the sharding and the split of the batch do not change what is computed."""
 
-import shutil
 from unittest.mock import patch
 
 import pytest
@@ -34,40 +33,6 @@ def assert_close_norm(got, want, *, relative):
 def assert_learns(step):
     """A parity of zeros would prove nothing."""
     assert all(gradient.abs().max() > 0 for gradient in step[1].values())
-
-
-@pytest.fixture(scope="session")
-def flags(tiny, tiny_data, tmp_path_factory):
-    root = tmp_path_factory.mktemp("expanded")
-
-    def expanded(family):
-        """A copy of the tiny model whose last block counts as new."""
-        folder = root / family
-        if not folder.exists():
-            shutil.copytree(tiny(family), folder)
-            (folder / "expanded_layers.json").write_text('{"expanded_layers": [1]}')
-        return folder
-
-    def make(family="llama", **more):
-        if "llama_pro" in more.get("train_type", ""):
-            more["llama_pro_path"] = expanded(family)
-        return dict(model_name=tiny(family), dataset=tiny_data, batch_size=8, **more)
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def one_process():
-    """`first_step` in this process, made once for the same flags: most tests compare with the same few."""
-    made = {}
-
-    def get(flags):
-        key = tuple(sorted((name, str(value)) for name, value in flags.items()))
-        if key not in made:
-            made[key] = first_step(flags)
-        return made[key]
-
-    return get
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,0 +1,269 @@
+"""Frozen weights of decoder blocks, copied straight out of the neighbours' memory while the block before them runs.
+
+A frozen weight does not change after loading, so its shards can be read at any moment: no collective, no process that
+waits for another, no kernel that takes multiprocessors from a matrix product; the GPUs' copy engines do it. FSDP2 keeps
+what trains, and where that is little it gathers and reduces it once a step, so that the processes meet only there.
+
+It takes GPUs of one host that reach each other's memory. Elsewhere FSDP2 gathers everything: the reference.
+"""
+
+import socket
+import weakref
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.utils._pytree import tree_leaves
+
+from fsdp_utils import distributed
+from fsdp_utils.distributed import shard_group
+from fsdp_utils.sharding import RESHARD_AFTER_FORWARD
+from methods.errors import UserError
+from methods.quantizers.linear import QuantizedWeight
+from methods.rows import local
+
+ALIGNMENT = 256  # bytes of a weight's start in a slot; kernels read and write 16 at a time
+LITTLE = 1 / 4  # of the frozen bytes: adapters, not whole blocks
+
+
+def frozen_weights(block: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Module and name of every frozen parameter of a linear. Nothing writes to these after loading."""
+    linears = [m for m in block.modules() if isinstance(m, (nn.Linear, QuantizedWeight))]
+    return [(m, name) for m in linears for name, p in m.named_parameters(recurse=False) if not p.requires_grad]
+
+
+def _sharded(parameter: nn.Parameter, mesh) -> nn.Parameter:
+    """A parameter on meta as FSDP2 would shard it: dim 0 over the last dimension of the mesh."""
+    last = mesh.ndim - 1
+    rows, mine = parameter.data.chunk(mesh.size(last)), mesh.get_local_rank(last)
+    own = rows[mine] if mine < len(rows) else parameter.data[:0]
+    layout = dict(run_check=False, shape=parameter.shape, stride=parameter.stride())
+    sharded = DTensor.from_local(own, mesh, [*[Replicate()] * last, Shard(0)], **layout)
+    return nn.Parameter(sharded, requires_grad=False)
+
+
+class Exported(NamedTuple):
+    """Where the bytes of a tensor are, for other processes of this host."""
+
+    start: int
+    nbytes: int
+    handle: tuple
+
+
+def export(tensor: torch.Tensor) -> Exported:
+    """For a tensor without gaps; a CPU tensor moves to shared memory."""
+    storage, start = tensor.untyped_storage(), tensor.storage_offset() * tensor.element_size()
+    handle = storage._share_cuda_()[1:] if tensor.is_cuda else storage._share_filename_cpu_()
+    return Exported(start, tensor.nbytes, handle)
+
+
+def mapped(exported: Exported, device: torch.device) -> torch.Tensor:
+    """uint8 `[nbytes]`: the memory of another process as `device` reads it.
+
+    Raises:
+        RuntimeError: `device` cannot reach it.
+    """
+    if device.type == "cuda":  # under our own device: under its owner's, this process would start a context there
+        storage = torch.UntypedStorage._new_shared_cuda(device.index, *exported.handle)
+    else:
+        storage = torch.UntypedStorage._new_shared_filename_cpu(*exported.handle)
+    whole = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+    return whole[exported.start : exported.start + exported.nbytes]
+
+
+def _exchange(mine, group=None) -> list:
+    """What every process of the group gave, by its place in it; all processes without one."""
+    everyone = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=group)
+    return everyone
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _try(function, *args):
+    """What a function returns, None where this machine cannot do it."""
+    try:
+        return function(*args)
+    except RuntimeError:
+        return None
+
+
+def reachable(mesh, device: torch.device) -> bool:
+    """Whether the processes that share a copy of the model read each other's memory, found out by reading it.
+
+    Collective; the same answer in every process of the run.
+    """
+    group = shard_group(mesh)
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    worked = size > 1 and len(set(_exchange(socket.gethostname(), group))) == 1
+    if worked:
+        sample = torch.full((1024,), rank, dtype=torch.uint8, device=device)
+        _synchronize(device)
+        handles = _exchange(_try(export, sample), group)
+        found = [sample if i == rank else h and _try(mapped, h, device) for i, h in enumerate(handles)]
+        worked = all(seen is not None and bool((seen == i).all()) for i, seen in enumerate(found))
+        dist.barrier(group)  # nobody lets go of its sample before all have read it
+    return all(_exchange(worked))
+
+
+class _Slot:
+    """Memory for the whole frozen weights of a block."""
+
+    def __init__(self, nbytes: int, device: torch.device):
+        self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self.holds, self.ready = None, None  # the number of a block, and the event after which it is whole
+
+
+class _Whole(NamedTuple):
+    """A weight of a block: what is in its module while the block runs, and what is there otherwise."""
+
+    module: nn.Module
+    name: str
+    whole: nn.Parameter
+    shard: nn.Parameter
+
+
+class PeerGather:
+    """Makes the frozen weights of each block whole just before it runs, forward or backward.
+
+    Made on meta, before FSDP2 shards the model without `parameters`; `connect` comes after loading. Where blocks are
+    resharded two slots take turns, so that one fills while the block in the other runs; else each block has its own,
+    filled once in a run.
+    """
+
+    def __init__(self, blocks: dict[str, nn.Module], *, mesh, reshard: bool):
+        self.blocks, self.mesh = list(blocks.values()), mesh
+        self.weights = [frozen_weights(block) for block in self.blocks]
+        self.count = min(2, len(self.blocks)) if reshard else len(self.blocks)
+        self.inside = None  # the number of the block whose weights are whole
+        trained = sum(p.nbytes for block in self.blocks for p in block.parameters() if p.requires_grad)
+        self.trains_little = trained <= LITTLE * sum(p.nbytes for p in self.parameters)
+        for module, name in chain.from_iterable(self.weights):
+            module._parameters[name] = _sharded(module._parameters[name], mesh)
+
+    @property
+    def parameters(self) -> set[nn.Parameter]:
+        """The sharded parameters that FSDP2 must leave alone."""
+        return {module._parameters[name] for module, name in chain.from_iterable(self.weights)}
+
+    def connect(self, device: torch.device) -> None:
+        """Maps the neighbours' shards and gathers from now on. Collective, once every shard is loaded."""
+        group = shard_group(self.mesh)
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        shards = [[module._parameters[name] for module, name in weights] for weights in self.weights]
+        sizes = [sum(self._aligned(p.nbytes) for p in of_block) for of_block in shards]
+        self.slots = [_Slot(max(sizes[i :: self.count]), device) for i in range(self.count)]
+        _synchronize(device)
+        mine = [[export(local(p)) if local(p).numel() else None for p in of_block] for of_block in shards]
+        everyone = _exchange(mine, group)
+        self.wholes, self.copies = [], []  # of each block; copies are pairs of target and source
+        for number, of_block in enumerate(shards):
+            exported = [by_process[number] for by_process in everyone]
+            self._lay_out(number, of_block, exported, rank=dist.get_rank(group), device=device)
+        for number, block in enumerate(self.blocks):
+            self._watch(block, number)
+        distributed.AT_END.append(weakref.WeakMethod(self.close))
+        dist.barrier(group)
+
+    @staticmethod
+    def _aligned(nbytes: int) -> int:
+        return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+    def _lay_out(self, number: int, shards: list, exported: list, *, rank: int, device: torch.device) -> None:
+        """Gives each weight of a block its place in the slot, and says which bytes to copy there from where.
+
+        Args:
+            exported: of each process, what it exported of each of the block's weights.
+        """
+        memory, start, wholes, copies = self.slots[number % self.count].memory, 0, [], []
+        # a view whose version counter is its own: autograd must not take the next gather for a change of a weight
+        written = memory.data
+        for index, ((module, name), p) in enumerate(zip(self.weights[number], shards, strict=True)):
+            part = slice(start, start + p.nbytes)
+            whole = memory[part].view(p.dtype).view(p.shape)
+            wholes.append(_Whole(module, name, nn.Parameter(whole, requires_grad=False), p))
+            for owner, target in enumerate(written[part].view(p.shape[0], -1).chunk(len(exported))):
+                own = local(p).view(torch.uint8) if owner == rank else mapped(exported[owner][index], device)
+                copies.append(((owner - rank - 1) % len(exported), target, own.view(target.shape)))
+            start += self._aligned(p.nbytes)
+        # each begins with its next neighbour, so that not all read from one at a time
+        self.copies.append([(target, source) for _, target, source in sorted(copies, key=lambda copy: copy[0])])
+        self.wholes.append(wholes)
+
+    def _watch(self, block: nn.Module, number: int) -> None:
+        """Gathers around the block. Hooks, as FSDP2's: they see the module, so recomputation stays inside them."""
+
+        def before_forward(module, args):
+            self._enter(number, then=number + 1)
+
+        def after_forward(module, args, output):
+            self._leave()
+            for tensor in tree_leaves(output):
+                if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                    tensor.register_hook(before_backward)
+
+        def before_backward(grad):
+            self._enter(number, then=number - 1)
+            torch.autograd.Variable._execution_engine.queue_callback(self._leave)  # when backward is over
+
+        block.register_forward_pre_hook(before_forward)
+        block.register_forward_hook(after_forward)
+
+    def _enter(self, number: int, *, then: int) -> None:
+        """Makes a block whole for what is launched from now on; `then` is the block that is likely to be next."""
+        self._leave()
+        self._fetch(number)
+        if self.stream:
+            torch.cuda.current_stream().wait_event(self.slots[number % self.count].ready)
+        for module, name, whole, _ in self.wholes[number]:
+            module._parameters[name] = whole
+        self.inside = number
+        if 0 <= then < len(self.blocks):
+            self._fetch(then)
+
+    def _leave(self) -> None:
+        """Puts the shards back: outside its block a weight is this process's rows."""
+        if self.inside is not None:
+            for module, name, _, shard in self.wholes[self.inside]:
+                module._parameters[name] = shard
+            self.inside = None
+
+    @torch.no_grad()
+    def _fetch(self, number: int) -> None:
+        """Begins to fill a block's slot, if it holds another; what was launched so far may still read that one."""
+        slot = self.slots[number % self.count]
+        if slot.holds == number:
+            return
+        if self.stream:
+            self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for target, source in self.copies[number]:
+                target.copy_(source, non_blocking=True)
+        slot.holds, slot.ready = number, self.stream and self.stream.record_event()
+
+    def close(self) -> None:
+        """Lets go of the neighbours' memory; its owners must not end before."""
+        self.copies = []
+
+
+def choose(blocks: dict[str, nn.Module], config, *, mesh, device: torch.device) -> PeerGather | None:
+    """The gathering that `--peer_gather` asks for; None where FSDP2 does it all. Collective.
+
+    Raises:
+        UserError: it was asked for, and the processes do not reach each other's memory.
+    """
+    wanted = config.peer_gather is True or (config.peer_gather == "auto" and device.type == "cuda")
+    frozen = any(map(frozen_weights, blocks.values()))
+    if mesh is None or not wanted or not frozen or config.use_cpu_offload or shard_group(mesh).size() == 1:
+        return None
+    if not reachable(mesh, device):
+        if config.peer_gather is True:
+            raise UserError("--peer_gather true: the processes do not reach each other's memory; pass auto or false")
+        return None
+    return PeerGather(blocks, mesh=mesh, reshard=RESHARD_AFTER_FORWARD[config.sharding_strategy])
