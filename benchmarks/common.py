@@ -185,6 +185,7 @@ class Run:
 
     def close(self) -> None:
         """Gives the memory back."""
+        distributed.stop_sharing()
         self.__dict__.clear()
         torch._dynamo.reset()
         gc.collect()

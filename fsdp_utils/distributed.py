@@ -1,12 +1,10 @@
 """Processes: how they start, which device they own, the mesh they form, and how they end together."""
 
-import gc
 import os
 import re
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -17,7 +15,7 @@ from fsdp_utils.flags import parse
 from methods.errors import UserError
 
 FAIL_GRACE_SECONDS = 15.0
-AT_END: list[Callable] = []  # weak methods that `run` calls before the processes part
+SHARING: list = []  # what reads other processes' memory, or lets them read its own: `disconnect` and `free` end it
 
 
 def rank() -> int:
@@ -55,6 +53,18 @@ def all_reduce(value: float, device: torch.device, *, op: dist.ReduceOp.RedOpTyp
     reduced = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(reduced, op=op)
     return reduced.item()
+
+
+def stop_sharing() -> None:
+    """Ends what `SHARING` holds, in the order that torch asks for: no process frees, or ends with, memory that another
+    still maps. Collective."""
+    for sharing in SHARING:
+        sharing.disconnect()
+    if SHARING:
+        barrier()
+    for sharing in SHARING:
+        sharing.free()
+    SHARING.clear()
 
 
 def first_host(node_list: str) -> str:
@@ -210,9 +220,5 @@ def run(function, config) -> None:
         sys.stderr.flush()
         os._exit(1)
     if dist.is_initialized():
-        for method in AT_END:
-            if (close := method()) is not None:
-                close()
-        barrier()
-        gc.collect()  # memory that another process had mapped goes while CUDA is still there
+        stop_sharing()
         dist.destroy_process_group()

@@ -8,7 +8,6 @@ It takes GPUs of one host that reach each other's memory. Elsewhere FSDP2 gather
 """
 
 import socket
-import weakref
 from itertools import chain
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils._pytree import tree_leaves
 
 from fsdp_utils import distributed
-from fsdp_utils.distributed import shard_group
+from fsdp_utils.distributed import say, shard_group
 from fsdp_utils.sharding import RESHARD_AFTER_FORWARD
 from methods.errors import UserError
 from methods.quantizers.linear import QuantizedWeight
@@ -54,7 +53,7 @@ class Exported(NamedTuple):
 
 
 def export(tensor: torch.Tensor) -> Exported:
-    """For a tensor without gaps; a CPU tensor moves to shared memory."""
+    """For one other process: torch counts readers by exports. No gaps in the tensor; a CPU's moves to shared memory."""
     storage, start = tensor.untyped_storage(), tensor.storage_offset() * tensor.element_size()
     handle = storage._share_cuda_()[1:] if tensor.is_cuda else storage._share_filename_cpu_()
     return Exported(start, tensor.nbytes, handle)
@@ -72,6 +71,15 @@ def mapped(exported: Exported, device: torch.device) -> torch.Tensor:
         storage = torch.UntypedStorage._new_shared_filename_cpu(*exported.handle)
     whole = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
     return whole[exported.start : exported.start + exported.nbytes]
+
+
+def _export_to_others(tensors: list[torch.Tensor], group) -> list[list[Exported | None]]:
+    """For each process of the group what it needs of each tensor; None for this process and for empty tensors."""
+    mine = dist.get_rank(group)
+    return [
+        [export(t) if process != mine and t.numel() else None for t in tensors]
+        for process in range(dist.get_world_size(group))
+    ]
 
 
 def _exchange(mine, group=None) -> list:
@@ -105,9 +113,12 @@ def reachable(mesh, device: torch.device) -> bool:
     if worked:
         sample = torch.full((1024,), rank, dtype=torch.uint8, device=device)
         _synchronize(device)
-        handles = _exchange(_try(export, sample), group)
-        found = [sample if i == rank else h and _try(mapped, h, device) for i, h in enumerate(handles)]
-        worked = all(seen is not None and bool((seen == i).all()) for i, seen in enumerate(found))
+        exported = _exchange(_try(_export_to_others, [sample], group), group)
+        found = [
+            sample if owner == rank else of_all and _try(mapped, of_all[rank][0], device)
+            for owner, of_all in enumerate(exported)
+        ]
+        worked = all(seen is not None and bool((seen == owner).all()) for owner, seen in enumerate(found))
         dist.barrier(group)  # nobody lets go of its sample before all have read it
     return all(_exchange(worked))
 
@@ -160,16 +171,15 @@ class PeerGather:
         sizes = [sum(self._aligned(p.nbytes) for p in of_block) for of_block in shards]
         self.slots = [_Slot(max(sizes[i :: self.count]), device) for i in range(self.count)]
         _synchronize(device)
-        mine = [[export(local(p)) if local(p).numel() else None for p in of_block] for of_block in shards]
-        everyone = _exchange(mine, group)
+        rank = dist.get_rank(group)
+        everyone = _exchange([_export_to_others([local(p) for p in of_block], group) for of_block in shards], group)
         self.wholes, self.copies = [], []  # of each block; copies are pairs of target and source
         for number, of_block in enumerate(shards):
-            exported = [by_process[number] for by_process in everyone]
-            self._lay_out(number, of_block, exported, rank=dist.get_rank(group), device=device)
+            exported = [of_process[number][rank] for of_process in everyone]
+            self._lay_out(number, of_block, exported, rank=rank, device=device)
         for number, block in enumerate(self.blocks):
             self._watch(block, number)
-        distributed.AT_END.append(weakref.WeakMethod(self.close))
-        dist.barrier(group)
+        distributed.SHARING.append(self)
 
     @staticmethod
     def _aligned(nbytes: int) -> int:
@@ -179,7 +189,7 @@ class PeerGather:
         """Gives each weight of a block its place in the slot, and says which bytes to copy there from where.
 
         Args:
-            exported: of each process, what it exported of each of the block's weights.
+            exported: of each process, what this one needs of each of the block's weights.
         """
         memory, start, wholes, copies = self.slots[number % self.count].memory, 0, [], []
         # a view whose version counter is its own: autograd must not take the next gather for a change of a weight
@@ -247,9 +257,15 @@ class PeerGather:
                 target.copy_(source, non_blocking=True)
         slot.holds, slot.ready = number, self.stream and self.stream.record_event()
 
-    def close(self) -> None:
-        """Lets go of the neighbours' memory; its owners must not end before."""
+    def disconnect(self) -> None:
+        """Lets go of the neighbours' memory. Nothing is gathered any more."""
         self.copies = []
+
+    def free(self) -> None:
+        """Gives back this process's shards on a GPU, once every process has disconnected."""
+        for p in self.parameters:
+            if local(p).is_cuda:
+                local(p).untyped_storage().resize_(0)
 
 
 def choose(blocks: dict[str, nn.Module], config, *, mesh, device: torch.device) -> PeerGather | None:
@@ -265,5 +281,6 @@ def choose(blocks: dict[str, nn.Module], config, *, mesh, device: torch.device) 
     if not reachable(mesh, device):
         if config.peer_gather is True:
             raise UserError("--peer_gather true: the processes do not reach each other's memory; pass auto or false")
+        say("note: the GPUs do not reach each other's memory; FSDP2 gathers frozen weights too")
         return None
     return PeerGather(blocks, mesh=mesh, reshard=RESHARD_AFTER_FORWARD[config.sharding_strategy])

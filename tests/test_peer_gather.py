@@ -183,6 +183,24 @@ def test_where_it_has_no_place(tiny):
     assert config.peer_gather == "auto" and peer_gather.choose({}, config, mesh=object(), device=CPU) is None
 
 
+def test_memory_is_freed_when_nobody_maps_it(monkeypatch):
+    """At the end of a run every process lets go of the others' memory before any gives its own back."""
+    events = []
+
+    class Sharing:
+        def disconnect(self):
+            events.append("disconnect")
+
+        def free(self):
+            events.append("free")
+
+    monkeypatch.setattr(distributed, "SHARING", [Sharing(), Sharing()])
+    monkeypatch.setattr(distributed, "barrier", lambda: events.append("barrier"))
+    for _ in range(2):
+        distributed.stop_sharing()
+    assert events == ["disconnect", "disconnect", "barrier", "free", "free"]
+
+
 def test_out_of_memory_offers_to_leave_it():
     """Adapters that stay whole are what it costs."""
     for whole in (False, True):
