@@ -17,7 +17,7 @@ from fsdp_utils.config import TrainConfig
 from fsdp_utils.distributed import say, world_size
 from fsdp_utils.flags import as_dict
 from fsdp_utils.losses import check_packing, label_tokens, with_targets
-from fsdp_utils.memory import host_activations, out_of_memory
+from fsdp_utils.memory import breakdown, host_activations, out_of_memory
 from fsdp_utils.micro_step import micro_step
 from fsdp_utils.model import PRECISIONS, compiler, load, plan, size_report
 from fsdp_utils.optim import OPTIMIZERS, LocalParameters, LossScaler, clip_, global_norm, schedule_factor
@@ -92,7 +92,7 @@ def backward(model, run, micro_batches, config, *, device, scale: float) -> tupl
     tokens = int(distributed.all_reduce(sum(label_tokens(batch) for batch in micro_batches), device))
     total = torch.zeros((), device=device)
     for i, batch in enumerate(micro_batches, 1):
-        sharding.set_gradient_sync(model, i == len(micro_batches) or not config.no_sync)
+        sharding.prepare_backward(model, last=i == len(micro_batches), no_sync=config.no_sync)
         # gradient = d/dp (sum over ranks and micro-batches of loss_sum) / tokens; FSDP2 divides by world_size
         batch = with_targets(batch, multiple=run.targets_multiple)
         total += run(batch, scale * world_size() / max(tokens, 1))
@@ -109,7 +109,7 @@ def train(model, method, tokenized, tokenizer, config, *, mesh, device) -> None:
     total = config.max_steps if config.max_steps > 0 else steps_of_epochs(config, tokenized)
     say(batch_arithmetic(config, tokenized, steps=total))
     run = micro_step(model, config, mesh=mesh, device=device)
-    sharding.leave_sharded(model)  # a forward pass, check_packing's, may have left it whole
+    sharding.leave_sharded(model)  # check_packing's forward pass may have left it whole
     trained = LocalParameters(model, keep_gradients=run.graphs)
     optimizer = OPTIMIZERS[config.optimizer](trained.plain, config.lr, config.wd)
     scaler = LossScaler(config.precision == "fp16_autocast")
@@ -194,12 +194,13 @@ def main(config: TrainConfig) -> None:
         say(f"activations: about {host_activations(model, config):.1f} GiB of host memory in each process")
     if config.verbose:
         say(model)
+    sizes = breakdown(model, config)
     if config.packing:
         check_packing(model, device=device, autocast=PRECISIONS[config.precision][1])
     try:
         train(model, planned.method, tokenized, tokenizer, config, mesh=mesh, device=device)
     except torch.OutOfMemoryError as error:
-        raise out_of_memory(model, config, error) from None
+        raise out_of_memory(sizes, config, error, together=model.trained_together) from None
     if config.save_model:
         checkpoint.save(model, tokenizer, planned.method, config)
         say(f"saved to {config.output_dir}")

@@ -14,6 +14,7 @@ from transformers import LlamaConfig
 
 from fsdp_utils import distributed, sharding
 from fsdp_utils.config import TrainConfig
+from fsdp_utils.distributed import synchronize
 from fsdp_utils.flags import parse
 from fsdp_utils.losses import label_tokens, with_targets
 from fsdp_utils.micro_step import micro_step
@@ -55,12 +56,6 @@ def make_config(folder, **flags) -> TrainConfig:
         lora_rank=64,
     )
     return parse(TrainConfig, [f"--{k}={v}" for k, v in {**common, **flags}.items()], prog="benchmark")
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for the work queued on a GPU; on a CPU none is queued."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def seconds(fn, *, device: torch.device, repeat: int = 10, warmup: int = 3, at_least: float = 0.0) -> float:

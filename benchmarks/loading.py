@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.common import SHAPES, make_config, write_config, write_results
 from fsdp_utils import distributed, loading
-from fsdp_utils.distributed import barrier, is_main, say
+from fsdp_utils.distributed import barrier, is_main, say, synchronize
 from fsdp_utils.model import load, plan
 from fsdp_utils.safetensors_io import StreamingWriter
 
@@ -42,22 +42,25 @@ def timed_load(config, *, device: torch.device) -> float:
     start = time.perf_counter()
     mesh = distributed.make_mesh(config.sharding_strategy, device) if distributed.world_size() > 1 else None
     load(plan(config, device=device), config, mesh=mesh, device=device)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     barrier()
     took = time.perf_counter() - start
+    distributed.stop_sharing()
     gc.collect()
     torch.cuda.empty_cache()
     return took
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="8b", choices=SHAPES)
     parser.add_argument("--folder", required=True)
     parser.add_argument("--train_type", default="bnb_dora")
     parser.add_argument("--json")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
     device = distributed.pick_device("auto")
     distributed.start(device)
     folder = Path(args.folder)
@@ -86,4 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    distributed.run(main, parse_arguments())

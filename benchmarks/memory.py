@@ -21,7 +21,7 @@ from fsdp_utils import distributed
 from fsdp_utils.distributed import say
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="70b", choices=SHAPES)
     parser.add_argument("--train_type", default="bnb_dora")
@@ -30,7 +30,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--extra", default="")
     parser.add_argument("--json")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
     device = distributed.pick_device("auto")
     if args.cap_gib:
         total = torch.cuda.get_device_properties(device).total_memory
@@ -55,8 +58,9 @@ def main() -> None:
             f"per process, peak {measured['peak_gib']:.2f} GiB (loading {loaded:.2f}), host {host:.1f} GiB "
             f"per process, load {measured['load_s']} s"
         )
+    run.close()
     write_results(args.json, [{**r, "cap_gib": args.cap_gib, "extra": extra} for r in results])
 
 
 if __name__ == "__main__":
-    main()
+    distributed.run(main, parse_arguments())

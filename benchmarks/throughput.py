@@ -21,10 +21,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.common import SHAPES, Run, floor_seconds, make_config, synchronize, write_config, write_results
+from benchmarks.common import SHAPES, Run, floor_seconds, make_config, write_config, write_results
 from benchmarks.peer import ALONE, PEERS, PeerRun, has_peer, parse_peers
 from fsdp_utils import distributed
-from fsdp_utils.distributed import say
+from fsdp_utils.distributed import say, synchronize
 
 
 def parse_row(text: str) -> tuple[int, int, bool]:

@@ -70,8 +70,8 @@ class TrainConfig:
     sharding_strategy: str = flag("full_shard", "what is sharded, over whom", choices=SHARDING_STRATEGIES)
     peer_gather: bool | str = flag(
         "auto",
-        "copy frozen weights out of the neighbours' memory, and keep adapters whole during a step, so that processes "
-        "meet once in it; auto: on GPUs of one host that can, without CPU offload; false: FSDP2 gathers every block",
+        "copy frozen weights out of the neighbours' memory, and keep adapters whole during a step, so that no block "
+        "waits for another process; auto: on GPUs of one host that can, without CPU offload; false: FSDP2 gathers all",
         choices=(True, False, "auto"),
     )
     hybrid_shard_size: int = flag(-1, "processes that share one copy (hybrid_*); -1: those of a node", minimum=-1)
@@ -135,10 +135,9 @@ class TrainConfig:
     explicit_flags: frozenset = field(default=frozenset(), init=False, repr=False)
 
     def __post_init__(self):
-        with suppress(ArgumentTypeError):  # what is neither true nor false is auto, or found wrong by its choices
-            self.use_gradient_checkpointing = boolean(str(self.use_gradient_checkpointing))
-        with suppress(ArgumentTypeError):
-            self.peer_gather = boolean(str(self.peer_gather))
+        for name in ("use_gradient_checkpointing", "peer_gather"):
+            with suppress(ArgumentTypeError):  # what is neither true nor false is auto, or found wrong by its choices
+                setattr(self, name, boolean(str(getattr(self, name))))
 
     @property
     def quantizer(self) -> str:
@@ -191,6 +190,8 @@ class TrainConfig:
                 "--use_gradient_checkpointing is false",
                 ("checkpoint_policy", "reentrant_checkpointing"),
             ),
+            (self.method == "full", "--train_type full freezes nothing", ("peer_gather",)),
+            (self.sharding_strategy == "ddp", "--sharding_strategy ddp shards nothing", ("peer_gather",)),
             (not self.apply_gradient_clipping, "--apply_gradient_clipping is false", ("grad_norm",)),
             (self.lr_scheduler == "constant", "--lr_scheduler is constant", ("lr_warmup_ratio",)),
             (

@@ -55,6 +55,12 @@ def all_reduce(value: float, device: torch.device, *, op: dist.ReduceOp.RedOpTyp
     return reduced.item()
 
 
+def synchronize(device: torch.device) -> None:
+    """Waits for the work queued on a GPU; on a CPU none is queued."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def stop_sharing() -> None:
     """Ends what `SHARING` holds, in the order that torch asks for: no process frees, or ends with, memory that another
     still maps. Collective."""

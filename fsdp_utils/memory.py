@@ -34,13 +34,18 @@ def _states(model: nn.Module, config) -> tuple[int, int]:
 
 
 def breakdown(model: nn.Module, config) -> dict[str, float]:
-    """GiB in this process by purpose, largest micro-batch assumed: `batch_size` rows of `context_length` tokens."""
+    """GiB in this process by purpose, largest micro-batch assumed: `batch_size` rows of `context_length` tokens.
+
+    Of a sharded model that is not in a step: whole parameters would be taken for rows.
+    """
     shape = model.config.get_text_config()
     embedding = model.get_input_embeddings()
     away = sum(p.nbytes for p in embedding.parameters()) if getattr(embedding, "on_host", False) else 0
     frozen = sum(local(p).nbytes for p in model.parameters() if not p.requires_grad) - away
     rows = [local(p) for p in model.parameters() if p.requires_grad]
     trained = sum(p.nbytes for p in rows)
+    whole = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    learned = trained + 2 * whole if model.trained_together else 2 * trained
     states = sum(optimizer_bytes(config.optimizer, p.numel(), p.element_size()) for p in rows)
     tokens, width = config.batch_size * config.context_length, 4 if config.precision == "fp32" else 2
     (recomputed, state), layers = _states(model, config), shape.num_hidden_layers
@@ -54,8 +59,8 @@ def breakdown(model: nn.Module, config) -> dict[str, float]:
     logits = LOGITS_BYTES if config.fused_loss else tokens * shape.vocab_size * (width + 8)
     on_host = config.use_cpu_offload
     sizes = {
-        "base": 0 if on_host else frozen,
-        "adapters and gradients" if config.method != "full" else "weights and gradients": 0 if on_host else 2 * trained,
+        "base": 0 if on_host else frozen + model.slot_bytes,
+        "weights and gradients" if config.method == "full" else "adapters and gradients": 0 if on_host else learned,
         "optimizer": 0 if on_host else states,
         "activations": kept,
         "logits": logits,
@@ -70,8 +75,8 @@ def host_activations(model: nn.Module, config) -> float:
     return max(recomputed - 1, 0) * (1 + KEPT_WIDTHS[config.checkpoint_policy][0]) * state / GIB
 
 
-def remedies(config, *, whole: bool = False) -> list[str]:
-    """Flags that lower memory and are not in use, cheapest first; `whole`: adapters are whole during a step."""
+def remedies(config, *, together: bool = False) -> list[str]:
+    """Flags that lower memory and are not in use, cheapest first; `together` as `sharding.shard` takes it."""
     offered = (
         (config.use_gradient_checkpointing is not True, "--use_gradient_checkpointing true"),  # auto estimates
         (config.checkpoint_policy != "full", "--checkpoint_policy full"),
@@ -81,7 +86,7 @@ def remedies(config, *, whole: bool = False) -> list[str]:
         (config.quantizer == "bnb" and config.quant_scales != "double", "--quant_scales double"),
         (config.quantizer != "none" and not config.quantize_lm_head, "--quantize_lm_head true"),
         (world_size() > 1 and config.sharding_strategy != "full_shard", "--sharding_strategy full_shard"),
-        (whole, "--peer_gather false"),
+        (together, "--peer_gather false"),
         (config.optimizer != "adamw_8bit", "--optimizer adamw_8bit"),
         (not config.use_activation_cpu_offload, "--use_activation_cpu_offload true"),
         (not config.use_cpu_offload, "--use_cpu_offload true"),
@@ -90,11 +95,15 @@ def remedies(config, *, whole: bool = False) -> list[str]:
     return [flag for missing, flag in offered if missing]
 
 
-def out_of_memory(model: nn.Module, config, error: Exception) -> OutOfMemory:
-    """The error to raise in place of torch's: one message, parts first, then the flags that would help."""
-    parts = ", ".join(f"{name} {size:.2f}" for name, size in breakdown(model, config).items())
+def out_of_memory(sizes: dict[str, float], config, error: Exception, *, together: bool) -> OutOfMemory:
+    """The error to raise in place of torch's: one message, parts first, then the flags that would help.
+
+    Args:
+        sizes: from `breakdown`, before the first step.
+    """
+    parts = ", ".join(f"{name} {size:.2f}" for name, size in sizes.items())
     first = str(error).splitlines()[0]
-    helpful = remedies(config, whole=getattr(model, "gathered_ahead", False))
+    helpful = remedies(config, together=together)
     return OutOfMemory(
         f"out of GPU memory ({first}). GiB by purpose: {parts}. Would help, in order: {'; '.join(helpful)}"
     )

@@ -100,9 +100,8 @@ def load(planned: Plan, config, *, mesh, device: torch.device, compile_block: Ca
     blocks = decoder_blocks(model)
     dtypes = dict(dtype=planned.dtype, autocast=PRECISIONS[config.precision][1])
     peers = peer_gather.choose(blocks, config, mesh=mesh, device=device)
-    frozen, together = (peers.parameters, peers.trains_little) if peers else (set(), False)
-    settings = dict(mesh=mesh, device=device, together=together, **dtypes)
-    recomputed = recompute.choose(model, blocks, config, **settings)
+    frozen, together = (peers.parameters, peers.together) if peers else (set(), False)
+    recomputed = recompute.choose(model, blocks, config, mesh=mesh, device=device, together=together, **dtypes)
     sharding.prepare_blocks(model, blocks, config, recomputed=recomputed, compile_block=compile_block)
     apart = offload.whole_embedding(model, config, device=device)
     groups = dict(apart=set(apart.values()), frozen=frozen, together=together)
@@ -121,6 +120,7 @@ def load(planned: Plan, config, *, mesh, device: torch.device, compile_block: Ca
     loading.check_loaded(model)
     if peers:
         peers.connect(device)
+    model.slot_bytes = peers.slot_bytes if peers else 0
     return model
 
 

@@ -2,7 +2,7 @@
 
 A frozen weight does not change after loading, so its shards can be read at any moment: no collective, no process that
 waits for another, no kernel that takes multiprocessors from a matrix product; the GPUs' copy engines do it. FSDP2 keeps
-what trains, and where that is little it gathers and reduces it once a step, so that the processes meet only there.
+what trains, and where that is little it gathers and reduces it once a step: no decoder block waits for another process.
 
 It takes GPUs of one host that reach each other's memory. Elsewhere FSDP2 gathers everything: the reference.
 """
@@ -18,14 +18,14 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils._pytree import tree_leaves
 
 from fsdp_utils import distributed
-from fsdp_utils.distributed import say, shard_group
+from fsdp_utils.distributed import say, shard_group, synchronize
+from fsdp_utils.loading import HostMemory
 from fsdp_utils.sharding import RESHARD_AFTER_FORWARD
 from methods.errors import UserError
 from methods.quantizers.linear import QuantizedWeight
 from methods.rows import local
 
-ALIGNMENT = 256  # bytes of a weight's start in a slot; kernels read and write 16 at a time
-LITTLE = 1 / 4  # of the frozen bytes: adapters, not whole blocks
+LITTLE = 1 / 4  # of a block's frozen bytes: what trains in it is adapters, and not the block itself
 
 
 def frozen_weights(block: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -89,38 +89,39 @@ def _exchange(mine, group=None) -> list:
     return everyone
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _read_all(exported: list, sample: torch.Tensor, rank: int) -> str | None:
+    """Reads every process's sample, each filled with its owner's rank; what went wrong, or None."""
+    for owner, of_owner in enumerate(exported):
+        if isinstance(of_owner, str):
+            return of_owner
+        if owner != rank and not bool((mapped(of_owner[rank][0], sample.device) == owner).all()):
+            return "it reads as something else"
+    return None
 
 
-def _try(function, *args):
-    """What a function returns, None where this machine cannot do it."""
+def _tried(function, *args):
+    """What a function returns, or the first line of its RuntimeError: memory that cannot be shared or mapped."""
     try:
         return function(*args)
-    except RuntimeError:
-        return None
+    except RuntimeError as error:
+        return str(error).partition("\n")[0]
 
 
-def reachable(mesh, device: torch.device) -> bool:
-    """Whether the processes that share a copy of the model read each other's memory, found out by reading it.
-
-    Collective; the same answer in every process of the run.
+def unreachable(mesh, device: torch.device) -> str | None:
+    """Why the processes that share a copy of the model cannot read each other's memory; None if they can, found out by
+    reading it. Collective; the same answer in every process of the run.
     """
     group = shard_group(mesh)
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    worked = size > 1 and len(set(_exchange(socket.gethostname(), group))) == 1
-    if worked:
+    rank, why = dist.get_rank(group), None
+    if len(set(_exchange(socket.gethostname(), group))) > 1:
+        why = "they are on several hosts"
+    else:
         sample = torch.full((1024,), rank, dtype=torch.uint8, device=device)
-        _synchronize(device)
-        exported = _exchange(_try(_export_to_others, [sample], group), group)
-        found = [
-            sample if owner == rank else of_all and _try(mapped, of_all[rank][0], device)
-            for owner, of_all in enumerate(exported)
-        ]
-        worked = all(seen is not None and bool((seen == owner).all()) for owner, seen in enumerate(found))
+        synchronize(device)
+        exported = _exchange(_tried(_export_to_others, [sample], group), group)
+        why = _tried(_read_all, exported, sample, rank)
         dist.barrier(group)  # nobody lets go of its sample before all have read it
-    return all(_exchange(worked))
+    return next(filter(None, _exchange(why)), None)
 
 
 class _Slot:
@@ -153,37 +154,44 @@ class PeerGather:
         self.weights = [frozen_weights(block) for block in self.blocks]
         self.count = min(2, len(self.blocks)) if reshard else len(self.blocks)
         self.inside = None  # the number of the block whose weights are whole
-        trained = sum(p.nbytes for block in self.blocks for p in block.parameters() if p.requires_grad)
-        self.trains_little = trained <= LITTLE * sum(p.nbytes for p in self.parameters)
+        self.together = all(map(self._trains_little, self.blocks))
         for module, name in chain.from_iterable(self.weights):
             module._parameters[name] = _sharded(module._parameters[name], mesh)
+
+    def _trains_little(self, block: nn.Module) -> bool:
+        """Whether what FSDP2 gathers of a block is little beside what is gathered here."""
+        ours = sum(p.nbytes for p in self.parameters & set(block.parameters()))
+        return sum(p.nbytes for p in block.parameters()) - ours <= LITTLE * ours
 
     @property
     def parameters(self) -> set[nn.Parameter]:
         """The sharded parameters that FSDP2 must leave alone."""
         return {module._parameters[name] for module, name in chain.from_iterable(self.weights)}
 
+    @property
+    def slot_bytes(self) -> int:
+        return sum(len(slot.memory) for slot in self.slots)
+
     def connect(self, device: torch.device) -> None:
         """Maps the neighbours' shards and gathers from now on. Collective, once every shard is loaded."""
         group = shard_group(self.mesh)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         shards = [[module._parameters[name] for module, name in weights] for weights in self.weights]
-        sizes = [sum(self._aligned(p.nbytes) for p in of_block) for of_block in shards]
+        sizes = [sum(HostMemory.aligned(p.nbytes) for p in of_block) for of_block in shards]
         self.slots = [_Slot(max(sizes[i :: self.count]), device) for i in range(self.count)]
-        _synchronize(device)
+        synchronize(device)
         rank = dist.get_rank(group)
         everyone = _exchange([_export_to_others([local(p) for p in of_block], group) for of_block in shards], group)
         self.wholes, self.copies = [], []  # of each block; copies are pairs of target and source
         for number, of_block in enumerate(shards):
             exported = [of_process[number][rank] for of_process in everyone]
             self._lay_out(number, of_block, exported, rank=rank, device=device)
-        for number, block in enumerate(self.blocks):
-            self._watch(block, number)
+        self.hooks = [hook for number, block in enumerate(self.blocks) for hook in self._watch(block, number)]
         distributed.SHARING.append(self)
-
-    @staticmethod
-    def _aligned(nbytes: int) -> int:
-        return -(-nbytes // ALIGNMENT) * ALIGNMENT
+        say(
+            f"frozen weights are copied out of {dist.get_world_size(group)} processes' memory, what trains is gathered "
+            + ("once a step" if self.together else "by block")
+        )
 
     def _lay_out(self, number: int, shards: list, exported: list, *, rank: int, device: torch.device) -> None:
         """Gives each weight of a block its place in the slot, and says which bytes to copy there from where.
@@ -201,13 +209,14 @@ class PeerGather:
             for owner, target in enumerate(written[part].view(p.shape[0], -1).chunk(len(exported))):
                 own = local(p).view(torch.uint8) if owner == rank else mapped(exported[owner][index], device)
                 copies.append(((owner - rank - 1) % len(exported), target, own.view(target.shape)))
-            start += self._aligned(p.nbytes)
+            start += HostMemory.aligned(p.nbytes)
         # each begins with its next neighbour, so that not all read from one at a time
         self.copies.append([(target, source) for _, target, source in sorted(copies, key=lambda copy: copy[0])])
         self.wholes.append(wholes)
 
-    def _watch(self, block: nn.Module, number: int) -> None:
-        """Gathers around the block. Hooks, as FSDP2's: they see the module, so recomputation stays inside them."""
+    def _watch(self, block: nn.Module, number: int) -> tuple:
+        """Gathers around the block; the handles of its hooks. As FSDP2's, they see the module, so that recomputation
+        stays inside them."""
 
         def before_forward(module, args):
             self._enter(number, then=number + 1)
@@ -222,8 +231,7 @@ class PeerGather:
             self._enter(number, then=number - 1)
             torch.autograd.Variable._execution_engine.queue_callback(self._leave)  # when backward is over
 
-        block.register_forward_pre_hook(before_forward)
-        block.register_forward_hook(after_forward)
+        return block.register_forward_pre_hook(before_forward), block.register_forward_hook(after_forward)
 
     def _enter(self, number: int, *, then: int) -> None:
         """Makes a block whole for what is launched from now on; `then` is the block that is likely to be next."""
@@ -259,6 +267,10 @@ class PeerGather:
 
     def disconnect(self) -> None:
         """Lets go of the neighbours' memory. Nothing is gathered any more."""
+        if self.stream:
+            self.stream.synchronize()
+        for hook in self.hooks:
+            hook.remove()
         self.copies = []
 
     def free(self) -> None:
@@ -278,9 +290,9 @@ def choose(blocks: dict[str, nn.Module], config, *, mesh, device: torch.device) 
     frozen = any(map(frozen_weights, blocks.values()))
     if mesh is None or not wanted or not frozen or config.use_cpu_offload or shard_group(mesh).size() == 1:
         return None
-    if not reachable(mesh, device):
+    if why := unreachable(mesh, device):
         if config.peer_gather is True:
-            raise UserError("--peer_gather true: the processes do not reach each other's memory; pass auto or false")
-        say("note: the GPUs do not reach each other's memory; FSDP2 gathers frozen weights too")
+            raise UserError(f"--peer_gather true: no process reads another's memory here ({why}); pass auto or false")
+        say(f"note: FSDP2 gathers frozen weights too: no process reads another's memory here ({why})")
         return None
     return PeerGather(blocks, mesh=mesh, reshard=RESHARD_AFTER_FORWARD[config.sharding_strategy])

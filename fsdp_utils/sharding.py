@@ -139,8 +139,9 @@ def shard(
         apart: the embedding's parameters where every process holds them whole (`offload.whole_embedding`), or none.
             What is a gigabyte to gather, and shows at the start of every step, is a few rows to read.
         frozen: the parameters of blocks that `peer_gather` gathers, or none.
-        together: what else is in the blocks is one group with the rest, whole from one optimizer step to the next.
+        together: what else is in the blocks is one group with the rest, and whole during a step.
     """
+    model.trained_together = together
     if mesh is None:
         return
     pin = torch.cuda.is_available() and mesh.device_type == "cuda"
@@ -156,7 +157,6 @@ def shard(
     _shard_ends(model, settings, embedding=not apart)
     whole = dict(reshard_after_forward=False) if together else {}
     fully_shard(model, **settings | whole, ignored_params=apart | frozen)
-    model.gathered_ahead = together
 
 
 def _shard_ends(model: nn.Module, settings: dict, *, embedding: bool) -> None:
@@ -186,17 +186,25 @@ def gather_in_backward(module: nn.Module, needed: bool) -> None:
 def gather_ahead(model: nn.Module) -> None:
     """Gathers what is whole during a step at the end of the one before. The host is far ahead of the GPU then, and
     would be behind it at the start: this takes it some milliseconds."""
-    if getattr(model, "gathered_ahead", False):
+    if model.trained_together:
         model.unshard()
 
 
 def leave_sharded(model: nn.Module) -> None:
-    """Undoes the last `gather_ahead`: parameters are this process's rows again."""
-    if getattr(model, "gathered_ahead", False):
-        model.reshard()
+    """Makes every parameter this process's rows again: `gather_ahead` leaves the root whole, and a forward pass without
+    a backward all that is not resharded after forward."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
-def set_gradient_sync(model: nn.Module, sync: bool) -> None:
-    """Whether the next backward reduces gradients over the processes."""
-    if hasattr(model, "set_requires_gradient_sync"):
-        model.set_requires_gradient_sync(sync)
+def prepare_backward(model: nn.Module, *, last: bool, no_sync: bool) -> None:
+    """Tells FSDP2 what comes after the next backward: the optimizer, or another micro-batch.
+
+    Args:
+        no_sync: reduce gradients over the processes in the last backward only.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last or not no_sync)
+    if model.trained_together:
+        model.set_reshard_after_backward(last, recurse=False)

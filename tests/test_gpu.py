@@ -161,22 +161,25 @@ def test_embedding_on_host_changes_nothing_but_memory(flags, packed):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_gpus_read_each_other(tiny, tiny_data, tmp_path):
+@pytest.mark.parametrize(("rank", "gathered"), [(2, "once a step"), (16, "by block")])
+def test_two_gpus_read_each_other(tiny, tiny_data, tmp_path, rank, gathered):
     """A compiled run on two GPUs that copy frozen weights out of each other's memory learns what it does through
     FSDP2's collectives, and ends without a word about memory that it shares."""
     shape = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=5)  # five blocks for two slots
-    flags = dict(
-        model_name=tiny("llama", **shape), dataset=tiny_data, train_type="bnb_dora", lora_rank=8, lora_dropout=0
-    )
-    flags |= dict(use_cpu_offload=False, max_steps=4, lr=1e-2, batch_size=2, save_model=True, precision="fp32")
+    flags = dict(model_name=tiny("llama", **shape), dataset=tiny_data, train_type="bnb_dora", lora_rank=rank)
+    flags |= dict(lora_dropout=0, use_cpu_offload=False, precision="fp32", batch_size=2, max_steps=4)
+    flags |= dict(optimizer="sgd", lr=1e-2, save_model=True)
     found = {}
-    for on in (True, False):
-        folder = tmp_path / str(on)
-        given = flags | dict(peer_gather=on, output_dir=folder)
+    for gather in ("auto", "false"):
+        folder = tmp_path / gather
+        given = flags | dict(peer_gather=gather, output_dir=folder)
         done = torchrun(TRAIN, *(f"--{name}={value}" for name, value in given.items()))
         assert done.returncode == 0, done.stderr
         assert "shared CUDA tensors" not in done.stderr
-        found[on] = losses(folder), load_file(folder / "adapter_model.safetensors")
-    assert len(found[True][0]) == 4 and found[True][0] == pytest.approx(found[False][0], rel=1e-4)
-    for name, tensor in found[False][1].items():
-        assert (found[True][1][name] - tensor).norm() <= 1e-2 * tensor.norm(), name
+        said = f"out of 2 processes' memory, what trains is gathered {gathered}"
+        assert (said in done.stdout) is (gather == "auto")
+        found[gather] = losses(folder), load_file(folder / "adapter_model.safetensors")
+    (our_losses, ours), (their_losses, theirs) = found.values()
+    assert len(our_losses) == 4 and our_losses == pytest.approx(their_losses, rel=1e-4)
+    for name, tensor in theirs.items():
+        assert (ours[name] - tensor).norm() <= 1e-2 * tensor.norm(), name

@@ -1,6 +1,7 @@
 """Frozen weights copied out of the neighbours' memory: what FSDP2 would gather, when, and where it falls back."""
 
 import json
+import shutil
 from pathlib import Path
 from unittest.mock import patch
 
@@ -10,14 +11,18 @@ from runs import first_step, make_config, packed_bytes, prepared
 from safetensors.torch import load_file
 from test_parity import assert_close, assert_learns
 from torch.distributed.tensor import DTensor
+from workers import Workers
 
 import train
 from fsdp_utils import distributed, peer_gather
 from fsdp_utils.losses import with_targets
 from fsdp_utils.memory import remedies
 from fsdp_utils.micro_step import micro_step
+from fsdp_utils.model import plan
+from fsdp_utils.recompute import resident
 from methods import TRAIN_TYPES
 from methods.errors import UserError
+from methods.targets import decoder_blocks
 
 CPU = torch.device("cpu")
 TOGETHER, APART = 1e9, 0.0  # of the frozen bytes, for peer_gather.LITTLE: the tiny models' adapters are not little
@@ -93,22 +98,60 @@ def trained(flags: dict) -> tuple[list[float], dict[str, torch.Tensor]]:
     return losses, load_file(folder / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("packing", [False, True])
-@pytest.mark.parametrize("train_type", ["custom_qlora", "bnb_dora"])
-def test_a_run_is_the_same(pair, flags, tmp_path, train_type, packing):
+@pytest.mark.parametrize(
+    ("train_type", "little", "more"),
+    [
+        ("custom_qlora", TOGETHER, dict()),
+        ("bnb_dora", TOGETHER, dict(packing=True)),
+        ("bnb_dora", TOGETHER, dict(batch_size=1, gradient_accumulation_steps=2)),
+        ("bnb_dora", TOGETHER, dict(batch_size=1, gradient_accumulation_steps=2, no_sync=True)),
+        ("custom_qlora", TOGETHER, dict(packing=True, sharding_strategy="shard_grad_op")),
+        ("custom_qlora", APART, dict(packing=True, sharding_strategy="shard_grad_op")),
+    ],
+    ids=str,
+)
+def test_a_run_is_the_same(pair, flags, tmp_path, train_type, little, more):
     """Several optimizer steps, with gathering at the end of each, learn and save what they do through FSDP2."""
-    settings = flags(train_type=train_type, save_model=True, num_epochs=2, lr=1e-2, packing=packing, optimizer="sgd")
+    settings = flags(train_type=train_type, save_model=True, num_epochs=2, lr=1e-2, optimizer="sgd")
     settings |= dict(batch_size=2)
     results = []
     for on in (False, True):
-        more = dict(peer_gather=on, output_dir=tmp_path / str(on))
-        results.append(pair.run(with_little, TOGETHER, trained, settings | more)[0])
+        given = settings | more | dict(peer_gather=on, output_dir=tmp_path / str(on))
+        results.append(pair.run(with_little, little, trained, given)[0])
     (their_losses, theirs), (our_losses, ours) = results
     assert len(our_losses) > 3 and our_losses[0] != our_losses[-1]
     assert our_losses == pytest.approx(their_losses, rel=1e-5)
     assert theirs.keys() == ours.keys()
+    assert all(tensor.any() for name, tensor in ours.items() if "lora_B" in name)  # they begin at zero
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def gathers(flags: dict) -> list[int]:
+    """How often FSDP2 gathers in each of three optimizer steps of two micro-batches."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group as groups
+
+    counts, gather = [], groups.foreach_all_gather
+
+    def counted(*args, **kwargs):
+        counts[-1] += 1
+        return gather(*args, **kwargs)
+
+    def begin(*args, **kwargs):
+        counts.append(0)
+        return backward(*args, **kwargs)
+
+    backward = train.backward
+    with patch.object(groups, "foreach_all_gather", counted), patch.object(train, "backward", begin):
+        train.main(make_config(**flags))
+    return counts
+
+
+def test_adapters_are_gathered_once_a_step(pair, flags, tmp_path):
+    """With them the embedding that is the head too; neither blocks, nor again for the second micro-batch."""
+    settings = flags("qwen2", train_type="bnb_dora", peer_gather=True, max_steps=3, output_dir=tmp_path)
+    settings |= dict(batch_size=1, gradient_accumulation_steps=2)
+    assert pair.run(with_little, TOGETHER, gathers, settings)[0] == [2, 1, 1]  # the first step gathers for itself
 
 
 def fetches(flags: dict, steps: int) -> tuple[list[list[int]], bool, bool]:
@@ -128,7 +171,7 @@ def fetches(flags: dict, steps: int) -> tuple[list[list[int]], bool, bool]:
             fetched.append([])
             run(with_targets(dict(input_ids=ids, labels=ids)), 1.0)
     frozen = [p for p in model.parameters() if not p.requires_grad]
-    return fetched, all(isinstance(p, DTensor) for p in frozen), model.gathered_ahead
+    return fetched, all(isinstance(p, DTensor) for p in frozen), model.trained_together
 
 
 def test_what_is_fetched_when(pair, tiny, flags):
@@ -141,22 +184,35 @@ def test_what_is_fetched_when(pair, tiny, flags):
     assert sharded and together
     (found, sharded, _), _ = pair.run(fetches, {**settings, "sharding_strategy": "shard_grad_op"}, 2)
     assert found == [[0, 1, 2, 3, 4], []] and sharded
-    (_, _, together), _ = pair.run(fetches, flags(train_type="bnb_llama_pro", peer_gather=True), 1)
+
+
+def test_whole_blocks_are_not_little(pair, tiny, flags, tmp_path):
+    """One new block of five: little beside all the frozen bytes, but reduced by itself. Adapters of rank 2 on a base of
+    32 bits are little in every block."""
+    shape = dict(num_hidden_layers=5)
+    expanded = tmp_path / "expanded"
+    shutil.copytree(tiny("llama", **shape), expanded)
+    (expanded / "expanded_layers.json").write_text('{"expanded_layers": [4]}')
+    settings = flags(train_type="llama_pro", peer_gather=True) | dict(model_name=expanded, llama_pro_path=expanded)
+    (_, _, together), _ = pair.run(fetches, settings, 1)
     assert not together
+    settings = flags(train_type="custom_lora", lora_rank=2, peer_gather=True) | dict(model_name=tiny("llama", **shape))
+    (_, _, together), _ = pair.run(fetches, settings, 1)
+    assert together
 
 
-def cannot(flags: dict, where: int) -> tuple[bool, str]:
-    """What `auto` and `true` do when one process cannot map the others' memory."""
+def cannot(flags: dict, where: int) -> tuple[str, str]:
+    """Why not, and what `true` says, when one process cannot map the others' memory."""
     fails = patch.object(peer_gather, "mapped", side_effect=RuntimeError("peer access is not supported"))
     config = make_config(**flags)
     mesh = distributed.mesh_for(config, CPU)
     if distributed.rank() == where:
         fails.start()
     try:
-        reached = peer_gather.reachable(mesh, CPU)
+        why = peer_gather.unreachable(mesh, CPU)
         prepared(config)
     except UserError as error:
-        return reached, str(error)
+        return why, str(error)
     finally:
         patch.stopall()
 
@@ -165,22 +221,46 @@ def cannot(flags: dict, where: int) -> tuple[bool, str]:
 def test_memory_out_of_reach(pair, flags, where):
     """If one process cannot, none does; and who insists on it gets one line, in every process."""
     settings = flags(train_type="bnb_dora", peer_gather=True)
-    for reached, message in pair.run(cannot, settings, where):
-        assert not reached
+    for why, message in pair.run(cannot, settings, where):
+        assert why == "peer access is not supported" and f"({why})" in message
         assert "--peer_gather true" in message and "pass auto or false" in message and "\n" not in message
-    assert all(pair.run(_reachable, settings))
+    assert pair.run(what_auto_does, settings) == [(None, False)] * 2
 
 
-def _reachable(flags: dict) -> bool:
-    return peer_gather.reachable(distributed.mesh_for(make_config(**flags), CPU), CPU)
+def what_auto_does(flags: dict) -> tuple[str | None, bool]:
+    """Why memory cannot be reached (it can), and whether `auto` makes anything of that on a CPU."""
+    config = make_config(**flags | dict(peer_gather="auto"))
+    mesh, blocks = distributed.mesh_for(config, CPU), decoder_blocks(plan(config, device=CPU).model)
+    chosen = peer_gather.choose(blocks, config, mesh=mesh, device=CPU)
+    return peer_gather.unreachable(mesh, CPU), chosen is not None
 
 
 def test_where_it_has_no_place(tiny):
-    """With CPU offload it is refused by name; on a CPU only who asks for it gets it."""
+    """With CPU offload it is refused by name, and said to do nothing where nothing is frozen or sharded."""
     with pytest.raises(UserError, match=r"--peer_gather true: .* --use_cpu_offload false"):
         make_config(model_name=tiny("llama"), peer_gather=True, use_cpu_offload=True)
-    config = make_config(model_name=tiny("llama"), train_type="bnb_dora")
-    assert config.peer_gather == "auto" and peer_gather.choose({}, config, mesh=object(), device=CPU) is None
+    for more in (dict(train_type="full"), dict(train_type="bnb_dora", sharding_strategy="ddp")):
+        config = make_config(model_name=tiny("llama"), peer_gather=True, **more)
+        assert any("--peer_gather has no effect" in note for note in config.notes())
+
+
+def estimates(flags: dict) -> tuple[list[int], int]:
+    """`recompute.resident` before and after the frozen weights are sharded here, and with adapters whole; and what
+    adapters of the blocks take whole: themselves, gradients, and the fp32 buffer these are reduced in."""
+    config = make_config(**flags)
+    planned = plan(config, device=CPU)
+    mesh, blocks = distributed.mesh_for(config, CPU), decoder_blocks(planned.model)
+    found = [resident(planned.model, blocks, config, mesh=mesh)]
+    peer_gather.PeerGather(blocks, mesh=mesh, reshard=True)
+    found += [resident(planned.model, blocks, config, mesh=mesh, together=on) for on in (False, True)]
+    trained = [p for block in blocks.values() for p in block.parameters() if p.requires_grad]
+    return found, sum(p.numel() * (2 * p.element_size() + 4) for p in trained)
+
+
+def test_estimate_for_auto(pair, flags):
+    """`--use_gradient_checkpointing auto` counts adapters that are whole, and sharded weights as it did before."""
+    for (before, sharded, together), whole in pair.run(estimates, flags(train_type="bnb_dora")):
+        assert before == sharded and together - sharded == whole > 0
 
 
 def test_memory_is_freed_when_nobody_maps_it(monkeypatch):
@@ -201,7 +281,38 @@ def test_memory_is_freed_when_nobody_maps_it(monkeypatch):
     assert events == ["disconnect", "disconnect", "barrier", "free", "free"]
 
 
+def left_of_sharing(flags: dict) -> tuple[int, int, int]:
+    """Copies that a model makes; hooks on its blocks, and copies and models that share, after sharing has ended."""
+    prepared(make_config(**flags))
+    (sharing,) = distributed.SHARING
+    copies = sum(map(len, sharing.copies))
+    distributed.stop_sharing()
+    hooks = sum(len(block._forward_pre_hooks) + len(block._forward_hooks) for block in sharing.blocks)
+    return copies, hooks, len(sharing.copies) + len(distributed.SHARING)
+
+
+def test_sharing_ends(pair, flags):
+    """No mapping, hook or model stays."""
+    settings = flags(train_type="lora", peer_gather=True)
+    for copies, hooks, left in pair.run(with_little, TOGETHER, left_of_sharing, settings):
+        assert copies > 10 and hooks == left == 0
+
+
+def test_two_by_two(flags):
+    """Two copies of the model, each sharded over two of four processes: every process reads its own neighbour."""
+    four = Workers(4)
+    settings = flags(train_type="bnb_dora", sharding_strategy="hybrid_full_shard", hybrid_shard_size=2)
+    try:
+        run = lambda on: four.run(with_little, TOGETHER, first_step, {**settings, "batch_size": 2, "peer_gather": on})
+        theirs, ours = run(False), run(True)
+    finally:
+        four.close()
+    for got, want in zip(ours, theirs, strict=True):
+        assert_learns(want)
+        assert_close(got, want, relative=1e-5)
+
+
 def test_out_of_memory_offers_to_leave_it():
     """Adapters that stay whole are what it costs."""
     for whole in (False, True):
-        assert ("--peer_gather false" in remedies(make_config(), whole=whole)) is whole
+        assert ("--peer_gather false" in remedies(make_config(), together=whole)) is whole

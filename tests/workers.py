@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from fsdp_utils import distributed
+
 
 def _serve(rank, size, port, jobs, results):
     torch.set_num_threads(1)
@@ -18,6 +20,7 @@ def _serve(rank, size, port, jobs, results):
         function, args, kwargs = job
         try:
             results.put((rank, True, function(*args, **kwargs)))
+            distributed.SHARING.clear()  # models of earlier cases
         except BaseException:
             results.put((rank, False, traceback.format_exc()))
 
