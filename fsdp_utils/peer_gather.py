@@ -100,10 +100,11 @@ def _read_all(exported: list, sample: torch.Tensor, rank: int) -> str | None:
 
 
 def _tried(function, *args):
-    """What a function returns, or the first line of its RuntimeError: memory that cannot be shared or mapped."""
+    """What a function returns, or the first line of its error: memory that cannot be shared or mapped, or another torch
+    whose calls for that (they are not public) have changed."""
     try:
         return function(*args)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         return str(error).partition("\n")[0]
 
 
@@ -112,7 +113,7 @@ def unreachable(mesh, device: torch.device) -> str | None:
     reading it. Collective; the same answer in every process of the run.
     """
     group = shard_group(mesh)
-    rank, why = dist.get_rank(group), None
+    rank = dist.get_rank(group)
     if len(set(_exchange(socket.gethostname(), group))) > 1:
         why = "they are on several hosts"
     else:
