@@ -49,7 +49,8 @@ def breakdown(model: nn.Module, config) -> dict[str, float]:
     states = sum(optimizer_bytes(config.optimizer, p.numel(), p.element_size()) for p in rows)
     tokens, width = config.batch_size * config.context_length, 4 if config.precision == "fp32" else 2
     (recomputed, state), layers = _states(model, config), shape.num_hidden_layers
-    middle = tokens * width * shape.intermediate_size
+    # the input of the widest linear: families name their intermediate width in many ways
+    middle = tokens * width * max((m.in_features for m in model.modules() if hasattr(m, "in_features")), default=0)
     inside = 6 * state + 4 * middle  # what one block keeps for backward, about
     # the last blocks keep everything; when they are done, one at a time of the first holds what it recomputes
     narrow, wide = KEPT_WIDTHS[config.checkpoint_policy]

@@ -25,6 +25,17 @@ def test_breakdown_counts_what_is_there(tiny):
     assert offloaded["base"] == offloaded["optimizer"] == 0
 
 
+@pytest.mark.parametrize("family", ["phi3", "gemma2", "gptneox", "opt"])
+def test_breakdown_of_other_families(tiny, family):
+    """Its widest linear tells how much a block keeps inside, whatever the family calls that width."""
+    sizes = []
+    for train_type in ("custom_lora", "bnb_dora"):
+        config = make_config(model_name=tiny(family), train_type=train_type)
+        sizes.append(breakdown(prepared(config)[0], config)["activations"])
+    llama = make_config(model_name=tiny("llama"), train_type="bnb_dora")
+    assert sizes == [breakdown(prepared(llama)[0], llama)["activations"]] * 2  # all are 64 and 128 wide
+
+
 def test_activations_grow_with_the_policy(tiny):
     """Each policy keeps more than the one before; what is as large as the hidden states can wait in host memory."""
     model, *_ = prepared(make_config(model_name=tiny("llama"), train_type="bnb_dora"))

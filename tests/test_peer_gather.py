@@ -16,12 +16,13 @@ from workers import Workers
 import train
 from fsdp_utils import distributed, peer_gather
 from fsdp_utils.losses import with_targets
-from fsdp_utils.memory import remedies
+from fsdp_utils.memory import breakdown, remedies
 from fsdp_utils.micro_step import micro_step
 from fsdp_utils.model import plan
 from fsdp_utils.recompute import resident
 from methods import TRAIN_TYPES
 from methods.errors import UserError
+from methods.rows import local
 from methods.targets import decoder_blocks
 
 CPU = torch.device("cpu")
@@ -310,6 +311,25 @@ def test_two_by_two(flags):
     for got, want in zip(ours, theirs, strict=True):
         assert_learns(want)
         assert_close(got, want, relative=1e-5)
+
+
+def sizes_and_bytes(flags: dict) -> tuple[dict[str, float], dict[str, int]]:
+    """`memory.breakdown`, and the bytes that are there."""
+    config = make_config(**flags)
+    model, *_ = prepared(config)
+    rows = lambda trains: sum(local(p).nbytes for p in model.parameters() if p.requires_grad is trains)
+    whole = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    slots = sum(slot.memory.nbytes for slot in distributed.SHARING[0].slots)
+    found = dict(frozen=rows(False), trained=rows(True), whole=whole, slots=slots)
+    return breakdown(model, config), found
+
+
+def test_what_it_takes_is_counted(pair, flags):
+    """The out-of-memory message counts two whole blocks, and adapters and gradients whole."""
+    settings = flags(train_type="bnb_dora", peer_gather=True)
+    for sizes, found in pair.run(with_little, TOGETHER, sizes_and_bytes, settings):
+        assert sizes["base"] * 2**30 == pytest.approx(found["frozen"] + found["slots"]) and found["slots"]
+        assert sizes["adapters and gradients"] * 2**30 == pytest.approx(found["trained"] + 2 * found["whole"])
 
 
 def test_out_of_memory_offers_to_leave_it():
