@@ -13,9 +13,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import datasets
 import numpy as np
-import torch
 
 from benchmarks.common import SHAPES, Run, make_config, write_config, write_results
+from fsdp_utils.distributed import synchronize
 from fsdp_utils.losses import label_tokens
 from fsdp_utils.packing import epoch_rows, epoch_steps, padding_share
 from fsdp_utils.tokens import TokenizedData
@@ -39,13 +39,13 @@ def useful_speed(run: Run, data: TokenizedData, *, batch: int, packing: bool, st
     settings.update(pad_token_id=0, context_length=LENGTH, packing=packing, pad_to_multiple_of=64)
     for i, (inputs,) in enumerate(epoch_steps(data, **settings)):
         if i == warmup:
-            torch.cuda.synchronize()
+            synchronize(run.device)
             start = time.perf_counter()
         if i == warmup + steps:
             break
         done += label_tokens(inputs) if i >= warmup else 0
         run.step_on(inputs)
-    torch.cuda.synchronize()
+    synchronize(run.device)
     return done / (time.perf_counter() - start)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from fsdp_utils.distributed import rank
+from fsdp_utils.distributed import rank, synchronize
 from methods.errors import UserError
 
 GIB = 2**30
@@ -143,8 +143,7 @@ class Clock:
 
     def step(self, tokens: int) -> float:
         """Adds one step's tokens (all processes) and returns the last step's tokens per second."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        synchronize(self.device)
         now = time.perf_counter()
         speed = tokens / (now - self.last) if self.start is not None else tokens / (now - self.begun)
         if self.start is None:

@@ -155,13 +155,14 @@ class PeerGather:
         self.weights = [frozen_weights(block) for block in self.blocks]
         self.count = min(2, len(self.blocks)) if reshard else len(self.blocks)
         self.inside = None  # the number of the block whose weights are whole
-        self.together = all(map(self._trains_little, self.blocks))
+        self.together = all(map(self._trains_little, self.blocks, self.weights))
         for module, name in chain.from_iterable(self.weights):
             module._parameters[name] = _sharded(module._parameters[name], mesh)
 
-    def _trains_little(self, block: nn.Module) -> bool:
-        """Whether what FSDP2 gathers of a block is little beside what is gathered here."""
-        ours = sum(p.nbytes for p in self.parameters & set(block.parameters()))
+    @staticmethod
+    def _trains_little(block: nn.Module, weights: list[tuple[nn.Module, str]]) -> bool:
+        """Whether what FSDP2 gathers of a block is little beside these weights, which are gathered here."""
+        ours = sum(module._parameters[name].nbytes for module, name in weights)
         return sum(p.nbytes for p in block.parameters()) - ours <= LITTLE * ours
 
     @property
@@ -208,8 +209,8 @@ class PeerGather:
             whole = memory[part].view(p.dtype).view(p.shape)
             wholes.append(_Whole(module, name, nn.Parameter(whole, requires_grad=False), p))
             for owner, target in enumerate(written[part].view(p.shape[0], -1).chunk(len(exported))):
-                own = local(p).view(torch.uint8) if owner == rank else mapped(exported[owner][index], device)
-                copies.append(((owner - rank - 1) % len(exported), target, own.view(target.shape)))
+                source = local(p).view(torch.uint8) if owner == rank else mapped(exported[owner][index], device)
+                copies.append(((owner - rank - 1) % len(exported), target, source.view(target.shape)))
             start += HostMemory.aligned(p.nbytes)
         # each begins with its next neighbour, so that not all read from one at a time
         self.copies.append([(target, source) for _, target, source in sorted(copies, key=lambda copy: copy[0])])

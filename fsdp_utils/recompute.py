@@ -9,17 +9,17 @@ from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed import ReduceOp
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy
 
 from fsdp_utils.attention import boundaries
-from fsdp_utils.distributed import say
+from fsdp_utils.distributed import all_reduce, say
 from fsdp_utils.graphs import graph_tokens
 from fsdp_utils.memory import GIB, optimizer_bytes
 from fsdp_utils.offload import embedding_for_host
@@ -226,15 +226,6 @@ def free_memory(device: torch.device) -> int | None:
     return min(free + cached, int(limit) - allocated)
 
 
-def smallest(value: int, device: torch.device) -> int:
-    """The smallest of a number over all processes."""
-    if not dist.is_initialized():
-        return value
-    least = torch.tensor(value, dtype=torch.int64, device=device)
-    dist.all_reduce(least, op=dist.ReduceOp.MIN)
-    return int(least.item())
-
-
 def choose(
     model: nn.Module, blocks: dict[str, nn.Module], config, *, mesh, device, dtype, autocast, together: bool = False
 ) -> int:
@@ -259,7 +250,7 @@ def choose(
     linears = [m for block in blocks.values() for m in block.modules() if hasattr(m, "in_features")]
     weight = max((m.in_features * m.out_features * dtype.itemsize for m in linears), default=0)
     taken = resident(model, blocks, config, mesh=mesh, together=together) + kept.outside
-    free = smallest(int(available * (1 - RESERVE)) - taken, device)
+    free = int(all_reduce(int(available * (1 - RESERVE)) - taken, device, op=ReduceOp.MIN))
     free = int(free / (1 + graphs_share(model, config, mesh=mesh, device=device)))
     recomputed = blocks_to_recompute(
         free=free,

@@ -160,6 +160,7 @@ def test_embedding_on_host_changes_nothing_but_memory(flags, packed):
     assert_close(other, plain, relative=1e-5)
 
 
+# one GPU has no neighbour; the same gathering through shared host memory is tests/test_peer_gather.py, on CPUs
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize(("rank", "gathered"), [(2, "once a step"), (16, "by block")])
 def test_two_gpus_read_each_other(tiny, tiny_data, tmp_path, rank, gathered):

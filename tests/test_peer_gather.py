@@ -1,6 +1,5 @@
 """Frozen weights copied out of the neighbours' memory: what FSDP2 would gather, when, and where it falls back."""
 
-import json
 import shutil
 from pathlib import Path
 from unittest.mock import patch
@@ -9,6 +8,7 @@ import pytest
 import torch
 from runs import first_step, make_config, packed_bytes, prepared
 from safetensors.torch import load_file
+from test_launch import losses
 from test_parity import assert_close, assert_learns
 from torch.distributed.tensor import DTensor
 from workers import Workers
@@ -94,9 +94,7 @@ def trained(flags: dict) -> tuple[list[float], dict[str, torch.Tensor]]:
     config = make_config(**flags)
     train.main(config)
     distributed.barrier()
-    folder = Path(config.output_dir)
-    losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return losses, load_file(folder / "adapter_model.safetensors")
+    return losses(config.output_dir), load_file(Path(config.output_dir) / "adapter_model.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -177,7 +175,7 @@ def fetches(flags: dict, steps: int) -> tuple[list[list[int]], bool, bool]:
 
 def test_what_is_fetched_when(pair, tiny, flags):
     """Two slots: the last two blocks of forward are still there when backward begins, and the first two when the next
-    step does. Without resharding each block is fetched once in a run. Blocks that train are reduced one by one."""
+    step does. Without resharding each block is fetched once in a run."""
     model = tiny("llama", num_hidden_layers=5)
     settings = {**flags(train_type="bnb_dora", peer_gather=True), "model_name": model}
     (found, sharded, together), _ = pair.run(with_little, TOGETHER, fetches, settings, 3)

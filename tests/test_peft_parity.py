@@ -1,6 +1,5 @@
 """Our LoRA and DoRA against PEFT's own: the same start, data and optimizer give the same gradients and loss curve."""
 
-import json
 import warnings
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from runs import dequantized, make_config, perturb, prepared
+from test_launch import losses
 from transformers import AutoModelForCausalLM
 
 import train
@@ -90,7 +90,7 @@ def test_loss_curves(config, tmp_path):
     twin = peft_twin(model, planned.method, config, magnitudes=False)  # PEFT's own start of the magnitude
     tokenized, tokenizer, batches = data_of(config, model)
     train.train(model, planned.method, tokenized, tokenizer, config, mesh=mesh, device=device)
-    ours = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    ours = losses(tmp_path)
     trained = [p for p in twin.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.wd)
     wanted = []
