@@ -75,8 +75,9 @@ def global_norm(gradients: list[torch.Tensor], *, group, device: torch.device) -
     """The 2-norm over all rows of all processes, fp32 scalar; `group` together holds each row once."""
     squared = torch.zeros((), device=device)
     if gradients:
-        norms = torch._foreach_norm([g.float() if g.dtype == torch.float16 else g for g in gradients])
-        squared = torch.stack([n.float() for n in norms]).square().sum().to(device)
+        # in fp32: fp16 would overflow, and bf16 norms would have to be converted one by one
+        norms = torch._foreach_norm(gradients, dtype=torch.float32)
+        squared = torch.stack(norms).square().sum().to(device)
     if group is not None:
         dist.all_reduce(squared, group=group)
     return squared.sqrt()

@@ -89,10 +89,10 @@ def test_dequantize_kernels_give_the_same_bits(quantizer, dtype):
 @pytest.mark.parametrize("kind", [LoRALinear, DoRALinear])
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize("out_features", [OUT, 576])
+@pytest.mark.parametrize("out_features", [OUT, 576, 96])
 def test_fused_adapter_equals_plain(device, kind, quantizer, dtype, tolerance, out_features):
-    """Output and all gradients of the fused operator are those of the definition, for every quantizer, also where the
-    output is so much wider than the input that the operator multiplies `[x, A x]` at once."""
+    """Output and all gradients of the fused operator are those of the definition, for every quantizer, also where one
+    side is so much wider than the other that base and adapter are one product there."""
     base = base_linear(quantizer, device, dtype, out=out_features)
     x = torch.randn(3, 17, IN, generator=torch.Generator().manual_seed(2)).to(device, dtype)
     grad = torch.randn(3, 17, out_features, generator=torch.Generator().manual_seed(3)).to(device, dtype)

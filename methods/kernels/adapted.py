@@ -3,10 +3,12 @@
 The plain version is `LoRALinear.plain_forward`. What this one does differently:
 
 - The row factor c goes into the scales while they are dequantized, and into B: DoRA costs what LoRA costs.
-- The low-rank product is no pass over the output of its own. Where the output is wider than the input, the product is
-  `[x, A x] @ [W, s c B].T`, and in backward `grad @ [W, s c B]` gives B's share beside the base's; elsewhere the base
-  product accumulates onto the low-rank one.
+- The low-rank product is no pass of its own over the wider side. Where the output is wider than the input, the product
+  is `[x, A x] @ [W, s c B].T`, and in backward `grad @ [W, s c B]` gives B's share beside the base's. Where the input
+  is wider, its gradient is `[grad, s c grad B] @ [W; A]`. Elsewhere the base product accumulates onto the low-rank one.
 - The gradient of the magnitude needs `V x`, which is output / c: the output is kept anyway by what follows it.
+- Of backward, only what needs the dequantized weight is one operator. The compiler sees the gradients of A and B, so
+  that an x which is computed again for them is computed beside what follows in backward.
 """
 
 import torch
@@ -33,12 +35,26 @@ def _widens(p0: Tensor, width: int) -> bool:
     return p0.shape[0] > 2 * width
 
 
+def _narrows(p0: Tensor, width: int) -> bool:
+    """Whether copying the gradient costs less than writing and reading that of x once more."""
+    return width > 2 * p0.shape[0]
+
+
 def _beside(parts, spec: str, factor: Tensor | None, scaled_b: Tensor, *, dtype, in_features: int) -> Tensor:
     """`[W, s c B]`, `[out, in + r]`."""
     out, rank = scaled_b.shape
     both = torch.empty(out, in_features + rank, dtype=dtype, device=scaled_b.device)
     _weight(parts, spec, factor, dtype=dtype, in_features=in_features, out=both[:, :in_features])
     both[:, in_features:] = scaled_b
+    return both
+
+
+def _above(parts, spec: str, factor: Tensor | None, a: Tensor, *, dtype, in_features: int) -> Tensor:
+    """`[W; A]`, `[out + r, in]`."""
+    out = parts[0].shape[0]
+    both = torch.empty(out + a.shape[0], in_features, dtype=dtype, device=a.device)
+    _weight(parts, spec, factor, dtype=dtype, in_features=in_features, out=both[:out])
+    both[out:] = a
     return both
 
 
@@ -71,43 +87,44 @@ def factor_gradient(summed: Tensor, factor: Tensor) -> Tensor:
 
 
 def backward(
-    grad: Tensor, x: Tensor | None, hidden: Tensor | None, out: Tensor | None,
-    p0: Tensor, p1: Tensor | None, p2: Tensor | None, spec: str,
+    grad: Tensor, out: Tensor | None, p0: Tensor, p1: Tensor | None, p2: Tensor | None, spec: str,
     a: Tensor | None, scaled_b: Tensor | None, factor: Tensor | None, in_features: int, needs_x: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, A, scaled_b and the row factor (only with the output); empty tensors for what is absent."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x and of A x `[t, r]`, and the sum over tokens of grad * out, fp32 `[out]` (only with the output);
+    empty tensors for what is absent."""
     grads = grad.reshape(-1, grad.shape[-1])  # [t, out]
     parts, weight = (p0, p1, p2), dict(dtype=grad.dtype, in_features=in_features)
-    grad_x, grad_a, grad_b, grad_factor = (grad.new_empty(0) for _ in range(4))  # an operator's outputs may not alias
-    if a is None:
-        if needs_x:
-            grad_x = grads @ _weight(parts, spec, factor, **weight)
-    else:
-        rows, hidden, wide_a = x.reshape(-1, in_features), hidden.reshape(-1, a.shape[0]), a.to(grad.dtype)
-        if needs_x and _widens(p0, in_features):
-            both = grads @ _beside(parts, spec, factor, scaled_b, **weight)  # [t, in + r]
-            grad_x, through_b = both[:, :in_features], both[:, in_features:]
-            grad_x.addmm_(through_b, wide_a)
-        else:
-            through_b = grads @ scaled_b  # [t, r]
-            if needs_x:
-                grad_x = (through_b @ wide_a).addmm_(grads, _weight(parts, spec, factor, **weight))
-        grad_a = (through_b.T @ rows).to(a.dtype)
-        grad_b = grads.T @ hidden
+    grad_x, grad_hidden, dots = (grad.new_empty(0) for _ in range(3))  # an operator's outputs may not alias
     if out is not None:
-        grad_factor = factor_gradient(reduce.column_dot(grads, out.reshape(grads.shape)), factor)
+        dots = reduce.column_dot(grads, out.reshape(grads.shape))
+    if a is not None and needs_x and _widens(p0, in_features):
+        both = grads @ _beside(parts, spec, factor, scaled_b, **weight)  # [t, in + r]
+        grad_x, grad_hidden = both[:, :in_features], both[:, in_features:].contiguous()
+        grad_x.addmm_(grad_hidden, a.to(grad.dtype))
+    elif a is not None:
+        grad_hidden = grads @ scaled_b
+        if needs_x and _narrows(p0, in_features):
+            grad_x = torch.cat([grads, grad_hidden], dim=1) @ _above(parts, spec, factor, a, **weight)
+        elif needs_x:
+            grad_x = (grad_hidden @ a.to(grad.dtype)).addmm_(grads, _weight(parts, spec, factor, **weight))
+    elif needs_x:
+        grad_x = grads @ _weight(parts, spec, factor, **weight)
     if needs_x:
         grad_x = grad_x.view(*grad.shape[:-1], in_features)
-    return grad_x, grad_a, grad_b, grad_factor
+    return grad_x, grad_hidden, dots
 
 
-def backward_shapes(grad, x, hidden, out, p0, p1, p2, spec, a, scaled_b, factor, in_features, needs_x):
+def backward_shapes(grad, out, p0, p1, p2, spec, a, scaled_b, factor, in_features, needs_x):
     """What `backward` returns, without values."""
-    grad_x = grad.new_empty(*grad.shape[:-1], in_features) if needs_x else grad.new_empty(0)
-    if needs_x and a is not None and _widens(p0, in_features):  # columns of a wider matrix
-        grad_x = grad.new_empty(*grad.shape[:-1], in_features + a.shape[0])[..., :in_features]
-    found = (a, scaled_b, None if out is None else factor)
-    return grad_x, *(grad.new_empty(0) if t is None else torch.empty_like(t) for t in found)
+    grad_x, grad_hidden, dots = (grad.new_empty(0) for _ in range(3))
+    if needs_x:  # columns of a wider matrix, where B's share was beside
+        more = a.shape[0] if a is not None and _widens(p0, in_features) else 0
+        grad_x = grad.new_empty(*grad.shape[:-1], in_features + more)[..., :in_features]
+    if a is not None:
+        grad_hidden = grad.new_empty(grad.reshape(-1, grad.shape[-1]).shape[0], a.shape[0])
+    if out is not None:
+        dots = torch.empty_like(factor)
+    return grad_x, grad_hidden, dots
 
 
 # Registered by hand: torch.library.custom_op checks every call for aliasing, which costs more than a small product.
@@ -117,9 +134,8 @@ _library.define(
     "Tensor? scaled_b, Tensor? factor) -> Tensor"
 )
 _library.define(
-    "adapted_linear_backward(Tensor grad, Tensor? x, Tensor? hidden, Tensor? out, Tensor p0, Tensor? p1, Tensor? p2, "
-    "str spec, Tensor? a, Tensor? scaled_b, Tensor? factor, SymInt in_features, bool needs_x) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
+    "adapted_linear_backward(Tensor grad, Tensor? out, Tensor p0, Tensor? p1, Tensor? p2, str spec, Tensor? a, "
+    "Tensor? scaled_b, Tensor? factor, SymInt in_features, bool needs_x) -> (Tensor, Tensor, Tensor)"
 )
 for _name, _run, _shapes in (
     ("adapted_linear", forward, forward_shape),
@@ -139,11 +155,15 @@ def _keep(ctx, inputs, output):
 
 def _backward(ctx, grad):
     x, hidden, out, p0, p1, p2, a, scaled_b, factor = ctx.saved_tensors
-    grad_x, grad_a, grad_b, grad_factor = torch.ops.fsdp_qlora.adapted_linear_backward(
-        grad, x, hidden, out, p0, p1, p2, ctx.spec, a, scaled_b, factor, ctx.in_features, ctx.needs_x
+    grad_x, grad_hidden, dots = torch.ops.fsdp_qlora.adapted_linear_backward(
+        grad, out, p0, p1, p2, ctx.spec, a, scaled_b, factor, ctx.in_features, ctx.needs_x
     )
-    adapters = (g if t is not None else None for g, t in ((grad_a, a), (grad_b, scaled_b), (grad_factor, out)))
-    return (grad_x if ctx.needs_x else None, None, None, None, None, None, *adapters)
+    grad_a = grad_b = None
+    if a is not None:
+        grad_a = (grad_hidden.T @ x.reshape(-1, ctx.in_features)).to(a.dtype)
+        grad_b = grad.reshape(-1, grad.shape[-1]).T @ hidden.reshape(-1, a.shape[0])
+    grad_factor = None if out is None else factor_gradient(dots, factor)
+    return (grad_x if ctx.needs_x else None, None, None, None, None, None, grad_a, grad_b, grad_factor)
 
 
 # not an autograd.Function: compiled checkpointing would take its outputs for something it has to keep
