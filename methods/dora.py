@@ -16,6 +16,8 @@ from methods.lora import LoRA, LoRALinear
 from methods.quantizers.linear import QuantizedLinear, weight_rows
 from methods.rows import fill, gather_each, local
 
+STREAMS = 2  # for the refresh of norms; each may hold a dequantized weight
+
 
 class DoRALinear(LoRALinear):
     """A LoRA layer with a magnitude per output row. `weight_norm` and `adapted_norm` are frozen fp32 `[out]`."""
@@ -108,19 +110,30 @@ class DoRA(LoRA):
         lora_a = [layer.lora_A for layer in self._adapted]
         wholes = gather_each(lora_a, device=device)
         if first or local(lora_a[0]).device.type != "cuda":
-            self._refresh(wholes, device)
+            self._refresh(self._adapted, wholes, device=device)
             return
         # rows on a GPU stay where they are: from the second step on, a thousand launches become one
         wholes = list(wholes)
         if self._graph is None:
             self._graph, self._wholes = torch.cuda.CUDAGraph(), wholes
             with torch.cuda.graph(self._graph):
-                self._refresh(wholes, device)
+                self._refresh_on_streams(wholes, device=device)
         elif isinstance(lora_a[0], DTensor):
             torch._foreach_copy_(self._wholes, wholes)
         self._graph.replay()
 
-    def _refresh(self, wholes, device) -> None:
-        """Recomputes the norms of the adapted weight, this process's rows of every layer."""
-        for layer, lora_a in zip(self._adapted, wholes, strict=True):
+    def _refresh_on_streams(self, wholes, *, device) -> None:
+        """`_refresh`, some layers beside the others: most of their kernels are too small for a GPU."""
+        streams = [torch.cuda.Stream() for _ in range(STREAMS)]
+        for first, stream in enumerate(streams):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._refresh(self._adapted[first::STREAMS], wholes[first::STREAMS], device=device)
+        for stream in streams:
+            torch.cuda.current_stream().wait_stream(stream)
+
+    @staticmethod
+    def _refresh(layers, wholes, *, device) -> None:
+        """Recomputes the norms of the adapted weight, this process's rows of each layer, of which A is given whole."""
+        for layer, lora_a in zip(layers, wholes, strict=True):
             local(layer.adapted_norm).copy_(refreshed_norms(layer, lora_a, device=device))

@@ -7,8 +7,6 @@ The plain version is `LoRALinear.plain_forward`. What this one does differently:
   is `[x, A x] @ [W, s c B].T`, and in backward `grad @ [W, s c B]` gives B's share beside the base's. Where the input
   is wider, its gradient is `[grad, s c grad B] @ [W; A]`. Elsewhere the base product accumulates onto the low-rank one.
 - The gradient of the magnitude needs `V x`, which is output / c: the output is kept anyway by what follows it.
-- Of backward, only what needs the dequantized weight is one operator. The compiler sees the gradients of A and B, so
-  that an x which is computed again for them is computed beside what follows in backward.
 """
 
 import torch
@@ -87,44 +85,46 @@ def factor_gradient(summed: Tensor, factor: Tensor) -> Tensor:
 
 
 def backward(
-    grad: Tensor, out: Tensor | None, p0: Tensor, p1: Tensor | None, p2: Tensor | None, spec: str,
+    grad: Tensor, x: Tensor | None, hidden: Tensor | None, out: Tensor | None,
+    p0: Tensor, p1: Tensor | None, p2: Tensor | None, spec: str,
     a: Tensor | None, scaled_b: Tensor | None, factor: Tensor | None, in_features: int, needs_x: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x and of A x `[t, r]`, and the sum over tokens of grad * out, fp32 `[out]` (only with the output);
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, A and scaled_b, and the sum over tokens of grad * out, fp32 `[out]` (only with the output);
     empty tensors for what is absent."""
     grads = grad.reshape(-1, grad.shape[-1])  # [t, out]
     parts, weight = (p0, p1, p2), dict(dtype=grad.dtype, in_features=in_features)
-    grad_x, grad_hidden, dots = (grad.new_empty(0) for _ in range(3))  # an operator's outputs may not alias
+    grad_x, grad_a, grad_b, dots = (grad.new_empty(0) for _ in range(4))  # an operator's outputs may not alias
+    if a is None:
+        if needs_x:
+            grad_x = grads @ _weight(parts, spec, factor, **weight)
+    else:
+        rows, hidden, wide_a = x.reshape(-1, in_features), hidden.reshape(-1, a.shape[0]), a.to(grad.dtype)
+        if needs_x and _widens(p0, in_features):
+            both = grads @ _beside(parts, spec, factor, scaled_b, **weight)  # [t, in + r]
+            grad_x, through_b = both[:, :in_features], both[:, in_features:]
+            grad_x.addmm_(through_b, wide_a)
+        else:
+            through_b = grads @ scaled_b  # [t, r]
+            if needs_x and _narrows(p0, in_features):
+                grad_x = torch.cat([grads, through_b], dim=1) @ _above(parts, spec, factor, wide_a, **weight)
+            elif needs_x:
+                grad_x = (through_b @ wide_a).addmm_(grads, _weight(parts, spec, factor, **weight))
+        grad_a = (through_b.T @ rows).to(a.dtype)
+        grad_b = grads.T @ hidden
     if out is not None:
         dots = reduce.column_dot(grads, out.reshape(grads.shape))
-    if a is not None and needs_x and _widens(p0, in_features):
-        both = grads @ _beside(parts, spec, factor, scaled_b, **weight)  # [t, in + r]
-        grad_x, grad_hidden = both[:, :in_features], both[:, in_features:].contiguous()
-        grad_x.addmm_(grad_hidden, a.to(grad.dtype))
-    elif a is not None:
-        grad_hidden = grads @ scaled_b
-        if needs_x and _narrows(p0, in_features):
-            grad_x = torch.cat([grads, grad_hidden], dim=1) @ _above(parts, spec, factor, a, **weight)
-        elif needs_x:
-            grad_x = (grad_hidden @ a.to(grad.dtype)).addmm_(grads, _weight(parts, spec, factor, **weight))
-    elif needs_x:
-        grad_x = grads @ _weight(parts, spec, factor, **weight)
     if needs_x:
         grad_x = grad_x.view(*grad.shape[:-1], in_features)
-    return grad_x, grad_hidden, dots
+    return grad_x, grad_a, grad_b, dots
 
 
-def backward_shapes(grad, out, p0, p1, p2, spec, a, scaled_b, factor, in_features, needs_x):
+def backward_shapes(grad, x, hidden, out, p0, p1, p2, spec, a, scaled_b, factor, in_features, needs_x):
     """What `backward` returns, without values."""
-    grad_x, grad_hidden, dots = (grad.new_empty(0) for _ in range(3))
-    if needs_x:  # columns of a wider matrix, where B's share was beside
-        more = a.shape[0] if a is not None and _widens(p0, in_features) else 0
-        grad_x = grad.new_empty(*grad.shape[:-1], in_features + more)[..., :in_features]
-    if a is not None:
-        grad_hidden = grad.new_empty(grad.reshape(-1, grad.shape[-1]).shape[0], a.shape[0])
-    if out is not None:
-        dots = torch.empty_like(factor)
-    return grad_x, grad_hidden, dots
+    grad_x = grad.new_empty(*grad.shape[:-1], in_features) if needs_x else grad.new_empty(0)
+    if needs_x and a is not None and _widens(p0, in_features):  # columns of a wider matrix
+        grad_x = grad.new_empty(*grad.shape[:-1], in_features + a.shape[0])[..., :in_features]
+    found = (a, scaled_b, None if out is None else factor)
+    return grad_x, *(grad.new_empty(0) if t is None else torch.empty_like(t) for t in found)
 
 
 # Registered by hand: torch.library.custom_op checks every call for aliasing, which costs more than a small product.
@@ -134,8 +134,9 @@ _library.define(
     "Tensor? scaled_b, Tensor? factor) -> Tensor"
 )
 _library.define(
-    "adapted_linear_backward(Tensor grad, Tensor? out, Tensor p0, Tensor? p1, Tensor? p2, str spec, Tensor? a, "
-    "Tensor? scaled_b, Tensor? factor, SymInt in_features, bool needs_x) -> (Tensor, Tensor, Tensor)"
+    "adapted_linear_backward(Tensor grad, Tensor? x, Tensor? hidden, Tensor? out, Tensor p0, Tensor? p1, Tensor? p2, "
+    "str spec, Tensor? a, Tensor? scaled_b, Tensor? factor, SymInt in_features, bool needs_x) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 for _name, _run, _shapes in (
     ("adapted_linear", forward, forward_shape),
@@ -155,15 +156,13 @@ def _keep(ctx, inputs, output):
 
 def _backward(ctx, grad):
     x, hidden, out, p0, p1, p2, a, scaled_b, factor = ctx.saved_tensors
-    grad_x, grad_hidden, dots = torch.ops.fsdp_qlora.adapted_linear_backward(
-        grad, out, p0, p1, p2, ctx.spec, a, scaled_b, factor, ctx.in_features, ctx.needs_x
+    grad_x, grad_a, grad_b, dots = torch.ops.fsdp_qlora.adapted_linear_backward(
+        grad, x, hidden, out, p0, p1, p2, ctx.spec, a, scaled_b, factor, ctx.in_features, ctx.needs_x
     )
-    grad_a = grad_b = None
-    if a is not None:
-        grad_a = (grad_hidden.T @ x.reshape(-1, ctx.in_features)).to(a.dtype)
-        grad_b = grad.reshape(-1, grad.shape[-1]).T @ hidden.reshape(-1, a.shape[0])
-    grad_factor = None if out is None else factor_gradient(dots, factor)
-    return (grad_x if ctx.needs_x else None, None, None, None, None, None, grad_a, grad_b, grad_factor)
+    grad_x = grad_x if ctx.needs_x else None
+    grad_a, grad_b = (grad_a, grad_b) if a is not None else (None, None)
+    grad_factor = factor_gradient(dots, factor) if out is not None else None  # here, where the compiler sees it
+    return grad_x, None, None, None, None, None, grad_a, grad_b, grad_factor
 
 
 # not an autograd.Function: compiled checkpointing would take its outputs for something it has to keep
