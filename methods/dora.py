@@ -89,7 +89,7 @@ class DoRA(LoRA):
     def attach(self, model, *, dtype):
         super().attach(model, dtype=dtype)
         # a bias is no part of the output that the magnitude's gradient is summed from
-        swiglu.join(model, lambda m: isinstance(m, DoRALinear) and m.fuses and m.base_layer.bias is None)
+        swiglu.join(model, lambda m: isinstance(m, DoRALinear) and m.fused and m.base_layer.bias is None)
 
     @torch.no_grad()
     def initialize(self, model, *, device):

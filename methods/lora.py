@@ -40,20 +40,16 @@ class LoRALinear(nn.Module):
         """What each output row is multiplied by, fp32 `[out]`: nothing in LoRA."""
         return None
 
-    @property
-    def fuses(self) -> bool:
-        """Whether `fused_forward` computes this layer."""
-        return self.fused and isinstance(self.dropout, nn.Identity)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.fused_forward(x, self.row_factor()) if self.fuses else self.plain_forward(x)
+        y = self.fused_forward(x, self.row_factor()) if self.fused else self.plain_forward(x)
         return add_bias(y, self.base_layer)
 
     def fused_forward(self, x: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
         """`plain_forward` as one operator, with the row factor given; it gets a gradient only if it asks for one."""
         x = x.to(compute_dtype(x))
-        parts = packed_parts(self.base_layer)
-        return adapted_linear(x, *parts, self.lora_A, self.lora_B, factor, self.scaling)
+        parts, drops = packed_parts(self.base_layer), self.training and isinstance(self.dropout, nn.Dropout)
+        adapter = (self.lora_A, self.lora_B, factor, self.scaling)
+        return adapted_linear(x, *parts, *adapter, dropout=self.dropout if drops else None)
 
     def plain_forward(self, x: torch.Tensor) -> torch.Tensor:
         """The definition, without the bias: what the fused operator is tested against."""

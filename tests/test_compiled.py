@@ -58,3 +58,39 @@ def test_compiled_blocks_equal_plain_ones(base, hostly, monkeypatch, train_type,
     tensors = {None: 0, "full": 1, "adapters": 1, "narrow": 4, "products": 4}[policy]
     tensors += train_type.endswith("dora") and policy not in ("full", None)
     assert sum(copy.nbytes for copy in hostly.sent) == (BLOCKS - 1) * tensors * state
+
+
+@pytest.mark.parametrize(
+    ("device", "compile_block"), [(CPU, as_compiled), pytest.param("cuda", torch.compile, marks=pytest.mark.gpu)]
+)
+@pytest.mark.parametrize("policy", [None, "full", "narrow"])
+@pytest.mark.parametrize("train_type", ["bnb_dora", "custom_qlora"])
+def test_dropout_in_compiled_blocks(base, device, compile_block, train_type, policy):
+    """The gradient is that of the loss with the same random numbers: a step along it changes the loss by its square."""
+    torch._dynamo.reset()
+    how = dict(checkpoint_policy=policy) if policy else dict(use_gradient_checkpointing=False)
+    config, device = make_config(model_name=base, train_type=train_type, lora_dropout=0.4, **how), torch.device(device)
+    planned = plan(config, device=device)
+    model = load(planned, config, mesh=None, device=device, compile_block=compile_block)
+    perturb(model)
+    planned.method.after_step(model, device=device)
+    loss_of = CausalLMLoss(model.train(), fused=True)
+    batch = with_targets(dict.fromkeys(("input_ids", "labels"), torch.arange(96, device=device).view(4, 24)))
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def loss(seed):
+        torch.manual_seed(seed)
+        return loss_of(batch)
+
+    first = loss(0)
+    first.backward()
+    assert loss(0).item() == first.item() != loss(1).item()
+    gradients = [p.grad.clone() for p in trained]
+    squared = sum(g.square().sum() for g in gradients).item()
+    step, seen = 0.02 / squared**0.5, []
+    for sign in (1, -2):
+        with torch.no_grad():
+            for p, g in zip(trained, gradients, strict=True):
+                p += sign * step * g
+        seen.append(loss(0).item())
+    assert (seen[0] - seen[1]) / (2 * step) == pytest.approx(squared, rel=1e-2)

@@ -50,9 +50,9 @@ def base_linear(quantizer, device, dtype, *, out=OUT):
     return base
 
 
-def adapter(kind, base, device, dtype, *, fused):
+def adapter(kind, base, device, dtype, *, fused, dropout=0.0):
     """An adapter of rank 8 off its start."""
-    layer = kind(base, rank=8, alpha=16, dropout=0.0, dtype=dtype, fused=fused)
+    layer = kind(base, rank=8, alpha=16, dropout=dropout, dtype=dtype, fused=fused)
     generator = torch.Generator().manual_seed(1)
     for name in kind.own_parameters:
         parameter = getattr(layer, name)
@@ -90,16 +90,19 @@ def test_dequantize_kernels_give_the_same_bits(quantizer, dtype):
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("out_features", [OUT, 576, 96])
-def test_fused_adapter_equals_plain(device, kind, quantizer, dtype, tolerance, out_features):
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_fused_adapter_equals_plain(device, kind, quantizer, dtype, tolerance, out_features, dropout):
     """Output and all gradients of the fused operator are those of the definition, for every quantizer, also where one
-    side is so much wider than the other that base and adapter are one product there."""
+    side is so much wider than the other that base and adapter are one product there, and with what the same random
+    numbers drop."""
     base = base_linear(quantizer, device, dtype, out=out_features)
     x = torch.randn(3, 17, IN, generator=torch.Generator().manual_seed(2)).to(device, dtype)
     grad = torch.randn(3, 17, out_features, generator=torch.Generator().manual_seed(3)).to(device, dtype)
     results = []
     for fused in (False, True):
-        layer = adapter(kind, base, device, dtype, fused=fused)
+        layer = adapter(kind, base, device, dtype, fused=fused, dropout=dropout)
         inputs = x.clone().requires_grad_()
+        torch.manual_seed(0)
         out = layer(inputs)
         out.backward(grad)
         trained = [p.grad for p in layer.parameters() if p.requires_grad]

@@ -9,6 +9,8 @@ The plain version is `LoRALinear.plain_forward`. What this one does differently:
 - The gradient of the magnitude needs `V x`, which is output / c: the output is kept anyway by what follows it.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -60,13 +62,14 @@ def forward(
     x: Tensor, hidden: Tensor | None, p0: Tensor, p1: Tensor | None, p2: Tensor | None, spec: str,
     a: Tensor | None, scaled_b: Tensor | None, factor: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """x `[..., in]`, hidden = A x `[..., r]`, scaled_b = s c B `[out, r]` to `[..., out]`. A only gets a gradient."""
+    """x `[..., in]`, hidden = A x `[..., r]`, scaled_b = s c B `[out, r]` to `[..., out]`. A is for backward alone:
+    given, it gets its gradient, and x A's share of its own; else hidden gets one."""
     shape, width, parts = x.shape[:-1], x.shape[-1], (p0, p1, p2)
     weight = dict(dtype=x.dtype, in_features=width)
     rows = x.reshape(-1, width)  # [t, in]
-    if a is None:
+    if hidden is None:
         return (rows @ _weight(parts, spec, factor, **weight).T).view(*shape, -1)
-    hidden = hidden.reshape(-1, a.shape[0])  # [t, r]
+    hidden = hidden.reshape(-1, hidden.shape[-1])  # [t, r]
     if _widens(p0, width):
         out = torch.cat([rows, hidden], dim=1) @ _beside(parts, spec, factor, scaled_b, **weight).T
     else:
@@ -84,46 +87,60 @@ def factor_gradient(summed: Tensor, factor: Tensor) -> Tensor:
     return torch.where(factor == 0, 0.0, summed / factor)
 
 
+def _gradient_of_x(
+    grads: Tensor, parts, spec: str, a: Tensor | None, scaled_b: Tensor | None, factor: Tensor | None, in_features: int
+) -> tuple[Tensor, Tensor | None]:
+    """`[t, in]`, with A's share if A is given, and the gradient of A x, `[t, r]`, if there is a B."""
+    weight = dict(dtype=grads.dtype, in_features=in_features)
+    if scaled_b is None:
+        return grads @ _weight(parts, spec, factor, **weight), None
+    if _widens(parts[0], in_features):
+        both = grads @ _beside(parts, spec, factor, scaled_b, **weight)  # [t, in + r]
+        grad_x, grad_hidden = both[:, :in_features], both[:, in_features:]
+        return grad_x if a is None else grad_x.addmm_(grad_hidden, a), grad_hidden
+    grad_hidden = grads @ scaled_b
+    if a is None:
+        grad_x = grads @ _weight(parts, spec, factor, **weight)
+    elif _narrows(parts[0], in_features):
+        grad_x = torch.cat([grads, grad_hidden], dim=1) @ _above(parts, spec, factor, a, **weight)
+    else:
+        grad_x = (grad_hidden @ a).addmm_(grads, _weight(parts, spec, factor, **weight))
+    return grad_x, grad_hidden
+
+
 def backward(
     grad: Tensor, x: Tensor | None, hidden: Tensor | None, out: Tensor | None,
     p0: Tensor, p1: Tensor | None, p2: Tensor | None, spec: str,
     a: Tensor | None, scaled_b: Tensor | None, factor: Tensor | None, in_features: int, needs_x: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, A and scaled_b, and the sum over tokens of grad * out, fp32 `[out]` (only with the output);
-    empty tensors for what is absent."""
-    grads = grad.reshape(-1, grad.shape[-1])  # [t, out]
-    parts, weight = (p0, p1, p2), dict(dtype=grad.dtype, in_features=in_features)
-    grad_x, grad_a, grad_b, dots = (grad.new_empty(0) for _ in range(4))  # an operator's outputs may not alias
-    if a is None:
-        if needs_x:
-            grad_x = grads @ _weight(parts, spec, factor, **weight)
-    else:
-        rows, hidden, wide_a = x.reshape(-1, in_features), hidden.reshape(-1, a.shape[0]), a.to(grad.dtype)
-        if needs_x and _widens(p0, in_features):
-            both = grads @ _beside(parts, spec, factor, scaled_b, **weight)  # [t, in + r]
-            grad_x, through_b = both[:, :in_features], both[:, in_features:]
-            grad_x.addmm_(through_b, wide_a)
-        else:
-            through_b = grads @ scaled_b  # [t, r]
-            if needs_x and _narrows(p0, in_features):
-                grad_x = torch.cat([grads, through_b], dim=1) @ _above(parts, spec, factor, wide_a, **weight)
-            elif needs_x:
-                grad_x = (through_b @ wide_a).addmm_(grads, _weight(parts, spec, factor, **weight))
-        grad_a = (through_b.T @ rows).to(a.dtype)
-        grad_b = grads.T @ hidden
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, of A x where A is not given, of A and of scaled_b, and the sum over tokens of grad * out, fp32
+    `[out]` (only with the output); empty tensors for what is absent."""
+    grads, parts = grad.reshape(-1, grad.shape[-1]), (p0, p1, p2)  # [t, out]
+    # an operator's outputs may not alias
+    grad_x, grad_hidden, grad_a, grad_b, dots = (grad.new_empty(0) for _ in range(5))
+    through_b, wide_a = None, None if a is None else a.to(grad.dtype)
+    if needs_x:
+        grad_x, through_b = _gradient_of_x(grads, parts, spec, wide_a, scaled_b, factor, in_features)
+        grad_x = grad_x.view(*grad.shape[:-1], in_features)
+    elif hidden is not None:
+        through_b = grads @ scaled_b  # [t, r]
+    if a is not None:
+        grad_a = (through_b.T @ x.reshape(-1, in_features)).to(a.dtype)
+    elif hidden is not None:
+        grad_hidden = through_b.contiguous().view(hidden.shape)
+    if hidden is not None:
+        grad_b = grads.T @ hidden.reshape(-1, hidden.shape[-1])
     if out is not None:
         dots = reduce.column_dot(grads, out.reshape(grads.shape))
-    if needs_x:
-        grad_x = grad_x.view(*grad.shape[:-1], in_features)
-    return grad_x, grad_a, grad_b, dots
+    return grad_x, grad_hidden, grad_a, grad_b, dots
 
 
 def backward_shapes(grad, x, hidden, out, p0, p1, p2, spec, a, scaled_b, factor, in_features, needs_x):
     """What `backward` returns, without values."""
     grad_x = grad.new_empty(*grad.shape[:-1], in_features) if needs_x else grad.new_empty(0)
-    if needs_x and a is not None and _widens(p0, in_features):  # columns of a wider matrix
-        grad_x = grad.new_empty(*grad.shape[:-1], in_features + a.shape[0])[..., :in_features]
-    found = (a, scaled_b, None if out is None else factor)
+    if needs_x and scaled_b is not None and _widens(p0, in_features):  # columns of a wider matrix
+        grad_x = grad.new_empty(*grad.shape[:-1], in_features + scaled_b.shape[1])[..., :in_features]
+    found = (hidden if a is None else None, a, scaled_b, None if out is None else factor)
     return grad_x, *(grad.new_empty(0) if t is None else torch.empty_like(t) for t in found)
 
 
@@ -136,7 +153,7 @@ _library.define(
 _library.define(
     "adapted_linear_backward(Tensor grad, Tensor? x, Tensor? hidden, Tensor? out, Tensor p0, Tensor? p1, Tensor? p2, "
     "str spec, Tensor? a, Tensor? scaled_b, Tensor? factor, SymInt in_features, bool needs_x) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 for _name, _run, _shapes in (
     ("adapted_linear", forward, forward_shape),
@@ -156,13 +173,14 @@ def _keep(ctx, inputs, output):
 
 def _backward(ctx, grad):
     x, hidden, out, p0, p1, p2, a, scaled_b, factor = ctx.saved_tensors
-    grad_x, grad_a, grad_b, dots = torch.ops.fsdp_qlora.adapted_linear_backward(
+    grad_x, grad_hidden, grad_a, grad_b, dots = torch.ops.fsdp_qlora.adapted_linear_backward(
         grad, x, hidden, out, p0, p1, p2, ctx.spec, a, scaled_b, factor, ctx.in_features, ctx.needs_x
     )
-    grad_x = grad_x if ctx.needs_x else None
-    grad_a, grad_b = (grad_a, grad_b) if a is not None else (None, None)
+    present = (ctx.needs_x, hidden is not None and a is None, a is not None, hidden is not None)
+    grads = (g if there else None for g, there in zip((grad_x, grad_hidden, grad_a, grad_b), present, strict=True))
+    grad_x, grad_hidden, grad_a, grad_b = grads
     grad_factor = factor_gradient(dots, factor) if out is not None else None  # here, where the compiler sees it
-    return grad_x, None, None, None, None, None, grad_a, grad_b, grad_factor
+    return grad_x, grad_hidden, None, None, None, None, grad_a, grad_b, grad_factor
 
 
 # not an autograd.Function: compiled checkpointing would take its outputs for something it has to keep
@@ -172,19 +190,24 @@ torch.library.register_autograd("fsdp_qlora::adapted_linear", _backward, setup_c
 def adapted_linear(
     x: Tensor, p0: Tensor, p1: Tensor | None, p2: Tensor | None, spec: str,
     a: Tensor | None = None, b: Tensor | None = None, factor: Tensor | None = None, scaling: float = 1.0,
+    dropout: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
-    """`factor * (W x + scaling * B A x)`, `[..., in] -> [..., out]`.
+    """`factor * (W x + scaling * B A dropout(x))`, `[..., in] -> [..., out]`.
 
     Args:
         x: `[..., in]` in the dtype to compute in.
         p0, p1, p2, spec: the base weight, from `methods.quantizers.linear.packed_parts`.
         a, b: `[r, in]` and `[out, r]`, or None for the base product alone.
         factor: fp32 `[out]` or None.
+        dropout: None where it changes nothing.
     """
     if a is None:
         return torch.ops.fsdp_qlora.adapted_linear(x, None, p0, p1, p2, spec, None, None, factor)
     # A x apart from the operator: backward needs it, but not the output, which recomputation can then leave out
-    hidden = F.linear(x.detach(), a.detach().to(x.dtype))
+    if dropout is None:
+        hidden = F.linear(x.detach(), a.detach().to(x.dtype))
+    else:  # A's gradients take the way back through what was dropped
+        hidden, a = F.linear(dropout(x), a.to(x.dtype)), None
     # the operator's gradient of c is that of the whole output
     scale = scaling if factor is None else (factor.detach() * scaling).unsqueeze(1)
     scaled_b = (b * scale).to(x.dtype)
