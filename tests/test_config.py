@@ -146,6 +146,15 @@ def test_meaningless_flags_say_so():
     assert "only the inputs of blocks" in read(*offloaded, "--compile", "false").notes()[0]
 
 
+def test_updates_that_bf16_rounds_away():
+    """Weights that train in bf16 at a small rate are said to stand nearly still; adapters and fp32 weights do not."""
+    small = ("--train_type", "full", "--lr", "1e-5")
+    (note,) = read(*small).notes()
+    assert note.startswith("--lr 1e-05 with --precision bf16: ") and "--precision bf16_autocast" in note
+    for argv in ((*small, "--precision", "bf16_autocast"), (*small[:2], "--lr", "1e-3"), small[2:]):
+        assert read(*argv).notes() == []
+
+
 def test_help_explains_every_flag():
     """Every flag has a help text, and the page says defaults."""
     page = build_parser(TrainConfig, prog="train.py").format_help()
