@@ -171,6 +171,8 @@ def main(config: EvalConfig) -> None:
     device = distributed.pick_device(config.device)
     output = Path(config.output_file)
     refuse_file_above(output, flag="output_file")
+    if output.is_dir():
+        raise UserError(f"--output_file {output}: is a folder; name a file")
     if output.exists() and not config.overwrite:
         raise UserError(f"--output_file {output}: exists; choose another or pass --overwrite true")
     with naming("--model"):
@@ -199,12 +201,21 @@ def main(config: EvalConfig) -> None:
                 append(scored(questions[answer.index], answer))
     distributed.barrier()
     if distributed.is_main():
-        finish(config, run, partial)
+        finish(config, run, partial, asked=len(questions))
 
 
-def finish(config: EvalConfig, run: runs.Run, partial: Partial) -> None:
-    """Writes the output file whole, then removes the partial one."""
+def finish(config: EvalConfig, run: runs.Run, partial: Partial, *, asked: int) -> None:
+    """Writes the output file whole, then removes the partial one.
+
+    Raises:
+        UserError: answers are missing.
+    """
     rows = [{name: value for name, value in row.items() if name != "key"} for row in partial.rows()]
+    if len(rows) != asked:
+        raise UserError(
+            f"{partial.main}: holds {len(rows)} of {asked} answers: another evaluation wrote it too, or not all "
+            "processes see this disk; start again with another --output_file"
+        )
     result = summary(config, run, rows)
     temporary = Path(f"{config.output_file}.tmp")
     write_json(temporary, result)

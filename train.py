@@ -169,7 +169,7 @@ def train(model, method, tokenized, tokenizer, config, *, mesh, device) -> None:
 
 
 def main(config: TrainConfig) -> None:
-    """The story of a run; every check comes before the first weight is read."""
+    """The story of a run up to the first weight that is read: every check comes before."""
     device = distributed.pick_device(config.device)
     checkpoint.check_output(config)
     metrics.check_sink(config)
@@ -186,8 +186,12 @@ def main(config: TrainConfig) -> None:
     say(tokenized.report)
     planned = plan(config, device=device)
     mesh = distributed.mesh_for(config, device)
-    run = dict(base_fingerprint=planned.base_fingerprint, quantizer=planned.quantizer)
-    checkpoint.write_run(config, **run, finished=False)
+    with checkpoint.begun(planned, config):
+        carry_out(planned, tokenized, tokenizer, config, mesh=mesh, device=device)
+
+
+def carry_out(planned, tokenized, tokenizer, config, *, mesh, device) -> None:
+    """Loads what was planned, trains and saves it."""
     model = load(planned, config, mesh=mesh, device=device, compile_block=compiler(config, device))
     say(*size_report(model, planned.quantizer), sep="\n")
     if config.use_activation_cpu_offload and device.type == "cuda":
@@ -204,7 +208,6 @@ def main(config: TrainConfig) -> None:
     if config.save_model:
         checkpoint.save(model, tokenizer, planned.method, config)
         say(f"saved to {config.output_dir}")
-    checkpoint.write_run(config, **run, finished=True)
 
 
 def cli() -> None:

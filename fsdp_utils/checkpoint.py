@@ -3,6 +3,7 @@
 import copy
 import os
 import shutil
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,8 +14,9 @@ from torch import nn
 from fsdp_utils.distributed import barrier, is_main, world_size
 from fsdp_utils.flags import as_dict
 from fsdp_utils.loading import resolve_model, write_json
+from fsdp_utils.locks import claim
 from fsdp_utils.model import PRECISIONS
-from fsdp_utils.safetensors_io import INDEX_NAME, StreamingWriter, check_place, model_folder
+from fsdp_utils.safetensors_io import INDEX_NAME, StreamingWriter, check_place, model_folder, refuse_full_disk
 from methods.errors import UserError
 from methods.llama_pro import EXPANDED_LAYERS_FILE
 from methods.quantizers.linear import QuantizedWeight, weight_rows
@@ -26,6 +28,7 @@ DESCRIPTIONS = (EXPANDED_LAYERS_FILE, "generation_config.json", "config.json", "
 ADAPTER_FOLDER = "adapter"  # where an exported model folder keeps the adapter that belongs to it
 OF_AN_EXPORT = ("fidelity.json", "chat_template.jinja")
 OWN_FILES = {RUN_FILE, "metrics.jsonl"}  # what a run without --save_model leaves behind
+FOLDERS = (ADAPTER_FOLDER, "additional_chat_templates")  # of an older result; transformers writes the second
 
 
 def check_output(config) -> None:
@@ -39,6 +42,32 @@ def check_output(config) -> None:
     held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if held - (set() if config.save_model else OWN_FILES) and not config.overwrite:
         raise UserError(f"--output_dir {folder}: exists and is not empty; choose another or pass --overwrite true")
+
+
+@contextmanager
+def begun(planned, config):
+    """Claims the output folder for a run, which is unfinished until the block ends well.
+
+    Raises:
+        UserError: another run got there first, or the result will not fit on the disk.
+    """
+    facts = dict(base_fingerprint=planned.base_fingerprint, quantizer=planned.quantizer)
+    with _claimed(planned, config) if is_main() else nullcontext():
+        write_run(config, **facts, finished=False)
+        yield
+        write_run(config, **facts, finished=True)
+
+
+@contextmanager
+def _claimed(planned, config):
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with claim(folder, flag="output_dir"):
+        check_output(config)  # again: a run that was started together with this one may have ended
+        if config.save_model:
+            specs_of, _ = _SAVERS[planned.method.saves]
+            refuse_full_disk(folder, specs_of(planned.model, planned.method, config))
+        yield
 
 
 def write_run(config, *, base_fingerprint: str, quantizer, finished: bool) -> None:
@@ -76,7 +105,8 @@ def save(model: nn.Module, tokenizer, method, config) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         tokenizer.save_pretrained(temporary)
-    _SAVERS[method.saves](model, method, config, temporary)
+    _, write = _SAVERS[method.saves]
+    write(model, method, config, temporary)
     if is_main():
         _move_in(temporary, folder)
     barrier()
@@ -87,7 +117,8 @@ def _move_in(temporary: Path, folder: Path) -> None:
     stale = (INDEX_NAME, *OF_AN_EXPORT, *DESCRIPTIONS)
     for path in [*folder.glob("*.safetensors"), *(folder / name for name in stale)]:
         path.unlink(missing_ok=True)
-    shutil.rmtree(folder / ADAPTER_FOLDER, ignore_errors=True)
+    for name in FOLDERS:
+        shutil.rmtree(folder / name, ignore_errors=True)
     # what makes the folder loadable comes last: a move that is interrupted leaves nothing that looks finished
     last = {name: place for place, name in enumerate(DESCRIPTIONS)}
     for path in sorted(temporary.iterdir(), key=lambda path: last.get(path.name, -1)):
@@ -108,9 +139,17 @@ def _write_tensors(folder: Path, tensors: dict[str, tuple[torch.dtype, tuple]], 
             os.replace(folder / "model.safetensors", folder / single_name)
 
 
+def _adapter_tensors(model, method) -> dict[str, torch.Tensor]:
+    return {f"base_model.model.{key}": tensor for key, tensor in method.adapter_tensors(model)}
+
+
+def _adapter_specs(model, method, config) -> dict[str, tuple[torch.dtype, tuple]]:
+    tensors = _adapter_tensors(model, method)
+    return {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+
+
 def _save_adapter(model, method, config, folder: Path) -> None:
-    tensors = {f"base_model.model.{key}": tensor for key, tensor in method.adapter_tensors(model)}
-    specs = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+    tensors, specs = _adapter_tensors(model, method), _adapter_specs(model, method, config)
     _write_tensors(folder, specs, lambda key: gather(tensors[key]), single_name="adapter_model.safetensors")
     if is_main():
         write_json(folder / "adapter_config.json", adapter_config(model, method, config))
@@ -151,14 +190,16 @@ def dense_tensors(model: nn.Module) -> dict[str, object]:
     return found
 
 
+def _model_specs(model, method, config) -> dict[str, tuple[torch.dtype, tuple]]:
+    dtype = PRECISIONS[config.precision][0]  # model.dtype is that of packed codes where the embedding is quantized
+    shape = lambda s: (s.out_features, s.in_features) if isinstance(s, QuantizedWeight) else tuple(s.shape)
+    return {name: (dtype, shape(source)) for name, source in dense_tensors(model).items()}
+
+
 def _save_model(model, method, config, folder: Path) -> None:
     """A Hugging Face folder. A quantized base is written dequantized: what the trained blocks were trained on."""
-    sources = dense_tensors(model)
-    dtype = PRECISIONS[config.precision][0]  # model.dtype is that of packed codes where the embedding is quantized
-    specs = {
-        name: (dtype, (s.out_features, s.in_features) if isinstance(s, QuantizedWeight) else tuple(s.shape))
-        for name, s in sources.items()
-    }
+    sources, specs = dense_tensors(model), _model_specs(model, method, config)
+    dtype = PRECISIONS[config.precision][0]
 
     def whole(name):
         source = sources[name]
@@ -180,4 +221,5 @@ def _has_files(config) -> bool:
     return config.load_format != "dummy"
 
 
-_SAVERS = {"adapter": _save_adapter, "model": _save_model}
+# what `save` writes: name -> (dtype, shape), known on meta, and how
+_SAVERS = {"adapter": (_adapter_specs, _save_adapter), "model": (_model_specs, _save_model)}

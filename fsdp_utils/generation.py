@@ -122,7 +122,9 @@ class HFGenerator:
         self.static = wanted and decoding.supported(model)
         self.decoder: decoding.StaticDecoder | None = None
         self.ends = end_ids(model, tokenizer)
-        self.pad = next(i for i in (tokenizer.pad_token_id, *self.ends, 0) if i is not None)
+        # a padding token may have been added to the tokenizer alone
+        known = model.config.get_text_config().vocab_size
+        self.pad = next(i for i in (tokenizer.pad_token_id, *self.ends, 0) if i is not None and i < known)
         sampling = dict(do_sample=True, temperature=temperature, top_k=0) if temperature else dict(do_sample=False)
         # replaced, not passed: what a checkpoint's own file sets (top_p, temperature) would fill the gaps
         model.generation_config = GenerationConfig(

@@ -55,6 +55,8 @@ def plan(config, *, device: torch.device, training: bool = True) -> Plan:
         asked = f"--attn_implementation {config.attn_implementation}"
         raise UserError(f"{config.source} with {asked}: {str(error).splitlines()[0]}") from None
     refuse_experts(model)
+    if training:
+        sharding.check_policy(model, config, device=device)
     positions = learned_positions(model)
     if training and positions and config.context_length > positions:
         given = f"--context_length {config.context_length}"

@@ -12,7 +12,7 @@ from methods.errors import UserError
 class Partial:
     """Answers so far, one JSON line each, beside the output file; every process appends to a file of its own.
 
-    Processes must see the same file system.
+    The first line says whose they are, before there is an answer. Processes must see the same file system.
     """
 
     def __init__(self, output: Path, *, key: str):
@@ -29,22 +29,27 @@ class Partial:
         Raises:
             UserError: it had other settings.
         """
-        rows = [] if overwrite else self.rows()
-        if any(row["key"] != self.key for row in rows):
+        lines = [] if overwrite else self._lines()
+        if any(line["key"] != self.key for line in lines):
             raise UserError(
                 f"{self.main}: left by an interrupted evaluation with other settings, data or weights; "
                 "pass --overwrite true to forget it, or choose another --output_file"
             )
         joined = self.main.with_name(f".{self.main.name}")
-        joined.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = [] if overwrite else self.rows()
+        joined.write_text("".join(json.dumps(line) + "\n" for line in (dict(key=self.key), *rows)))
         os.replace(joined, self.main)
         for path in self._files()[1:]:
             path.unlink()
 
-    def rows(self) -> list[dict]:
+    def _lines(self) -> list[dict]:
         """Every complete line of every process."""
         lines = [line for path in self._files() if path.exists() for line in path.read_text().splitlines()]
-        found = {row["index"]: row for row in map(_complete, lines) if row}
+        return [line for line in map(_complete, lines) if line]
+
+    def rows(self) -> list[dict]:
+        """The answers of this evaluation, whatever another may have written beside them."""
+        found = {row["index"]: row for row in self._lines() if "index" in row and row["key"] == self.key}
         return list(found.values())
 
     def done(self) -> set[int]:
@@ -60,7 +65,7 @@ class Partial:
 
     def remove(self) -> None:
         for path in self._files():
-            path.unlink()
+            path.unlink(missing_ok=True)
 
 
 def _complete(line: str) -> dict | None:

@@ -5,6 +5,7 @@ so a cache written by any number of processes serves any other.
 """
 
 import hashlib
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -47,7 +48,7 @@ class QuantizedCache:
     read only if all of them see it, so that they take part in the same collectives."""
 
     def __init__(self, folder: Path, *, device: torch.device):
-        self.folder = folder
+        self.folder, self.device = folder, device
         self.holders = int(all_reduce(float(folder.is_dir()), device))
         self.reader = CheckpointReader(folder) if self.holders == world_size() else None
         if 0 < self.holders < world_size():
@@ -65,24 +66,38 @@ class QuantizedCache:
         return tuple(self.reader.rows(f"{path}.{name}", start, stop).to(device) for name in module.packed_names)
 
     def write(self, model: nn.Module) -> None:
-        """Gathers and writes every packed weight. Collective; process 0 writes, and renames the folder at the end."""
+        """Gathers and writes every packed weight. Collective; process 0 writes, and renames the folder at the end.
+        Where another run writes the same cache, or has just done so, nothing is written."""
         if self.holders:
             return
+        with ExitStack() as stack:
+            folder = self._begin(stack) if is_main() else None
+            if all_reduce(float(folder is not None), self.device):
+                self._write(model, folder)
+        barrier()
+
+    def _begin(self, stack: ExitStack) -> Path | None:
+        """The folder to write into until the stack ends, or None."""
+        try:
+            return stack.enter_context(new_folder(self.folder))
+        except UserError:
+            say(f"note: --quantized_cache {self.folder.parent}: another run writes it, so this one does not")
+            return None
+
+    def _write(self, model: nn.Module, folder: Path | None) -> None:
         sources = {
             f"{path}.{name}": parameter
             for path, module in packed_modules(model).items()
             for name, parameter in zip(module.packed_names, module.packed(), strict=True)
         }
-        if is_main():
-            with new_folder(self.folder, overwrite=True) as folder:
-                writer = StreamingWriter(folder, {name: (_stored(p), tuple(p.shape)) for name, p in sources.items()})
-                for name, parameter in sources.items():
-                    writer.write(name, _plain(gather(parameter.detach())))
-                writer.finish()
-        else:
-            for parameter in sources.values():
-                gather(parameter.detach())
-        barrier()
+        specs = {name: (_stored(p), tuple(p.shape)) for name, p in sources.items()}
+        writer = StreamingWriter(folder, specs) if folder else None
+        for name, parameter in sources.items():
+            whole = gather(parameter.detach())
+            if writer:
+                writer.write(name, _plain(whole))
+        if writer:
+            writer.finish()
 
 
 def _stored(parameter: torch.Tensor) -> torch.dtype:

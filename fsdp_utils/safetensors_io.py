@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from fsdp_utils.locks import claim
 from methods.errors import UserError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -159,16 +160,14 @@ class StreamingWriter:
         self.folder = Path(path_dir)
         self.specs = {name: (dtype, tuple(shape)) for name, (dtype, shape) in specs.items()}
         self.shard_of, self._position, self._pending = {}, {}, set(self.specs)
-        total, free = self._total(), shutil.disk_usage(self.folder).free
-        if total > free:
-            raise UserError(f"{self.folder}: {total / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free")
+        refuse_full_disk(self.folder, self.specs)
         shards = _split(self.specs, max_shard_bytes)
         for number, names in enumerate(shards, 1):
             shard = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             self._start_shard(shard, names, {"format": "pt"} if metadata is None else metadata)
 
     def _total(self):
-        return sum(_nbytes(*spec) for spec in self.specs.values())
+        return total_bytes(self.specs)
 
     def _start_shard(self, shard, names, metadata):
         header, offset = {"__metadata__": metadata}, 0
@@ -204,6 +203,19 @@ class StreamingWriter:
         if len(set(self.shard_of.values())) > 1:
             index = {"metadata": {"total_size": self._total()}, "weight_map": dict(sorted(self.shard_of.items()))}
             (self.folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def total_bytes(specs):
+    """What tensors take, of a dict of name -> (dtype, shape)."""
+    return sum(_nbytes(*spec) for spec in specs.values())
+
+
+def refuse_full_disk(folder, specs):
+    """Raises UserError if tensors of these specs do not fit on the disk where `folder` is or will be."""
+    above = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+    total, free = total_bytes(specs), shutil.disk_usage(above).free
+    if total > free:
+        raise UserError(f"{folder}: {total / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free")
 
 
 def _nbytes(dtype, shape):
@@ -290,17 +302,28 @@ def new_folder(output_dir, *, overwrite=False, mark="config.json", sources=()):
     """A temporary sibling that takes the name `output_dir` when the block ends well, and vanishes when it does not.
 
     Raises:
-        UserError: before anything is written, as `check_new_folder`.
+        UserError: before anything is written, as `check_new_folder`, or another process is writing it.
     """
     check_new_folder(output_dir, flag="output_dir", overwrite=overwrite, mark=mark, sources=sources)
     target = Path(output_dir).absolute()
     partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True, exist_ok=True)
+    with claim(partial, flag="output_dir"):
+        try:
+            empty(partial)  # of what a process left that was killed
+            yield partial
+            if target.exists():
+                shutil.rmtree(target)
+            partial.rename(target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def empty(folder: Path) -> None:
+    """Removes everything in a folder."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

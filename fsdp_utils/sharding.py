@@ -10,7 +10,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from fsdp_utils.distributed import pick_device
 from fsdp_utils.offload import InputOffloader
-from methods.targets import has_dropout
+from methods.errors import UserError
+from methods.targets import family_dropout, has_dropout
 
 RESHARD_AFTER_FORWARD = {
     "full_shard": True,
@@ -67,6 +68,16 @@ POLICIES = {
     "narrow": _selective(keep_narrow),
     "products": _selective(keep_products),
 }
+
+
+def check_policy(model: nn.Module, config, *, device: torch.device) -> None:
+    """Raises UserError if attention that a policy keeps draws random numbers itself: it is not run again, so on CUDA
+    whatever is dropped after it would be dropped otherwise when the block is recomputed."""
+    kept = config.use_gradient_checkpointing and config.checkpoint_policy in ("narrow", "products")
+    names = [name for name in family_dropout(model) if "att" in name]
+    if kept and names and device.type == "cuda":
+        given = f"--checkpoint_policy {config.checkpoint_policy}"
+        raise UserError(f"{given}: {config.source} drops attention ({names[0]}), which is not replayed; pass full")
 
 
 def checkpoint_block(block: nn.Module, *, reentrant: bool, preserve_rng: bool, policy: str = "full") -> None:

@@ -33,6 +33,8 @@ from fsdp_utils.safetensors_io import (
 from methods.errors import UserError
 
 LAYERS_NAME = "expanded_layers.json"
+OF_THE_SOURCE = (INDEX_NAME, LAYERS_NAME, "run.json", "fidelity.json")
+TEMPLATES = "additional_chat_templates"  # where transformers keeps all but the default one
 
 
 @dataclass
@@ -144,10 +146,12 @@ def write_weights(reader, plan, folder, max_shard_bytes):
 
 
 def copy_rest(source, target):
-    """Tokenizer, chat template and generation config."""
+    """Tokenizer, chat templates and generation config; not what says how the source was made."""
     for path in source.iterdir():
-        if path.suffix in (".json", ".model", ".txt", ".jinja") and path.name not in (INDEX_NAME, LAYERS_NAME):
+        if path.suffix in (".json", ".model", ".txt", ".jinja") and path.name not in OF_THE_SOURCE:
             shutil.copyfile(path, target / path.name)
+    if (source / TEMPLATES).is_dir():
+        shutil.copytree(source / TEMPLATES, target / TEMPLATES)
 
 
 def expand(args):

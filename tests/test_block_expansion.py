@@ -117,13 +117,18 @@ def test_rates_round_down_to_at_least_one(tmp_path, rate, new_blocks):
 
 
 def test_other_files_come_along(tmp_path):
-    """Tokenizer and generation config are copied; ids of an earlier expansion are not."""
+    """Tokenizer, chat templates and generation config are copied; what tells how the source was made is not."""
     save_model(FAMILIES["llama"], tmp_path / "in")
     (tmp_path / "in" / "tokenizer.json").write_text("{}")
+    (tmp_path / "in" / "run.json").write_text("{}")
+    (tmp_path / "in" / "additional_chat_templates").mkdir()
+    (tmp_path / "in" / "additional_chat_templates" / "tool_use.jinja").write_text("x")
     expand(Expansion(str(tmp_path / "in"), str(tmp_path / "mid"), num_new_blocks=1))
     expand(Expansion(str(tmp_path / "mid"), str(tmp_path / "out"), num_new_blocks=1))
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
     assert (tmp_path / "out" / "generation_config.json").exists()
+    assert (tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja").read_text() == "x"
+    assert not (tmp_path / "out" / "run.json").exists()
     assert json.loads((tmp_path / "out" / LAYERS_NAME).read_text()) == {"expanded_layers": [5]}
 
 

@@ -1,5 +1,6 @@
 """Opening runs and evaluating them: the model that answers is the model that was trained."""
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -348,6 +349,44 @@ def test_interrupted_evaluation_goes_on(config, tmp_path, monkeypatch):
         evaluate.main(other)
 
 
+def test_two_evaluations_of_one_name(config, tmp_path, monkeypatch):
+    """One that is under way is not joined by another of the same name, even before its first answer, and one whose
+    answers were removed says so."""
+    real, other = evaluate.scored, replace(config, max_new_tokens=5)
+
+    def meanwhile(question, output):
+        with pytest.raises(UserError, match="other settings"):
+            evaluate.main(other)
+        monkeypatch.setattr(evaluate, "scored", real)
+        return real(question, output)
+
+    monkeypatch.setattr(evaluate, "scored", meanwhile)
+    assert result_of(config)["total"] == 6
+    (tmp_path / "result.json").unlink()
+
+    def overwritten(question, output):
+        monkeypatch.setattr(evaluate, "scored", real)
+        evaluate.main(replace(other, overwrite=True))
+        return real(question, output)
+
+    monkeypatch.setattr(evaluate, "scored", overwritten)
+    with pytest.raises(UserError, match=r"holds . of 6 answers: another evaluation"):
+        evaluate.main(config)
+    assert json.loads((tmp_path / "result.json").read_text())["settings"]["max_new_tokens"] == 5
+
+
+def test_padding_that_the_model_does_not_know(generator, prompts):
+    """Llama-2's tokenizer with an added padding token: batches of several lengths are padded with one it knows."""
+    tokenizer = copy.deepcopy(generator.tokenizer)
+    tokenizer.add_tokens([f"<{i}>" for i in range(60)])  # past the rows that the model has to spare
+    settings = dict(max_new_tokens=12, temperature=0.0, seed=0)
+    texts = lambda of: {index: text for index, (text, _) in answers(of, prompts).items()}
+    expected = texts(generation.HFGenerator(generator.model, copy.deepcopy(tokenizer), **settings))
+    tokenizer.add_special_tokens({"pad_token": "<new>"})
+    assert tokenizer.pad_token_id >= generator.model.config.vocab_size
+    assert texts(generation.HFGenerator(generator.model, tokenizer, **settings)) == expected
+
+
 def test_processes_share_the_questions(config, pair, tmp_path):
     """Two processes give the answers of one, each question asked once."""
     expected = result_of(config)
@@ -399,6 +438,8 @@ def test_wrong_input(tmp_path, config):
         evaluate.main(replace(config, model=str(tmp_path / "empty")))
     with pytest.raises(UserError, match=r"--output_file .*d\.jsonl is a file"):
         evaluate.main(replace(config, output_file=str(local / "result.json")))
+    with pytest.raises(UserError, match=r"--output_file .*empty: is a folder"):
+        evaluate.main(replace(config, output_file=str(tmp_path / "empty"), overwrite=True))
     with pytest.raises(UserError, match="--temperature 1e-40"):
         parse(EvalConfig, ["--temperature=1e-40"], prog="evaluate.py")
     with pytest.raises(UserError, match="vLLM is not installed"):

@@ -1,5 +1,6 @@
 """The number of processes, the sharding and the split of the batch do not change what is computed."""
 
+import shutil
 from unittest.mock import patch
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES
 
 from fsdp_utils import distributed, offload
+from fsdp_utils.safetensors_io import new_folder
 from methods import TRAIN_TYPES
 from methods.errors import UserError
 
@@ -203,6 +205,20 @@ def test_quantized_cache_that_not_all_processes_see(pair, tiny, tmp_path):
         for got in pair.run(own_disk, {**flags, "quantized_cache": tmp_path}):
             assert all(torch.equal(got[name], alone[name]) for name in alone.keys() - {"*shard"})
         assert [len(list((tmp_path / rank).iterdir())) for rank in ("0", "1")] == [1, 0]
+
+
+def test_quantized_cache_that_another_run_writes(pair, tiny, tmp_path, capfd):
+    """Two runs on an empty cache: the second leaves the writing to the first, and both have their weights."""
+    flags = dict(model_name=tiny("llama"), train_type="bnb_dora", quantized_cache=tmp_path / "cache")
+    alone = packed_bytes(flags)
+    (folder,) = (tmp_path / "cache").iterdir()
+    shutil.rmtree(folder)
+    with new_folder(folder) as writing:
+        (writing / "half").touch()
+        for got in (packed_bytes(flags), pair.run(packed_bytes, flags)[0]):
+            assert all(torch.equal(got[name], alone[name]) for name in alone.keys() - {"*shard"})
+        assert "another run writes it" in capfd.readouterr().out
+        assert [path.name for path in writing.iterdir()] == ["half"] and not folder.exists()
 
 
 def test_quantized_cache_that_is_a_file(tiny, tmp_path):

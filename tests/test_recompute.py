@@ -380,6 +380,19 @@ def test_dropout_is_replayed(tiny, tiny_data, train_type, family, adapters, how)
         assert (gradients[name] - expected).norm() <= 1e-5 * expected.norm(), name
 
 
+def test_dropped_attention_is_not_kept(tiny):
+    """On CUDA, where attention draws its own random numbers, policies that keep it are refused; without any they go."""
+    cuda = torch.device("cuda")
+    for rate, policy in ((0.3, "narrow"), (0.3, "products"), (0.3, "full"), (0, "narrow")):
+        config = make_config(model_name=tiny("llama", attention_dropout=rate), checkpoint_policy=policy)
+        planned = model.plan(config, device=CPU).model
+        if rate and policy != "full":
+            with pytest.raises(UserError, match=f"--checkpoint_policy {policy}: .*attention_dropout"):
+                sharding.check_policy(planned, config, device=cuda)
+        else:
+            sharding.check_policy(planned, config, device=cuda)
+
+
 @pytest.mark.parametrize("recomputed", range(BLOCKS + 1))
 def test_the_first_blocks_recompute(tiny, monkeypatch, recomputed):
     """Backward runs the first blocks again and no other."""

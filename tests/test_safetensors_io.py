@@ -222,6 +222,20 @@ def test_folder_appears_only_when_complete(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_one_writer_at_a_time(tmp_path):
+    """A second writer of a folder is refused and spoils nothing; what a killed one left is no obstacle."""
+    target = tmp_path / "out"
+    with new_folder(target) as folder:
+        (folder / "mine").touch()
+        with pytest.raises(UserError, match="another process is writing it"), new_folder(target):
+            pass
+        assert (folder / "mine").exists()
+    (tmp_path / ".other.partial" / "deep").mkdir(parents=True)
+    with new_folder(tmp_path / "other") as folder:
+        assert not list(folder.iterdir())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
+
+
 def test_sizes():
     """Sizes are powers of ten with an optional unit; anything else is refused."""
     assert [parse_size(text) for text in ("5GB", "200MB", "1.5kb", 1000)] == [5 * 10**9, 2 * 10**8, 1500, 1000]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -210,6 +211,57 @@ def test_output_folder_rules(tmp_path):
     for below in ("metrics.jsonl", "metrics.jsonl/run", "metrics.jsonl/run/1"):
         with pytest.raises(UserError, match="is a file"):
             checkpoint.check_output(make_config(output_dir=folder / below, overwrite=True))
+
+
+def test_one_run_at_a_time(tiny, tiny_data, tmp_path, monkeypatch):
+    """Of two runs that start together on one folder, the second ends before it loads; also if the first is done."""
+    flags = dict(model_name=tiny(), train_type="custom_lora", dataset=tiny_data, max_steps=1, save_model=True)
+    config = make_config(**flags, output_dir=tmp_path / "out")
+    carry_out, said = train.carry_out, []
+
+    def second(*args, **kwargs):
+        monkeypatch.setattr(train, "carry_out", carry_out)
+        for more in ({}, dict(overwrite=True)):
+            with pytest.raises(UserError, match="another process is writing it") as error:
+                train.main(make_config(**flags, output_dir=tmp_path / "out", **more))
+            said.append(error)
+        carry_out(*args, **kwargs)
+
+    monkeypatch.setattr(train, "carry_out", second)
+    monkeypatch.setattr(checkpoint, "check_output", lambda config: None)  # both looked before either wrote
+    train.main(config)
+    assert len(said) == 2 and json.loads((tmp_path / "out/run.json").read_text())["finished"]
+    monkeypatch.undo()
+    early = iter([lambda config: None])
+    check = checkpoint.check_output
+    monkeypatch.setattr(checkpoint, "check_output", lambda config: next(early, check)(config))
+    with pytest.raises(UserError, match="is not empty"):
+        train.main(config)
+
+
+@pytest.mark.parametrize(("train_type", "nbytes"), [("custom_lora", 10_000), ("full", 100_000)])
+def test_a_disk_that_is_too_small(tiny, tiny_data, tmp_path, monkeypatch, train_type, nbytes):
+    """Said before the run, not after it."""
+    flags = dict(model_name=tiny(), train_type=train_type, dataset=tiny_data, max_steps=1, output_dir=tmp_path / "out")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=nbytes))
+    monkeypatch.setattr(train, "carry_out", lambda *args, **kwargs: pytest.fail("it began"))
+    with pytest.raises(UserError, match=r"out: .* GB to write, .* GB free"):
+        train.main(make_config(**flags, save_model=True))
+
+
+def test_several_chat_templates(tiny, tmp_path):
+    """What transformers saves in a folder is replaced like the rest."""
+    source = tmp_path / "model"
+    shutil.copytree(tiny(), source)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(source)
+    flags = dict(model_name=source, train_type="custom_lora", output_dir=tmp_path / "out", overwrite=True)
+    for _ in range(2):
+        saved(flags)
+    assert set(AutoTokenizer.from_pretrained(tmp_path / "out").chat_template) == {"default", "tool_use"}
+    saved({**flags, "model_name": tiny()})
+    assert not (tmp_path / "out" / "additional_chat_templates").exists()
 
 
 def test_output_folder_with_what_is_read(tmp_path):
