@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import random
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -185,8 +186,14 @@ def main(config: EvalConfig) -> None:
     questions, shots = read_questions(config)
     prompts = prompt_ids([shots + question["prompt"] for question in questions], tokenizer)
     partial = Partial(output, key=settings_key(config, run, questions, prompts))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with partial.claimed() if distributed.is_main() else nullcontext():
+        answer(config, run, tokenizer, partial, questions=questions, prompts=prompts, device=device)
+
+
+def answer(config: EvalConfig, run: runs.Run, tokenizer, partial: Partial, *, questions, prompts, device) -> None:
+    """Generates the answers that are missing, and finishes."""
     if distributed.is_main():
-        output.parent.mkdir(parents=True, exist_ok=True)
         partial.resume(overwrite=config.overwrite)
     distributed.barrier()
     done = partial.done()
@@ -197,8 +204,8 @@ def main(config: EvalConfig) -> None:
     if len(done) < len(questions):
         generator = make_generator(config, run, tokenizer, device=device)
         with partial.appending() as append:
-            for answer in generator.answers(mine, batch_size=config.batch_size):
-                append(scored(questions[answer.index], answer))
+            for given in generator.answers(mine, batch_size=config.batch_size):
+                append(scored(questions[given.index], given))
     distributed.barrier()
     if distributed.is_main():
         finish(config, run, partial, asked=len(questions))
@@ -213,8 +220,8 @@ def finish(config: EvalConfig, run: runs.Run, partial: Partial, *, asked: int) -
     rows = [{name: value for name, value in row.items() if name != "key"} for row in partial.rows()]
     if len(rows) != asked:
         raise UserError(
-            f"{partial.main}: holds {len(rows)} of {asked} answers: another evaluation wrote it too, or not all "
-            "processes see this disk; start again with another --output_file"
+            f"{partial.main}: holds {len(rows)} of {asked} answers; all processes must see this disk, and nobody may "
+            "remove it; start again with another --output_file"
         )
     result = summary(config, run, rows)
     temporary = Path(f"{config.output_file}.tmp")

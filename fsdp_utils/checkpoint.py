@@ -62,7 +62,7 @@ def begun(planned, config):
 def _claimed(planned, config):
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    with claim(folder, flag="output_dir"):
+    with claim(folder, named=f"--output_dir {folder}"):
         check_output(config)  # again: a run that was started together with this one may have ended
         if config.save_model:
             specs_of, _ = _SAVERS[planned.method.saves]

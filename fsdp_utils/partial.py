@@ -6,22 +6,38 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fsdp_utils.distributed import rank
+from fsdp_utils.locks import claim
 from methods.errors import UserError
 
 
 class Partial:
     """Answers so far, one JSON line each, beside the output file; every process appends to a file of its own.
 
-    The first line says whose they are, before there is an answer. Processes must see the same file system.
+    Processes must see the same file system.
     """
 
     def __init__(self, output: Path, *, key: str):
-        self.key = key
+        self.output, self.key = output, key
         self.main = output.with_name(f"{output.name}.partial")
 
     def _files(self) -> list[Path]:
         """Process 0's file, then the others'."""
         return [self.main, *sorted(p for p in self.main.parent.iterdir() if p.stem == self.main.name)]
+
+    @contextmanager
+    def claimed(self):
+        """Keeps other evaluations away from the output file until the block ends. For process 0.
+
+        Raises:
+            UserError: another one has claimed it.
+        """
+        lock = self.main.with_name(f".{self.main.name}.lock")
+        lock.touch()
+        with claim(lock, named=f"--output_file {self.output}"):
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
 
     def resume(self, *, overwrite: bool) -> None:
         """Joins what an interrupted evaluation left behind into one file. Only process 0 may call it.
@@ -29,15 +45,14 @@ class Partial:
         Raises:
             UserError: it had other settings.
         """
-        lines = [] if overwrite else self._lines()
-        if any(line["key"] != self.key for line in lines):
+        rows = [] if overwrite else self._lines()
+        if any(row["key"] != self.key for row in rows):
             raise UserError(
                 f"{self.main}: left by an interrupted evaluation with other settings, data or weights; "
                 "pass --overwrite true to forget it, or choose another --output_file"
             )
         joined = self.main.with_name(f".{self.main.name}")
-        rows = [] if overwrite else self.rows()
-        joined.write_text("".join(json.dumps(line) + "\n" for line in (dict(key=self.key), *rows)))
+        joined.write_text("".join(json.dumps(row) + "\n" for row in rows))
         os.replace(joined, self.main)
         for path in self._files()[1:]:
             path.unlink()
@@ -49,7 +64,7 @@ class Partial:
 
     def rows(self) -> list[dict]:
         """The answers of this evaluation, whatever another may have written beside them."""
-        found = {row["index"]: row for row in self._lines() if "index" in row and row["key"] == self.key}
+        found = {row["index"]: row for row in self._lines() if row["key"] == self.key}
         return list(found.values())
 
     def done(self) -> set[int]:

@@ -308,7 +308,7 @@ def new_folder(output_dir, *, overwrite=False, mark="config.json", sources=()):
     target = Path(output_dir).absolute()
     partial = target.with_name(f".{target.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
-    with claim(partial, flag="output_dir"):
+    with claim(partial, named=f"--output_dir {output_dir}"):
         try:
             empty(partial)  # of what a process left that was killed
             yield partial

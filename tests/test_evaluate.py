@@ -350,29 +350,27 @@ def test_interrupted_evaluation_goes_on(config, tmp_path, monkeypatch):
 
 
 def test_two_evaluations_of_one_name(config, tmp_path, monkeypatch):
-    """One that is under way is not joined by another of the same name, even before its first answer, and one whose
-    answers were removed says so."""
-    real, other = evaluate.scored, replace(config, max_new_tokens=5)
+    """While one is under way another of its name is refused, whatever its settings; answers that vanish are missed."""
+    real, others = evaluate.scored, [dict(), dict(max_new_tokens=5), dict(overwrite=True)]
 
     def meanwhile(question, output):
-        with pytest.raises(UserError, match="other settings"):
-            evaluate.main(other)
-        monkeypatch.setattr(evaluate, "scored", real)
+        for more in others:
+            with pytest.raises(UserError, match=r"--output_file .*result\.json: another process is writing it"):
+                evaluate.main(replace(config, **more))
         return real(question, output)
 
     monkeypatch.setattr(evaluate, "scored", meanwhile)
     assert result_of(config)["total"] == 6
-    (tmp_path / "result.json").unlink()
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
-    def overwritten(question, output):
-        monkeypatch.setattr(evaluate, "scored", real)
-        evaluate.main(replace(other, overwrite=True))
+    def removed(question, output):
+        (tmp_path / "other.json.partial").unlink(missing_ok=True)
         return real(question, output)
 
-    monkeypatch.setattr(evaluate, "scored", overwritten)
-    with pytest.raises(UserError, match=r"holds . of 6 answers: another evaluation"):
-        evaluate.main(config)
-    assert json.loads((tmp_path / "result.json").read_text())["settings"]["max_new_tokens"] == 5
+    monkeypatch.setattr(evaluate, "scored", removed)
+    with pytest.raises(UserError, match=r"holds 0 of 6 answers"):
+        evaluate.main(replace(config, output_file=str(tmp_path / "other.json")))
+    assert not (tmp_path / "other.json").exists()
 
 
 def test_padding_that_the_model_does_not_know(generator, prompts):
