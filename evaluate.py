@@ -53,7 +53,7 @@ class EvalConfig:
     batch_size: int = flag(32, "questions at a time and process; halved where it does not fit", minimum=1)
     max_new_tokens: int = flag(512, "longest answer in tokens", minimum=1)
     temperature: float = flag(0.0, "0: greedy", minimum=0.0)
-    seed: int = flag(42, "of the choice of shots and of sampling", minimum=0)
+    seed: int = flag(42, "of the choice of shots and of sampling", minimum=0, maximum=2**63)
 
     _output: str = section("output")
     output_file: str = flag("evaluation.json", "settings, score, and every question with its answer")
@@ -172,8 +172,8 @@ def main(config: EvalConfig) -> None:
     device = distributed.pick_device(config.device)
     output = Path(config.output_file)
     refuse_file_above(output, flag="output_file")
-    if output.is_dir():
-        raise UserError(f"--output_file {output}: is a folder; name a file")
+    if output.exists() and not output.is_file():
+        raise UserError(f"--output_file {output}: is no file; name one")
     if output.exists() and not config.overwrite:
         raise UserError(f"--output_file {output}: exists; choose another or pass --overwrite true")
     with naming("--model"):
@@ -186,7 +186,6 @@ def main(config: EvalConfig) -> None:
     questions, shots = read_questions(config)
     prompts = prompt_ids([shots + question["prompt"] for question in questions], tokenizer)
     partial = Partial(output, key=settings_key(config, run, questions, prompts))
-    output.parent.mkdir(parents=True, exist_ok=True)
     with partial.claimed() if distributed.is_main() else nullcontext():
         answer(config, run, tokenizer, partial, questions=questions, prompts=prompts, device=device)
 

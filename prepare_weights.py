@@ -27,6 +27,7 @@ from fsdp_utils.export.gptq import check_gptq, write_gptq
 from fsdp_utils.export.trained import TrainedWeights
 from fsdp_utils.flags import as_dict, flag, section
 from fsdp_utils.loading import write_json
+from fsdp_utils.locks import exclusively
 from fsdp_utils.safetensors_io import check_new_folder, new_folder, parse_size
 from methods.errors import UserError, naming
 
@@ -77,7 +78,9 @@ def check_target(config: ExportConfig, run: runs.Run) -> Path:
     Raises:
         UserError: it holds files and may not be replaced, or the run or its base lies in it.
     """
-    check_new_folder(config.save_dir, flag="save_dir", overwrite=config.overwrite, sources=(run.folder, run.base))
+    read = [run.folder, run.base, *([config.fidelity_data] if config.fidelity_data else [])]
+    read += [run.config.dataset] if run.config else []
+    check_new_folder(config.save_dir, flag="save_dir", overwrite=config.overwrite, sources=read)
     return Path(config.save_dir).resolve()
 
 
@@ -136,9 +139,11 @@ def main(config: ExportConfig) -> None:
     if config.fidelity_samples:
         text = fidelity.held_out(run, tokenizer, name=config.fidelity_data, samples=config.fidelity_samples)
     say(f"{run} -> {config.infer_type} in {target}")
-    export(config, run, tokenizer, target, device=device)
-    if text:
-        report(config, run, text, target, device=device)
+    # to the end of the report, which reads what was written; new_folder's own lock ends before
+    with exclusively(target.with_name(f"{target.name}.export"), named=f"--save_dir {config.save_dir}"):
+        export(config, run, tokenizer, target, device=device)
+        if text:
+            report(config, run, text, target, device=device)
 
 
 def cli() -> None:

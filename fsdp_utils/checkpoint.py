@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fsdp_utils.data import DATASETS
 from fsdp_utils.distributed import barrier, is_main, world_size
 from fsdp_utils.flags import as_dict
 from fsdp_utils.loading import resolve_model, write_json
-from fsdp_utils.locks import claim
+from fsdp_utils.locks import claim, make_writable
 from fsdp_utils.model import PRECISIONS
 from fsdp_utils.safetensors_io import INDEX_NAME, StreamingWriter, check_place, model_folder, refuse_full_disk
 from methods.errors import UserError
@@ -28,6 +29,9 @@ DESCRIPTIONS = (EXPANDED_LAYERS_FILE, "generation_config.json", "config.json", "
 ADAPTER_FOLDER = "adapter"  # where an exported model folder keeps the adapter that belongs to it
 OF_AN_EXPORT = ("fidelity.json", "chat_template.jinja")
 OWN_FILES = {RUN_FILE, "metrics.jsonl"}  # what a run without --save_model leaves behind
+READ = ("model_name", "llama_pro_path", "dataset")  # flags that may name a place
+BUILT_IN = ("demo", *DATASETS)
+MARKS = {RUN_FILE, "adapter_config.json", "config.json"}  # of a folder that may be overwritten
 FOLDERS = (ADAPTER_FOLDER, "additional_chat_templates")  # of an older result; transformers writes the second
 
 
@@ -42,6 +46,10 @@ def check_output(config) -> None:
     held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if held - (set() if config.save_model else OWN_FILES) and not config.overwrite:
         raise UserError(f"--output_dir {folder}: exists and is not empty; choose another or pass --overwrite true")
+    if held - OWN_FILES and not held & MARKS:
+        raise UserError(
+            f"--output_dir {folder}: holds neither a run nor a model, so nothing is replaced; choose another"
+        )
 
 
 @contextmanager
@@ -61,7 +69,7 @@ def begun(planned, config):
 @contextmanager
 def _claimed(planned, config):
     folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_writable(folder, named=f"--output_dir {folder}")
     with claim(folder, named=f"--output_dir {folder}"):
         check_output(config)  # again: a run that was started together with this one may have ended
         if config.save_model:
@@ -82,12 +90,17 @@ def write_run(config, *, base_fingerprint: str, quantizer, finished: bool) -> No
         base_fingerprint=base_fingerprint,
         quantizer=asdict(quantizer) if quantizer else None,
         processes=world_size(),
-        flags=as_dict(config),
+        flags=as_dict(config) | {name: _lasting(getattr(config, name)) for name in READ},
         versions={name: _version(name) for name in PACKAGES},
     )
     temporary = folder / f".{RUN_FILE}"
     write_json(temporary, content)
     os.replace(temporary, folder / RUN_FILE)
+
+
+def _lasting(name: str) -> str:
+    """A name that means the same from another working directory."""
+    return str(Path(name).resolve()) if name and name not in BUILT_IN and Path(name).exists() else name
 
 
 def _version(package: str) -> str | None:
@@ -163,7 +176,7 @@ def adapter_config(model, method, config) -> dict:
     return dict(
         peft_type="LORA",
         task_type="CAUSAL_LM",
-        base_model_name_or_path=resolve_model(config.model_name),
+        base_model_name_or_path=_lasting(resolve_model(config.model_name)),
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,

@@ -65,7 +65,7 @@ class TrainConfig:
     apply_gradient_clipping: bool = flag(False, "clip the global gradient norm")
     grad_norm: float = flag(0.3, "the norm clipped to", above=0.0)
     precision: str = flag("bf16", "storage and compute precision", choices=PRECISIONS)
-    seed: int = flag(42, "seeds adapters, data order and dropout", minimum=0)
+    seed: int = flag(42, "seeds adapters, data order and dropout", minimum=0, maximum=2**63)
 
     _sharding: str = section("sharding and memory")
     world_size: int = flag(-1, "processes when started by plain `python`; -1: one per visible GPU", minimum=-1)
@@ -158,6 +158,8 @@ class TrainConfig:
     def errors(self) -> list[str]:
         """One line for each flag that cannot work beside the others."""
         found = quantizer_of(self.train_type).flag_errors(self)
+        if not self.output_dir:
+            found.append("--output_dir: name a folder")
         if self.method == "llama_pro" and not self.llama_pro_path:
             found.append(f"--llama_pro_path: {self.train_type} needs the folder that scripts/block_expansion.py wrote")
         if self.llama_pro_path and self.method != "llama_pro":

@@ -182,8 +182,15 @@ def launch(function, config) -> None:
         return
     os.environ.setdefault("MASTER_ADDR", config.master_addr)
     os.environ.setdefault("MASTER_PORT", config.master_port)
+    started = None
     try:
-        torch.multiprocessing.spawn(_spawned, args=(function, count, config), nprocs=count)
+        started = torch.multiprocessing.spawn(_spawned, args=(function, count, config), nprocs=count, join=False)
+        while not started.join():
+            pass
+    except KeyboardInterrupt:  # sent to this process alone: those that it started would go on, and it would wait
+        for process in started.processes if started else ():
+            process.terminate()
+        os._exit(130)
     except torch.multiprocessing.ProcessExitedException as error:
         if error.signal_name:
             memory = "; the machine may have run out of memory" if error.signal_name == "SIGKILL" else ""
@@ -221,6 +228,9 @@ def run(function, config) -> None:
         function(config)
     except UserError as error:
         fail(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(130)  # as a shell reports it
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()

@@ -97,9 +97,11 @@ def base_folder(run: runs.Run) -> Path | None:
     if run.kind == "adapter" or run.config is None:
         return run.base if run.kind == "adapter" else None
     try:
-        return model_folder(loading.resolve_model(run.config.source))
+        folder = model_folder(loading.resolve_model(run.config.source))
+        same = run.base_fingerprint in (None, loading.fingerprint(loading.CheckpointReader(folder)))
     except CheckpointError:
         return None
+    return folder if same else None  # another model may have taken its place
 
 
 def fidelity(run: runs.Run, exported: Path, text: HeldOut, *, device: torch.device, dtype: torch.dtype) -> dict:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fsdp_utils.distributed import rank
-from fsdp_utils.locks import claim
+from fsdp_utils.locks import exclusively
 from methods.errors import UserError
 
 
@@ -24,20 +24,9 @@ class Partial:
         """Process 0's file, then the others'."""
         return [self.main, *sorted(p for p in self.main.parent.iterdir() if p.stem == self.main.name)]
 
-    @contextmanager
     def claimed(self):
-        """Keeps other evaluations away from the output file until the block ends. For process 0.
-
-        Raises:
-            UserError: another one has claimed it.
-        """
-        lock = self.main.with_name(f".{self.main.name}.lock")
-        lock.touch()
-        with claim(lock, named=f"--output_file {self.output}"):
-            try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
+        """Keeps other evaluations away from the output file until the block ends. For process 0."""
+        return exclusively(self.main, named=f"--output_file {self.output}")
 
     def resume(self, *, overwrite: bool) -> None:
         """Joins what an interrupted evaluation left behind into one file. Only process 0 may call it.

@@ -80,8 +80,8 @@ class QuantizedCache:
         """The folder to write into until the stack ends, or None."""
         try:
             return stack.enter_context(new_folder(self.folder))
-        except UserError:
-            say(f"note: --quantized_cache {self.folder.parent}: another run writes it, so this one does not")
+        except UserError as error:  # another run writes it, or has just done so, or nobody may
+            say(f"note: --quantized_cache {self.folder.parent}: not written ({error})")
             return None
 
     def _write(self, model: nn.Module, folder: Path | None) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from fsdp_utils.locks import claim
+from fsdp_utils.locks import exclusively
 from methods.errors import UserError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -304,26 +304,18 @@ def new_folder(output_dir, *, overwrite=False, mark="config.json", sources=()):
     Raises:
         UserError: before anything is written, as `check_new_folder`, or another process is writing it.
     """
-    check_new_folder(output_dir, flag="output_dir", overwrite=overwrite, mark=mark, sources=sources)
-    target = Path(output_dir).absolute()
+    rules = dict(flag="output_dir", overwrite=overwrite, mark=mark, sources=sources)
+    check_new_folder(output_dir, **rules)
+    target = Path(output_dir).resolve()  # a link stays one
     partial = target.with_name(f".{target.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    with claim(partial, named=f"--output_dir {output_dir}"):
+    with exclusively(target, named=f"--output_dir {output_dir}"):
+        check_new_folder(output_dir, **rules)  # again: another process may have ended meanwhile
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+        partial.mkdir()
         try:
-            empty(partial)  # of what a process left that was killed
             yield partial
             if target.exists():
                 shutil.rmtree(target)
             partial.rename(target)
-        except BaseException:
+        finally:
             shutil.rmtree(partial, ignore_errors=True)
-            raise
-
-
-def empty(folder: Path) -> None:
-    """Removes everything in a folder."""
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()

@@ -104,6 +104,8 @@ def test_bare_boolean_is_true():
         (["--train_type", "bnb_llama_pro"], ["--llama_pro_path"]),
         (["--llama_pro_path", "x"], ["--llama_pro_path", "qlora"]),
         (["--use_activation_cpu_offload", "true", "--use_gradient_checkpointing", "false"], ["--use_activation_cpu"]),
+        (["--output_dir", ""], ["--output_dir", "name a folder"]),
+        (["--seed", "99999999999999999999999"], ["--seed 99999999999999999999999"]),
         (["stray"], ["stray"]),
         (["--lora", "4"], ["--lora", "unknown flag"]),
     ],

@@ -436,7 +436,7 @@ def test_wrong_input(tmp_path, config):
         evaluate.main(replace(config, model=str(tmp_path / "empty")))
     with pytest.raises(UserError, match=r"--output_file .*d\.jsonl is a file"):
         evaluate.main(replace(config, output_file=str(local / "result.json")))
-    with pytest.raises(UserError, match=r"--output_file .*empty: is a folder"):
+    with pytest.raises(UserError, match=r"--output_file .*empty: is no file"):
         evaluate.main(replace(config, output_file=str(tmp_path / "empty"), overwrite=True))
     with pytest.raises(UserError, match="--temperature 1e-40"):
         parse(EvalConfig, ["--temperature=1e-40"], prog="evaluate.py")

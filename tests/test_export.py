@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
 import prepare_weights
+from fsdp_utils import fidelity, runs
 from fsdp_utils.export import w4a16
 from fsdp_utils.flags import ConfigError
 from methods.errors import UserError
@@ -193,6 +194,27 @@ def test_fidelity_report(save_run, tiny, tiny_data, export):
         export(merged, "bnb_nf4", name="nf4", fidelity_samples=4)
     nf4 = export(merged, "bnb_nf4", name="nf4", fidelity_samples=4, fidelity_data=tiny_data)
     assert "base" not in json.loads((nf4 / "fidelity.json").read_text())
+
+
+def test_what_an_export_reads_stays(save_run, tiny, tiny_data, export, tmp_path):
+    """--overwrite does not remove the data to compare on."""
+    run, _ = save_run(tiny(), "bnb_dora")
+    folder = export(run, "merged", name="merged")
+    shutil.copy(tiny_data, folder / "data.jsonl")
+    more = dict(fidelity_samples=2, fidelity_data=str(folder / "data.jsonl"), overwrite=True)
+    with pytest.raises(UserError, match=r"holds .*data\.jsonl, which is read"):
+        export(run, "merged", name="merged", **more)
+    assert (folder / "data.jsonl").exists()
+
+
+def test_another_model_in_the_base_s_place_is_no_base(tiny, save_run, tmp_path):
+    """The report leaves the base out rather than compare with a model that training did not start from."""
+    base = shutil.copytree(tiny(), tmp_path / "base")
+    run, _ = save_run(base, "full")
+    assert fidelity.base_folder(runs.describe(run)) == base
+    shutil.rmtree(base)
+    shutil.copytree(tiny("llama", num_hidden_layers=4), base)
+    assert fidelity.base_folder(runs.describe(run)) is None
 
 
 def test_interrupted_export_leaves_nothing(save_run, tiny, export, tmp_path, monkeypatch):

@@ -2,12 +2,14 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from runs import make_config
@@ -27,14 +29,18 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def start(command: list, **environment) -> subprocess.CompletedProcess:
-    """A command in a clean environment: this test process may have set torchrun's variables."""
+def clean_environment(**environment) -> dict[str, str]:
+    """Without torchrun's variables, which this test process may have set."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TORCHELASTIC_"))}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         clean.pop(name, None)
-    clean.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", **environment)
-    command = [str(word) for word in command]
-    return subprocess.run(command, capture_output=True, text=True, env=clean, timeout=120, cwd=REPOSITORY)
+    return clean | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", **environment)
+
+
+def start(command: list, **environment) -> subprocess.CompletedProcess:
+    """A command in a clean environment, to its end."""
+    settings = dict(text=True, env=clean_environment(**environment), timeout=120, cwd=REPOSITORY)
+    return subprocess.run([str(word) for word in command], capture_output=True, **settings)
 
 
 def losses(folder) -> list[float]:
@@ -113,6 +119,25 @@ def test_slurm_respects_flags(environment):
     distributed.read_slurm_environment("10.0.0.7", "555")
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("10.0.0.7", "555")
     assert os.environ["LOCAL_WORLD_SIZE"] == "2"
+
+
+def test_interrupted_parent_ends_its_processes(tiny, tiny_data, tmp_path):
+    """SIGINT that only the first process gets, as from a supervisor: all of them end, without a traceback."""
+    flags = dict(model_name=tiny(), dataset=tiny_data, train_type="custom_lora", world_size=2, max_steps=100_000)
+    flags |= dict(device="cpu", use_cpu_offload=False, output_dir=tmp_path / "out", master_port=free_port())
+    command = [sys.executable, TRAIN, *(f"--{name}={value}" for name, value in flags.items())]
+    settings = dict(stderr=subprocess.PIPE, text=True, env=clean_environment(), cwd=REPOSITORY)
+    with subprocess.Popen(command, **settings) as parent:
+        metrics, patience = tmp_path / "out" / "metrics.jsonl", time.monotonic() + 100
+        while not (metrics.exists() and metrics.stat().st_size):
+            assert time.monotonic() < patience and parent.poll() is None
+            time.sleep(0.2)
+        below = psutil.Process(parent.pid).children(recursive=True)
+        parent.send_signal(signal.SIGINT)
+        _, said = parent.communicate(timeout=30)
+    assert parent.returncode == 130 and "Traceback" not in said
+    _, alive = psutil.wait_procs(below, timeout=10)
+    assert len(below) >= 2 and not alive
 
 
 @pytest.mark.parametrize("variables", [dict(RANK="1"), dict(SLURM_NTASKS="1"), {}])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fsdp_utils.locks import make_writable
 from fsdp_utils.safetensors_io import (
     INDEX_NAME,
     CheckpointError,
@@ -234,6 +235,13 @@ def test_one_writer_at_a_time(tmp_path):
     with new_folder(tmp_path / "other") as folder:
         assert not list(folder.iterdir())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    (tmp_path / "empty").mkdir()
+    with new_folder(tmp_path / "link") as folder:
+        (folder / "there").touch()
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "empty" / "there").exists()
+    with pytest.raises(UserError, match=r"--output_dir .*: .*(Not a directory|File exists)"):
+        make_writable(tmp_path / "empty" / "there" / "deeper", named="--output_dir x")
 
 
 def test_sizes():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -180,6 +181,7 @@ def test_run_json(tiny, tiny_data, tmp_path, monkeypatch):
     train.main(config)
     run = json.loads((tmp_path / "out/run.json").read_text())
     assert run["flags"].keys() == as_dict(config).keys()
+    assert Path(run["flags"]["dataset"]).is_absolute() and run["flags"]["project_name"] == config.project_name
     assert run["flags"]["train_type"] == "custom_qlora" and run["flags"]["lora_rank"] == 8
     assert run["versions"]["torch"] == torch.__version__.split("+")[0] or run["versions"]["torch"] == torch.__version__
     assert {"transformers", "bitsandbytes", "peft"} <= run["versions"].keys()
@@ -190,6 +192,19 @@ def test_run_json(tiny, tiny_data, tmp_path, monkeypatch):
     assert run["base_fingerprint"] != loading.fingerprint(other)
     written = "".join(p.read_text() for p in (tmp_path / "out").iterdir())
     assert not any(value in written for value in secrets.values())
+
+
+def test_a_run_is_found_from_anywhere(tiny, tiny_data, tmp_path, monkeypatch):
+    """A base and a dataset named by relative paths are remembered by absolute ones; names of the hub stay names."""
+    shutil.copytree(tiny(), tmp_path / "base")
+    shutil.copy(tiny_data, tmp_path / "data.jsonl")
+    monkeypatch.chdir(tmp_path)
+    flags = dict(model_name="base", train_type="custom_lora", dataset="data.jsonl", max_steps=1, save_model=True)
+    train.main(make_config(**flags, output_dir="out"))
+    run, adapter = (json.loads(Path("out", name).read_text()) for name in ("run.json", "adapter_config.json"))
+    assert run["flags"]["model_name"] == adapter["base_model_name_or_path"] == str(tmp_path / "base")
+    assert run["flags"]["dataset"] == str(tmp_path / "data.jsonl")
+    assert checkpoint._lasting("org/name") == "org/name" and checkpoint._lasting("demo") == "demo"
 
 
 def test_output_folder_rules(tmp_path):
@@ -208,6 +223,10 @@ def test_output_folder_rules(tmp_path):
         with pytest.raises(UserError, match=f"--output_dir {folder}: .*not empty.*--overwrite true"):
             checkpoint.check_output(make_config(**settings, save_model=save_model))
         checkpoint.check_output(make_config(**settings, save_model=save_model, overwrite=True))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "vectors.safetensors").touch()
+    with pytest.raises(UserError, match="neither a run nor a model"):
+        checkpoint.check_output(make_config(output_dir=tmp_path / "mine", save_model=True, overwrite=True))
     for below in ("metrics.jsonl", "metrics.jsonl/run", "metrics.jsonl/run/1"):
         with pytest.raises(UserError, match="is a file"):
             checkpoint.check_output(make_config(output_dir=folder / below, overwrite=True))
