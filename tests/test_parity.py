@@ -217,7 +217,7 @@ def test_quantized_cache_that_another_run_writes(pair, tiny, tmp_path, capfd):
         (writing / "half").touch()
         for got in (packed_bytes(flags), pair.run(packed_bytes, flags)[0]):
             assert all(torch.equal(got[name], alone[name]) for name in alone.keys() - {"*shard"})
-        assert "another run writes it" in capfd.readouterr().out
+        assert "another process is writing it" in capfd.readouterr().out
         assert [path.name for path in writing.iterdir()] == ["half"] and not folder.exists()
 
 
