@@ -3,10 +3,12 @@
 import copy
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -17,7 +19,14 @@ from fsdp_utils.flags import as_dict
 from fsdp_utils.loading import resolve_model, write_json
 from fsdp_utils.locks import claim, make_writable
 from fsdp_utils.model import PRECISIONS
-from fsdp_utils.safetensors_io import INDEX_NAME, StreamingWriter, check_place, model_folder, refuse_full_disk
+from fsdp_utils.safetensors_io import (
+    INDEX_NAME,
+    TEMPLATES,
+    StreamingWriter,
+    check_place,
+    model_folder,
+    refuse_full_disk,
+)
 from methods.errors import UserError
 from methods.llama_pro import EXPANDED_LAYERS_FILE
 from methods.quantizers.linear import QuantizedWeight, weight_rows
@@ -32,7 +41,7 @@ OWN_FILES = {RUN_FILE, "metrics.jsonl"}  # what a run without --save_model leave
 READ = ("model_name", "llama_pro_path", "dataset")  # flags that may name a place
 BUILT_IN = ("demo", *DATASETS)
 MARKS = {RUN_FILE, "adapter_config.json", "config.json"}  # of a folder that may be overwritten
-FOLDERS = (ADAPTER_FOLDER, "additional_chat_templates")  # of an older result; transformers writes the second
+FOLDERS = (ADAPTER_FOLDER, TEMPLATES)  # of an older result
 
 
 def check_output(config) -> None:
@@ -73,8 +82,7 @@ def _claimed(planned, config):
     with claim(folder, named=f"--output_dir {folder}"):
         check_output(config)  # again: a run that was started together with this one may have ended
         if config.save_model:
-            specs_of, _ = _SAVERS[planned.method.saves]
-            refuse_full_disk(folder, specs_of(planned.model, planned.method, config))
+            refuse_full_disk(folder, _SAVERS[planned.method.saves].specs(planned.model, planned.method, config))
         yield
 
 
@@ -118,8 +126,7 @@ def save(model: nn.Module, tokenizer, method, config) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         tokenizer.save_pretrained(temporary)
-    _, write = _SAVERS[method.saves]
-    write(model, method, config, temporary)
+    _SAVERS[method.saves].save(model, method, config, temporary)
     if is_main():
         _move_in(temporary, folder)
     barrier()
@@ -156,13 +163,13 @@ def _adapter_tensors(model, method) -> dict[str, torch.Tensor]:
     return {f"base_model.model.{key}": tensor for key, tensor in method.adapter_tensors(model)}
 
 
-def _adapter_specs(model, method, config) -> dict[str, tuple[torch.dtype, tuple]]:
-    tensors = _adapter_tensors(model, method)
+def _adapter_specs(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, tuple]]:
     return {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
 
 
 def _save_adapter(model, method, config, folder: Path) -> None:
-    tensors, specs = _adapter_tensors(model, method), _adapter_specs(model, method, config)
+    tensors = _adapter_tensors(model, method)
+    specs = _adapter_specs(tensors)
     _write_tensors(folder, specs, lambda key: gather(tensors[key]), single_name="adapter_model.safetensors")
     if is_main():
         write_json(folder / "adapter_config.json", adapter_config(model, method, config))
@@ -203,16 +210,16 @@ def dense_tensors(model: nn.Module) -> dict[str, object]:
     return found
 
 
-def _model_specs(model, method, config) -> dict[str, tuple[torch.dtype, tuple]]:
+def _model_specs(sources: dict[str, object], config) -> dict[str, tuple[torch.dtype, tuple]]:
     dtype = PRECISIONS[config.precision][0]  # model.dtype is that of packed codes where the embedding is quantized
     shape = lambda s: (s.out_features, s.in_features) if isinstance(s, QuantizedWeight) else tuple(s.shape)
-    return {name: (dtype, shape(source)) for name, source in dense_tensors(model).items()}
+    return {name: (dtype, shape(source)) for name, source in sources.items()}
 
 
 def _save_model(model, method, config, folder: Path) -> None:
     """A Hugging Face folder. A quantized base is written dequantized: what the trained blocks were trained on."""
-    sources, specs = dense_tensors(model), _model_specs(model, method, config)
-    dtype = PRECISIONS[config.precision][0]
+    sources, dtype = dense_tensors(model), PRECISIONS[config.precision][0]
+    specs = _model_specs(sources, config)
 
     def whole(name):
         source = sources[name]
@@ -234,5 +241,14 @@ def _has_files(config) -> bool:
     return config.load_format != "dummy"
 
 
-# what `save` writes: name -> (dtype, shape), known on meta, and how
-_SAVERS = {"adapter": (_adapter_specs, _save_adapter), "model": (_model_specs, _save_model)}
+class _Saver(NamedTuple):
+    """specs: what will be written, name -> (dtype, shape), known on meta."""
+
+    specs: Callable
+    save: Callable
+
+
+_SAVERS = {
+    "adapter": _Saver(lambda model, method, config: _adapter_specs(_adapter_tensors(model, method)), _save_adapter),
+    "model": _Saver(lambda model, method, config: _model_specs(dense_tensors(model), config), _save_model),
+}

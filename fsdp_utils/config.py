@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from fsdp_utils.flags import boolean, flag, section
-from methods import TRAIN_TYPES, quantizer_of
+from methods import TRAIN_TYPES, method_of, quantizer_of
 
 PRECISIONS = ("bf16", "fp32", "fp16_autocast", "bf16_autocast", "bf16_buffers_autocast")
 SHARDING_STRATEGIES = ("full_shard", "shard_grad_op", "ddp", "hybrid_full_shard", "hybrid_shard_grad_op")
@@ -216,7 +216,7 @@ class TrainConfig:
         if self.use_activation_cpu_offload and self.checkpoint_policy != "full" and not self.compile:
             said.append("--use_activation_cpu_offload with --compile false: only the inputs of blocks leave the GPU")
         stored_in_bf16 = self.precision in ("bf16", "bf16_buffers_autocast")
-        if stored_in_bf16 and self.method in ("full", "llama_pro") and self.lr <= ROUNDED_AWAY_LR:
+        if stored_in_bf16 and method_of(self.train_type).saves == "model" and self.lr <= ROUNDED_AWAY_LR:
             said.append(
                 f"--lr {self.lr:g} with --precision {self.precision}: bf16 weights round updates of this size away; "
                 "--precision bf16_autocast keeps them in fp32"

@@ -17,6 +17,7 @@ from methods.errors import UserError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+TEMPLATES = "additional_chat_templates"  # folder in which transformers keeps all chat templates but the default one
 LARGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 
 DTYPES = {
@@ -166,9 +167,6 @@ class StreamingWriter:
             shard = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             self._start_shard(shard, names, {"format": "pt"} if metadata is None else metadata)
 
-    def _total(self):
-        return total_bytes(self.specs)
-
     def _start_shard(self, shard, names, metadata):
         header, offset = {"__metadata__": metadata}, 0
         # wide dtypes first: a float32 after an odd number of uint8 would lie unaligned in the mapped file
@@ -201,7 +199,10 @@ class StreamingWriter:
         if self._pending:
             raise ValueError(f"{len(self._pending)} tensors were never written, such as {min(self._pending)}")
         if len(set(self.shard_of.values())) > 1:
-            index = {"metadata": {"total_size": self._total()}, "weight_map": dict(sorted(self.shard_of.items()))}
+            index = {
+                "metadata": {"total_size": total_bytes(self.specs)},
+                "weight_map": dict(sorted(self.shard_of.items())),
+            }
             (self.folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
 

@@ -24,6 +24,7 @@ from fsdp_utils.distributed import fail
 from fsdp_utils.flags import flag, parse
 from fsdp_utils.safetensors_io import (
     INDEX_NAME,
+    TEMPLATES,
     CheckpointReader,
     StreamingWriter,
     model_folder,
@@ -34,7 +35,6 @@ from methods.errors import UserError
 
 LAYERS_NAME = "expanded_layers.json"
 OF_THE_SOURCE = (INDEX_NAME, LAYERS_NAME, "run.json", "fidelity.json")
-TEMPLATES = "additional_chat_templates"  # where transformers keeps all but the default one
 
 
 @dataclass

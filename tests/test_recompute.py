@@ -377,7 +377,10 @@ def test_dropout_is_replayed(tiny, tiny_data, train_type, family, adapters, how)
     (plain_loss, plain), (loss, gradients) = steps
     assert loss == pytest.approx(plain_loss, rel=1e-6)
     for name, expected in plain.items():
-        assert (gradients[name] - expected).norm() <= 1e-5 * expected.norm(), name
+        if "fused_kernels" in how:  # another order of sums: single entries near zero are mostly rounding
+            assert (gradients[name] - expected).norm() <= 1e-5 * expected.norm(), name
+        else:
+            torch.testing.assert_close(gradients[name], expected, rtol=1e-5, atol=1e-7)
 
 
 def test_dropped_attention_is_not_kept(tiny):
