@@ -19,7 +19,7 @@ from fsdp_utils.flags import as_dict
 from fsdp_utils.losses import check_packing, label_tokens, with_targets
 from fsdp_utils.memory import breakdown, host_activations, out_of_memory
 from fsdp_utils.micro_step import micro_step
-from fsdp_utils.model import PRECISIONS, compiler, load, plan, size_report
+from fsdp_utils.model import PRECISIONS, cannot_compile, compiler, load, plan, size_report
 from fsdp_utils.optim import OPTIMIZERS, LocalParameters, LossScaler, clip_, global_norm, schedule_factor
 from fsdp_utils.packing import epoch_steps, steps_per_epoch
 from fsdp_utils.tokens import TokenizedData, check_global_batch, prepare_dataset
@@ -199,12 +199,14 @@ def carry_out(planned, tokenized, tokenizer, config, *, mesh, device) -> None:
     if config.verbose:
         say(model)
     sizes = breakdown(model, config)
-    if config.packing:
-        check_packing(model, device=device, autocast=PRECISIONS[config.precision][1])
     try:
+        if config.packing:
+            check_packing(model, device=device, autocast=PRECISIONS[config.precision][1])
         train(model, planned.method, tokenized, tokenizer, config, mesh=mesh, device=device)
     except torch.OutOfMemoryError as error:
         raise out_of_memory(sizes, config, error, together=model.trained_together) from None
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        raise cannot_compile(error) from None
     if config.save_model:
         checkpoint.save(model, tokenizer, planned.method, config)
         say(f"saved to {config.output_dir}")

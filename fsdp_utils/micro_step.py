@@ -77,7 +77,8 @@ class MicroStep:
     def _run(self, batch: Batch) -> torch.Tensor:
         with torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext():
             loss = self.loss_sum_of(batch)
-        loss.backward(self.weight.to(loss.dtype))
+        with torch.autograd.set_multithreading_enabled(False):  # another thread has a cuBLAS workspace of its own
+            loss.backward(self.weight.to(loss.dtype))
         return loss.detach()
 
     def _capture(self, key: tuple, batch: Batch) -> torch.Tensor:

@@ -87,6 +87,13 @@ def _has_bf16() -> bool:
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def cannot_compile(error: Exception) -> UserError:
+    """The error to raise in place of the compiler's, which has already printed the code that it could not compile."""
+    cause = error.inner_exception
+    what = f"{type(cause).__name__}: {cause}".splitlines()[0]
+    return UserError(f"--compile true: the compiler failed ({what}); pass --compile false")
+
+
 def compiler(config, device: torch.device) -> Callable | None:
     """What compiles a decoder block's forward here, or None: compiled code needs CUDA and Triton."""
     if not config.compile or device.type != "cuda" or not torch.utils._triton.has_triton():

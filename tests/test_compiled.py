@@ -65,9 +65,11 @@ def test_compiled_blocks_equal_plain_ones(base, hostly, monkeypatch, train_type,
 )
 @pytest.mark.parametrize("policy", [None, "full", "narrow"])
 @pytest.mark.parametrize("train_type", ["bnb_dora", "custom_qlora"])
-def test_dropout_in_compiled_blocks(base, device, compile_block, train_type, policy):
+def test_dropout_in_compiled_blocks(tiny, device, compile_block, train_type, policy):
     """The gradient is that of the loss with the same random numbers: a step along it changes the loss by its square."""
     torch._dynamo.reset()
+    # Triton 3.6 cannot compile dropout after the norm of narrower hidden states in fp32 (triton#8257)
+    base = tiny("llama", hidden_size=256, num_hidden_layers=BLOCKS, intermediate_size=768)
     how = dict(checkpoint_policy=policy) if policy else dict(use_gradient_checkpointing=False)
     config, device = make_config(model_name=base, train_type=train_type, lora_dropout=0.4, **how), torch.device(device)
     planned = plan(config, device=device)

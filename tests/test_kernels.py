@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from methods.dora import DoRALinear, row_norms, row_norms_dense
-from methods.kernels import cross_entropy, norms, swiglu
+from methods.kernels import adapted, cross_entropy, norms, swiglu
 from methods.kernels.reduce import column_dot_kernel, column_dot_plain
 from methods.lora import LoRALinear
 from methods.quantizers.bnb import Bnb4bit
@@ -91,10 +91,11 @@ def test_dequantize_kernels_give_the_same_bits(quantizer, dtype):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("out_features", [OUT, 576, 96])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_fused_adapter_equals_plain(device, kind, quantizer, dtype, tolerance, out_features, dropout):
+def test_fused_adapter_equals_plain(device, kind, quantizer, dtype, tolerance, out_features, dropout, monkeypatch):
     """Output and all gradients of the fused operator are those of the definition, for every quantizer, also where one
     side is so much wider than the other that base and adapter are one product there, and with what the same random
     numbers drop."""
+    monkeypatch.setattr(adapted, "CHUNK", 20)  # of 51 tokens
     base = base_linear(quantizer, device, dtype, out=out_features)
     x = torch.randn(3, 17, IN, generator=torch.Generator().manual_seed(2)).to(device, dtype)
     grad = torch.randn(3, 17, out_features, generator=torch.Generator().manual_seed(3)).to(device, dtype)

@@ -1,5 +1,7 @@
 """What memory goes to, and the one message that ends a run without enough of it."""
 
+from functools import partial
+
 import pytest
 import torch
 from runs import make_config, prepared
@@ -7,6 +9,7 @@ from runs import make_config, prepared
 import train
 from fsdp_utils.memory import OutOfMemory, breakdown, host_activations, remedies
 from fsdp_utils.sharding import POLICIES
+from methods.errors import UserError
 from methods.rows import local
 
 
@@ -84,3 +87,17 @@ def test_out_of_memory_is_one_message(tiny, tiny_data, tmp_path, monkeypatch):
         < message.index("logits")
         < message.index("--quantize_lm_head")
     )
+
+
+def test_compiler_that_fails_is_one_message(tiny, tiny_data, tmp_path, monkeypatch):
+    """What torch's compiler raises of a block becomes one line with the way out."""
+
+    def broken(graph, inputs):
+        raise ValueError("no such instruction\nmore")
+
+    monkeypatch.setattr(train, "compiler", lambda config, device: partial(torch.compile, backend=broken))
+    flags = dict(model_name=tiny("llama"), dataset=tiny_data, train_type="bnb_dora", output_dir=tmp_path / "out")
+    with pytest.raises(UserError) as error:
+        train.main(make_config(**flags))
+    way_out = "--compile true: the compiler failed (ValueError: no such instruction); pass --compile false"
+    assert str(error.value) == way_out

@@ -18,6 +18,7 @@ from methods.kernels import reduce
 from methods.quantizers.linear import parse_quantizer
 
 Tensor = torch.Tensor
+CHUNK = 2048  # tokens whose gradient is copied at once: fewer would not fill a GPU
 
 
 def _weight(parts, spec: str, factor: Tensor | None, *, dtype, in_features: int, out: Tensor | None = None) -> Tensor:
@@ -87,6 +88,16 @@ def factor_gradient(summed: Tensor, factor: Tensor) -> Tensor:
     return torch.where(factor == 0, 0.0, summed / factor)
 
 
+def _through_both(grads: Tensor, grad_hidden: Tensor, both: Tensor) -> Tensor:
+    """`[grads, grad_hidden] @ both`, `[t, in]`, a few rows at a time: what the product is widest at is where a step
+    holds most."""
+    out = grads.new_empty(len(grads), both.shape[1])
+    for start in range(0, len(grads), CHUNK):
+        rows = slice(start, start + CHUNK)
+        torch.mm(torch.cat([grads[rows], grad_hidden[rows]], dim=1), both, out=out[rows])
+    return out
+
+
 def _gradient_of_x(
     grads: Tensor, parts, spec: str, a: Tensor | None, scaled_b: Tensor | None, factor: Tensor | None, in_features: int
 ) -> tuple[Tensor, Tensor | None]:
@@ -102,7 +113,7 @@ def _gradient_of_x(
     if a is None:
         grad_x = grads @ _weight(parts, spec, factor, **weight)
     elif _narrows(parts[0], in_features):
-        grad_x = torch.cat([grads, grad_hidden], dim=1) @ _above(parts, spec, factor, a, **weight)
+        grad_x = _through_both(grads, grad_hidden, _above(parts, spec, factor, a, **weight))
     else:
         grad_x = (grad_hidden @ a).addmm_(grads, _weight(parts, spec, factor, **weight))
     return grad_x, grad_hidden
