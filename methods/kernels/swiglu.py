@@ -37,7 +37,7 @@ if triton is not None:
 
     @triton.jit
     def _backward_kernel(
-        grad, gate, up, grad_gate, grad_up, gate_dots, up_dots, rows, columns, per_program,
+        grad, gate, up, grad_gate, gate_dots, up_dots, rows, columns, per_program,
         R: tl.constexpr, C: tl.constexpr,
     ):  # fmt: skip
         column = tl.program_id(0) * C + tl.arange(0, C)
@@ -56,7 +56,7 @@ if triton is not None:
             gate_total += of_gate * g
             up_total += of_up * u
             tl.store(grad_gate + at, of_gate.to(grad_gate.dtype.element_ty), mask=mask)
-            tl.store(grad_up + at, of_up.to(grad_up.dtype.element_ty), mask=mask)
+            tl.store(grad + at, of_up.to(grad.dtype.element_ty), mask=mask)
         at = tl.program_id(1) * columns + column
         tl.store(gate_dots + at, tl.sum(gate_total, axis=0), mask=column < columns)
         tl.store(up_dots + at, tl.sum(up_total, axis=0), mask=column < columns)
@@ -67,13 +67,18 @@ def forward_plain(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def backward_plain(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of gate and up, `[..., n]`, and their sums over the tokens with gate and up themselves, fp32 `[n]`."""
+def backward_plain(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Turns the gradient of the product into that of up, `[..., n]`, in its place: a step holds most here.
+
+    Returns:
+        The gradient of gate, `[..., n]`; the sums over the tokens of both with gate and up themselves, fp32 `[n]`.
+    """
     d, g, u = grad.float(), gate.float(), up.float()
     share = torch.sigmoid(g)
     of_gate, of_up = d * u * share * (1 + g * (1 - share)), d * g * share
     dots = ((of_gate * g).flatten(0, -2).sum(0), (of_up * u).flatten(0, -2).sum(0))
-    return of_gate.to(gate.dtype), of_up.to(up.dtype), *dots
+    grad.copy_(of_up)
+    return of_gate.to(gate.dtype), *dots
 
 
 def forward_kernel(gate: Tensor, up: Tensor) -> Tensor:
@@ -85,21 +90,23 @@ def forward_kernel(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-def backward_kernel(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward_kernel(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As `backward_plain`; partial sums per block of rows, added in a fixed order, so runs repeat exactly."""
-    grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
+    rows_of_grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
     columns = gate.shape[-1]
     rows = gate.numel() // columns
     blocks = max(1, min(64, rows // 32))
     per_program = triton.cdiv(triton.cdiv(rows, blocks), 8) * 8
-    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+    grad_gate = torch.empty_like(gate)
     dots = torch.empty(2, blocks, columns, dtype=torch.float32, device=gate.device)
     _backward_kernel[(triton.cdiv(columns, 128), blocks)](
         # rows per program are no constant: every length of batch would be compiled
-        grad, gate, up, grad_gate, grad_up, dots[0], dots[1], rows, columns, per_program,
+        rows_of_grad, gate, up, grad_gate, dots[0], dots[1], rows, columns, per_program,
         R=8, C=128, num_warps=4, num_stages=1,
     )  # fmt: skip
-    return grad_gate, grad_up, dots[0].sum(0), dots[1].sum(0)
+    if rows_of_grad is not grad:
+        grad.copy_(rows_of_grad)
+    return grad_gate, dots[0].sum(0), dots[1].sum(0)
 
 
 def forward(gate: Tensor, up: Tensor) -> Tensor:
@@ -107,7 +114,7 @@ def forward(gate: Tensor, up: Tensor) -> Tensor:
     return forward_kernel(gate, up) if triton is not None and gate.is_cuda else forward_plain(gate, up)
 
 
-def backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The fastest of the two that runs here."""
     run = backward_kernel if triton is not None and gate.is_cuda else backward_plain
     return run(grad, gate, up)
@@ -119,12 +126,12 @@ def _forward_op(gate, up, gate_factor, up_factor):
 
 def _shapes(grad, gate, up):
     dots = (gate.new_empty(gate.shape[-1], dtype=torch.float32) for _ in range(2))
-    return torch.empty_like(gate), torch.empty_like(up), *dots
+    return torch.empty_like(gate), *dots
 
 
 _library = torch.library.Library("fsdp_qlora", "FRAGMENT")
 _library.define("swiglu(Tensor gate, Tensor up, Tensor gate_factor, Tensor up_factor) -> Tensor")
-_library.define("swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor, Tensor, Tensor)")
+_library.define("swiglu_backward(Tensor(a!) grad, Tensor gate, Tensor up) -> (Tensor, Tensor, Tensor)")
 _library.impl("swiglu", _forward_op, "CompositeExplicitAutograd")
 _library.impl("swiglu_backward", backward, "CompositeExplicitAutograd")
 torch.library.register_fake("fsdp_qlora::swiglu", lambda gate, *_: torch.empty_like(gate), lib=_library)
@@ -137,8 +144,9 @@ def _keep(ctx, inputs, output):
 
 def _backward(ctx, grad):
     gate, up, gate_factor, up_factor = ctx.saved_tensors
-    grad_gate, grad_up, gate_dot, up_dot = torch.ops.fsdp_qlora.swiglu_backward(grad, gate, up)
-    return grad_gate, grad_up, factor_gradient(gate_dot, gate_factor), factor_gradient(up_dot, up_factor)
+    # the gradient is ours to change: nothing but the down projection has read the product
+    grad_gate, gate_dot, up_dot = torch.ops.fsdp_qlora.swiglu_backward(grad, gate, up)
+    return grad_gate, grad, factor_gradient(gate_dot, gate_factor), factor_gradient(up_dot, up_factor)
 
 
 # as in adapted.py, and for the same reason, not an autograd.Function
