@@ -20,7 +20,7 @@ from fsdp_utils.losses import check_packing, label_tokens, with_targets
 from fsdp_utils.memory import breakdown, host_activations, out_of_memory
 from fsdp_utils.micro_step import micro_step
 from fsdp_utils.model import PRECISIONS, cannot_compile, compiler, load, plan, size_report
-from fsdp_utils.optim import OPTIMIZERS, LocalParameters, LossScaler, clip_, global_norm, schedule_factor
+from fsdp_utils.optim import LocalParameters, LossScaler, clip_, global_norm, make_optimizer, schedule_factor
 from fsdp_utils.packing import epoch_steps, steps_per_epoch
 from fsdp_utils.tokens import TokenizedData, check_global_batch, prepare_dataset
 from methods.errors import Diverged, UserError, naming
@@ -111,7 +111,7 @@ def train(model, method, tokenized, tokenizer, config, *, mesh, device) -> None:
     run = micro_step(model, config, mesh=mesh, device=device)
     sharding.leave_sharded(model)  # check_packing's forward pass may have left it whole
     trained = LocalParameters(model, keep_gradients=run.graphs)
-    optimizer = OPTIMIZERS[config.optimizer](trained.plain, config.lr, config.wd)
+    optimizer = make_optimizer(config, trained)
     scaler = LossScaler(config.precision == "fp16_autocast")
     group = distributed.shard_group(mesh) if mesh is not None else None
     logger = metrics.make_logger(config, total=total)

@@ -19,7 +19,7 @@ from fsdp_utils.flags import parse
 from fsdp_utils.losses import label_tokens, with_targets
 from fsdp_utils.micro_step import micro_step
 from fsdp_utils.model import compiler, load, plan
-from fsdp_utils.optim import OPTIMIZERS, LocalParameters, global_norm
+from fsdp_utils.optim import LocalParameters, global_norm, make_optimizer
 
 SHAPES = {
     "tiny": dict(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
@@ -152,7 +152,7 @@ class Run:
         self.load_s = time.perf_counter() - start
         self.micro_step = micro_step(self.model, config, mesh=self.mesh, device=self.device)
         self.trained = LocalParameters(self.model, keep_gradients=self.micro_step.graphs)
-        self.optimizer = OPTIMIZERS[config.optimizer](self.trained.plain, config.lr, config.wd)
+        self.optimizer = make_optimizer(config, self.trained)
         self.model.train()
 
     def step(self, batch: int, length: int) -> None:

@@ -10,6 +10,7 @@ from methods import TRAIN_TYPES, method_of, quantizer_of
 PRECISIONS = ("bf16", "fp32", "fp16_autocast", "bf16_autocast", "bf16_buffers_autocast")
 SHARDING_STRATEGIES = ("full_shard", "shard_grad_op", "ddp", "hybrid_full_shard", "hybrid_shard_grad_op")
 OPTIMIZERS = ("adamw", "adam", "sgd", "adadelta", "fused_adamw", "fused_adam", "adamw_8bit")
+ROUNDING_OPTIMIZERS = ("adamw", "fused_adamw")  # with bf16 weights both are fsdp_utils.optim.StochasticAdamW
 SCHEDULES = ("constant", "linear", "cosine")
 # Adam moves a weight by about the rate, and a bf16 number of 0.02 by 6e-5 or not at all: at 1e-5, weights of that size
 # went 8 % as far as in fp32, at 1e-4 65 %, at 1e-3 99 %
@@ -61,6 +62,11 @@ class TrainConfig:
     lr_scheduler: str = flag("constant", "linear and cosine warm up first", choices=SCHEDULES)
     lr_warmup_ratio: float = flag(0.1, "share of the steps that warm up (linear, cosine)", minimum=0.0, maximum=1.0)
     optimizer: str = flag("adamw", "adamw_8bit needs bitsandbytes", choices=OPTIMIZERS)
+    stochastic_rounding: bool = flag(
+        True,
+        "adamw, fused_adamw: weights stored in bf16 are rounded at random after a step, so that on average they learn "
+        "as in fp32; to the nearest, small steps are lost",
+    )
     wd: float = flag(0.1, "weight decay", minimum=0.0)
     apply_gradient_clipping: bool = flag(False, "clip the global gradient norm")
     grad_norm: float = flag(0.3, "the norm clipped to", above=0.0)
@@ -155,6 +161,15 @@ class TrainConfig:
         """Where the base weights are: the expanded model's folder for Llama-Pro."""
         return self.llama_pro_path or self.model_name
 
+    @property
+    def stores_bf16(self) -> bool:
+        """Whether weights that train are bf16 between steps."""
+        return self.precision in ("bf16", "bf16_buffers_autocast")
+
+    @property
+    def rounds_stochastically(self) -> bool:
+        return self.stochastic_rounding and self.stores_bf16 and self.optimizer in ROUNDING_OPTIMIZERS
+
     def errors(self) -> list[str]:
         """One line for each flag that cannot work beside the others."""
         found = quantizer_of(self.train_type).flag_errors(self)
@@ -198,6 +213,12 @@ class TrainConfig:
             (self.method == "full", "--train_type full freezes nothing", ("peer_gather",)),
             (self.sharding_strategy == "ddp", "--sharding_strategy ddp shards nothing", ("peer_gather",)),
             (not self.apply_gradient_clipping, "--apply_gradient_clipping is false", ("grad_norm",)),
+            (not self.stores_bf16, f"--precision {self.precision} stores no bf16 weights", ("stochastic_rounding",)),
+            (
+                self.optimizer not in ROUNDING_OPTIMIZERS,
+                f"--optimizer {self.optimizer} rounds to the nearest",
+                ("stochastic_rounding",),
+            ),
             (self.lr_scheduler == "constant", "--lr_scheduler is constant", ("lr_warmup_ratio",)),
             (
                 not self.sharding_strategy.startswith("hybrid"),
@@ -215,11 +236,11 @@ class TrainConfig:
             said.append("--no_sync false with CPU offload: gradients go to the host at every accumulation step")
         if self.use_activation_cpu_offload and self.checkpoint_policy != "full" and not self.compile:
             said.append("--use_activation_cpu_offload with --compile false: only the inputs of blocks leave the GPU")
-        stored_in_bf16 = self.precision in ("bf16", "bf16_buffers_autocast")
-        if stored_in_bf16 and method_of(self.train_type).saves == "model" and self.lr <= ROUNDED_AWAY_LR:
+        nearest = self.stores_bf16 and not self.rounds_stochastically
+        if nearest and self.lr <= ROUNDED_AWAY_LR:
             said.append(
                 f"--lr {self.lr:g} with --precision {self.precision}: bf16 weights round updates of this size away; "
-                "--precision bf16_autocast keeps them in fp32"
+                "--optimizer adamw rounds them at random instead, --precision bf16_autocast keeps weights in fp32"
             )
         if self.no_sync and self.gradient_accumulation_steps == 1:
             said.append("--no_sync has no effect with --gradient_accumulation_steps 1")

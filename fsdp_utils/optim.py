@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from methods.rows import local
+from methods.kernels import adamw
+from methods.rows import local, row_range
 
 
 def _adamw_8bit(params, lr, wd):
@@ -24,6 +25,42 @@ OPTIMIZERS = {
     "fused_adam": lambda params, lr, wd: torch.optim.Adam(params, lr=lr, weight_decay=wd, fused=True),
     "adamw_8bit": _adamw_8bit,
 }
+
+
+class StochasticAdamW(torch.optim.Optimizer):
+    """torch's AdamW for bf16 parameters, rounded at random: see `methods.kernels.adamw`.
+
+    Args:
+        places: of each parameter, its number in the model and the number of its first element here.
+    """
+
+    def __init__(self, params: list[nn.Parameter], places: list[tuple[int, int]], *, lr: float, wd: float, seed: int):
+        super().__init__(params, dict(lr=lr, weight_decay=wd, betas=(0.9, 0.999), eps=1e-8))
+        self.places, self.seed, self.steps = places, seed, 0
+        self.step_kernel = adamw.StepKernel()
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        (group,) = self.param_groups
+        self.steps += 1
+        step = adamw.Step(group["lr"], group["weight_decay"], *group["betas"], group["eps"], self.steps, self.seed)
+        rows = []
+        for p, place in zip(group["params"], self.places, strict=True):
+            if p.grad is not None:
+                state = self.state[p]
+                if not state:
+                    state.update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                rows.append(adamw.Row(p, p.grad, state["exp_avg"], state["exp_avg_sq"], *place))
+        run = self.step_kernel if adamw.triton is not None and rows and rows[0].weight.is_cuda else adamw.step_plain
+        run(rows, step)
+
+
+def make_optimizer(config, trained: "LocalParameters") -> torch.optim.Optimizer:
+    """That of `--optimizer`."""
+    if config.rounds_stochastically:
+        return StochasticAdamW(trained.plain, trained.places, lr=config.lr, wd=config.wd, seed=config.seed)
+    return OPTIMIZERS[config.optimizer](trained.plain, config.lr, config.wd)
+
 
 # factor of the peak learning rate at a share of the steps after warm-up
 SCHEDULES = {
@@ -53,8 +90,11 @@ class LocalParameters:
 
     def __init__(self, model: nn.Module, *, keep_gradients: bool = False):
         self.keep_gradients = keep_gradients
-        self.sharded = [p for p in model.parameters() if p.requires_grad and local(p).numel()]
+        trained = [(number, p) for number, p in enumerate(model.parameters()) if p.requires_grad and local(p).numel()]
+        self.sharded = [p for _, p in trained]
         self.plain = [nn.Parameter(local(p).detach()) for p in self.sharded]
+        # for the optimizer that asks: a parameter's number, and that of its first element here
+        self.places = [(number, row_range(p)[0] * p.shape[1:].numel()) for number, p in trained]
 
     def collect_gradients(self) -> list[torch.Tensor]:
         """Points the plain tensors at today's rows and gradients; returns the gradients."""

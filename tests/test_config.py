@@ -149,10 +149,11 @@ def test_meaningless_flags_say_so():
 
 
 def test_updates_that_bf16_rounds_away():
-    """Weights that train in bf16 at a small rate are said to stand nearly still; adapters and fp32 weights do not."""
-    small = ("--train_type", "full", "--lr", "1e-5")
+    """Weights that train in bf16 at a small rate are said to stand nearly still, unless they are rounded at random."""
+    small = ("--optimizer", "adam", "--lr", "1e-5")
     (note,) = read(*small).notes()
     assert note.startswith("--lr 1e-05 with --precision bf16: ") and "--precision bf16_autocast" in note
+    assert read("--stochastic_rounding", "false").notes() == [note]
     for argv in ((*small, "--precision", "bf16_autocast"), (*small[:2], "--lr", "1e-3"), small[2:]):
         assert read(*argv).notes() == []
 

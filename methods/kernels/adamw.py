@@ -1,0 +1,172 @@
+"""AdamW for bf16 parameters that learns as in fp32: computed in fp32, rounded at random (arXiv:2010.06192).
+
+bf16 has 8 significant bits. Rounded to the nearest, an update below 1/512 of a weight is lost, at every step anew, and
+a second moment that should lose a thousandth a step never does. Rounded up or down with the probability that makes the
+expected value right, neither is lost, and nothing has to be kept in fp32.
+
+The random bits are a hash of seed, step, parameter and element: the same for any sharding, device and replica.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+Tensor = torch.Tensor
+CHUNK = 2**18  # elements that the plain version works on at once: its fp32 copies stay in the cache
+BLOCK = 2048  # elements of a program
+HALF = 0x8000  # in place of random bits: to the nearest
+
+
+class Step(NamedTuple):
+    """The numbers of one step, as AdamW (arXiv:1711.05101) names them."""
+
+    lr: float
+    weight_decay: float
+    beta1: float
+    beta2: float
+    eps: float
+    number: int  # from 1
+    seed: int
+
+    def scalars(self) -> tuple[float, ...]:
+        """Factor of the weight, size of the step, both betas, factor of the second moment's root, eps."""
+        corrected, root = 1 - self.beta1**self.number, math.sqrt(1 - self.beta2**self.number)
+        return 1 - self.lr * self.weight_decay, self.lr / corrected, self.beta1, self.beta2, 1 / root, self.eps
+
+
+class Row(NamedTuple):
+    """A parameter's elements in this process, with its gradient and moments; all bf16, of one shape."""
+
+    weight: Tensor
+    grad: Tensor
+    first_moment: Tensor
+    second_moment: Tensor
+    parameter: int  # its number in the model
+    first: int  # number of the first element here in the whole parameter
+
+
+def hashed(x: int) -> int:
+    """32 bits to 32 bits, each of the input changes half of the output (Wellons' lowbias32)."""
+    x = ((x >> 16) ^ x) * 0x7FEB352D & 0xFFFFFFFF
+    x = ((x >> 15) ^ x) * 0x846CA68B & 0xFFFFFFFF
+    return (x >> 16) ^ x
+
+
+def _key(step: Step) -> int:
+    seed = (step.seed ^ (step.seed >> 32)) & 0xFFFFFFFF
+    return hashed(step.number ^ hashed(seed))
+
+
+def _signed(x: int) -> int:
+    """The int32 of the same bits."""
+    return x - 2**32 if x >= 2**31 else x
+
+
+def random_bits(row: Row, step: Step, start: int, stop: int) -> Tensor:
+    """`hashed(element ^ key)` of elements `[start, stop)`, int32."""
+    key = hashed(row.parameter ^ _key(step))
+    x = torch.arange(row.first + start, row.first + stop, device=row.weight.device)
+    x = (x & 0xFFFFFFFF).to(torch.int32) if row.first + stop > 2**31 else x.to(torch.int32)
+    x.bitwise_xor_(_signed(key))
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x.bitwise_xor_((x >> shift).bitwise_and_(2 ** (32 - shift) - 1)).mul_(_signed(factor))
+    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+
+
+def rounded(x: Tensor, bits: Tensor | int) -> Tensor:
+    """fp32 to bf16, away from zero with the probability of what is cut off; `bits` are 16 random ones, int32."""
+    return (x.view(torch.int32) + bits).bitwise_and_(-65536).view(torch.float32).to(torch.bfloat16)
+
+
+def step_plain(rows: list[Row], step: Step) -> None:
+    """One step of every row, in place: the definition."""
+    decay, size, beta1, beta2, root, eps = step.scalars()
+    for row in rows:
+        weight, grad, first, second = (t.view(-1) for t in (row.weight, row.grad.contiguous(), *row[2:4]))
+        for start in range(0, len(weight), CHUNK):
+            part = slice(start, min(start + CHUNK, len(weight)))
+            w, g, m, v = (t[part].float() for t in (weight, grad, first, second))
+            m.lerp_(g, 1 - beta1)
+            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            w.mul_(decay).addcdiv_(m, v.sqrt().mul_(root).add_(eps), value=-size)
+            bits = random_bits(row, step, part.start, part.stop)
+            weight[part] = rounded(w, bits & 0xFFFF)
+            first[part] = rounded(m, HALF)  # it moves by a tenth of what it is off: nothing to lose
+            second[part] = rounded(v, (bits >> 16).bitwise_and_(0xFFFF))
+
+
+if triton is not None:
+
+    @triton.jit
+    def _hashed(x):
+        x = ((x >> 16) ^ x) * 0x7FEB352D
+        x = ((x >> 15) ^ x) * 0x846CA68B
+        return (x >> 16) ^ x
+
+    @triton.jit
+    def _rounded(x, bits):
+        wide = x.to(tl.uint32, bitcast=True) + bits
+        return (wide >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+    @triton.jit
+    def _step_kernel(
+        addresses, sizes, parameters, firsts, of_program, tensors, key,
+        decay, size, beta1, beta2, root, eps, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.load(of_program + 2 * tl.program_id(0))
+        start = tl.load(of_program + 2 * tl.program_id(0) + 1) * BLOCK
+        at = start + tl.arange(0, BLOCK)
+        inside = at < tl.load(sizes + row)
+        bf16 = tl.pointer_type(tl.bfloat16)
+        weight, grad = tl.load(addresses + row).to(bf16), tl.load(addresses + tensors + row).to(bf16)
+        first, second = tl.load(addresses + 2 * tensors + row).to(bf16), tl.load(addresses + 3 * tensors + row).to(bf16)
+        if ALIGNED:  # else every element is a load of its own
+            weight, grad = tl.multiple_of(weight, 16), tl.multiple_of(grad, 16)
+            first, second = tl.multiple_of(first, 16), tl.multiple_of(second, 16)
+        w = tl.load(weight + at, mask=inside, other=0).to(tl.float32)
+        g = tl.load(grad + at, mask=inside, other=0).to(tl.float32)
+        m = tl.load(first + at, mask=inside, other=0).to(tl.float32)
+        v = tl.load(second + at, mask=inside, other=0).to(tl.float32)
+        m += (1 - beta1) * (g - m)
+        v = beta2 * v + (1 - beta2) * g * g
+        w = decay * w - size * m / (tl.sqrt(v) * root + eps)
+        element = (tl.load(firsts + row) + at).to(tl.uint32)
+        bits = _hashed(element ^ _hashed(tl.load(parameters + row).to(tl.uint32) ^ key.to(tl.uint32)))
+        tl.store(weight + at, _rounded(w, bits & 0xFFFF), mask=inside)
+        tl.store(first + at, _rounded(m, 0x8000), mask=inside)
+        tl.store(second + at, _rounded(v, bits >> 16), mask=inside)
+
+
+class StepKernel:
+    """`step_plain` of all rows of a GPU in one launch; keeps what the GPU was told of rows that stay where they are."""
+
+    def __init__(self):
+        self.known, self.tables = None, None
+
+    def __call__(self, rows: list[Row], step: Step) -> None:
+        rows = [row._replace(grad=row.grad.contiguous()) for row in rows]  # kept until the launch
+        addresses = [tensor.data_ptr() for place in range(4) for tensor in (row[place] for row in rows)]
+        known = (addresses, [(row.weight.numel(), row.parameter, row.first) for row in rows])
+        if known != self.known:
+            self.known, self.tables = known, self._tables(addresses, known[1], rows[0].weight.device)
+        *tables, programs = self.tables
+        _step_kernel[(programs,)](
+            *tables, len(rows), _signed(_key(step)), *step.scalars(),
+            ALIGNED=all(address % 16 == 0 for address in addresses), BLOCK=BLOCK, num_warps=8,
+        )  # fmt: skip
+
+    @staticmethod
+    def _tables(addresses: list[int], facts: list[tuple[int, int, int]], device) -> tuple:
+        # pinned and not waited for: the host must not wait for the GPU between backward and the step
+        pin = device.type == "cuda"
+        table = lambda values: torch.tensor(values, pin_memory=pin).to(device, non_blocking=True)
+        sizes, parameters, firsts = zip(*facts, strict=True)
+        programs = [(row, block) for row, size in enumerate(sizes) for block in range(triton.cdiv(size, BLOCK))]
+        return table(addresses), table(sizes), table(parameters), table(firsts), table(programs), len(programs)
