@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from fsdp_utils.flags import boolean, flag, section
-from methods import TRAIN_TYPES, method_of, quantizer_of
+from methods import TRAIN_TYPES, quantizer_of
 
 PRECISIONS = ("bf16", "fp32", "fp16_autocast", "bf16_autocast", "bf16_buffers_autocast")
 SHARDING_STRATEGIES = ("full_shard", "shard_grad_op", "ddp", "hybrid_full_shard", "hybrid_shard_grad_op")

@@ -115,7 +115,7 @@ def test_kernel_equals_plain(device, aligned, monkeypatch):
             rows = [r._replace(grad=grad) for r, grad in zip(rows, grads, strict=True)]
         results.append([torch.cat([r[i].view(-1) for r in rows]) for i in (0, 2, 3)])
     for ours, wanted in zip(*results, strict=True):
-        assert (ours != wanted).float().mean() < 1e-3
+        assert (ours != wanted).float().mean() < 3e-3
         assert relative(ours, wanted) < 1e-3
 
 

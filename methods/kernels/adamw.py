@@ -20,7 +20,7 @@ except ImportError:
 
 Tensor = torch.Tensor
 CHUNK = 2**18  # elements that the plain version works on at once: its fp32 copies stay in the cache
-BLOCK = 2048  # elements of a program
+BLOCK = 1024  # elements of a program
 HALF = 0x8000  # in place of random bits: to the nearest
 
 
@@ -115,7 +115,7 @@ if triton is not None:
         wide = x.to(tl.uint32, bitcast=True) + bits
         return (wide >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["key"])  # else compiled again in the first step whose key is a multiple of 16
     def _step_kernel(
         addresses, sizes, parameters, firsts, of_program, tensors, key,
         decay, size, beta1, beta2, root, eps, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
