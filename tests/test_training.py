@@ -124,6 +124,18 @@ def test_optimizers(pair, flags, optimizer, train_type):
         assert (both["after"][name] - parameter).norm() <= relative * parameter.norm().clamp_min(1e-4), name
 
 
+@pytest.mark.parametrize("train_type", ["bnb_dora", "full"])
+def test_random_rounding_does_not_depend_on_the_sharding(pair, flags, train_type):
+    """bf16 weights that two processes share out become what replicas of them become, bit for bit, in every replica."""
+    more = dict(precision="bf16", train_type=train_type, max_steps=3, lr=1e-4, lora_rank=3, batch_size=2)
+    sharded = pair.run(run, flags("sharded", **more))[0][1]
+    replicas = [found for _, found in pair.run(run, flags("replicas", **more, sharding_strategy="ddp"))]
+    for name, parameter in sharded["after"].items():
+        assert not torch.equal(parameter, sharded["before"][name]), name
+        for replica in replicas:
+            assert torch.equal(replica["after"][name], parameter), name
+
+
 def test_fewer_rows_than_processes(pair, flags):
     """With --lora_rank 1 one of two processes holds no row of A; the run is still that of one process."""
     # not Adam: of a gradient near zero, as one row's magnitude has here, it makes a step of the rounding error
