@@ -59,6 +59,11 @@ def check_output(config) -> None:
         raise UserError(
             f"--output_dir {folder}: holds neither a run nor a model, so nothing is replaced; choose another"
         )
+    if held & (MARKS - OWN_FILES) and not config.save_model:
+        raise UserError(
+            f"--output_dir {folder}: holds a model, which a run that saves none would leave beside its own metrics; "
+            "choose another or pass --save_model true"
+        )
 
 
 @contextmanager

@@ -25,7 +25,7 @@ class TrainConfig:
     train_type: str = flag("qlora", "how the model is adapted, and on which base", choices=tuple(TRAIN_TYPES))
     model_name: str = flag("meta-llama/Llama-2-7b-hf", "hub name or local folder; `demo` is the built-in model")
     llama_pro_path: str | None = flag(None, "folder of a block-expanded model (*_llama_pro)")
-    lora_rank: int = flag(64, "rank r of the adapters", minimum=1)
+    lora_rank: int = flag(64, "rank r of the adapters", minimum=1, maximum=2**16)
     lora_alpha: int = flag(16, "adapters are scaled by alpha / r", above=0)
     lora_dropout: float = flag(0.1, "dropout before the adapters", minimum=0.0, maximum=0.99)
     lora_target_modules: str = flag(

@@ -65,12 +65,15 @@ def held_out(run: runs.Run, tokenizer, *, name: str | None, samples: int) -> Hel
 
 
 def _named(name: str) -> tuple[str, datasets.Dataset, str]:
-    data.check_name(name)
     spec = data.DATASETS.get(name)
     if spec and not spec.validation:
         raise UserError(f"--fidelity_data {name}: has no validation set; give a local file")
-    examples = spec.validation() if spec else data.read_local(name)
-    return name, examples, data.layout_of(name, examples)
+    try:
+        data.check_name(name)
+        examples = spec.validation() if spec else data.read_local(name)
+        return name, examples, data.layout_of(name, examples)
+    except UserError as error:  # which knows the flag of the other programs
+        raise UserError(str(error).replace("--dataset", "--fidelity_data", 1)) from None
 
 
 def _of_run(run: runs.Run) -> tuple[str, datasets.Dataset, str]:

@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from fsdp_utils.distributed import rank, synchronize
+from fsdp_utils.locks import make_writable
 from methods.errors import UserError
 
 GIB = 2**30
@@ -69,9 +70,16 @@ SINKS = {"tqdm": Tqdm, "stdout": Stdout, "wandb": Wandb}
 
 
 def check_sink(config) -> None:
-    """Raises UserError, before anything is loaded, if wandb would not take what is logged. Process 0 asks."""
-    if config.log_to != "wandb" or rank() != 0:
+    """Raises UserError, before anything is loaded, if profiles or what is logged have nowhere to go. Process 0 asks."""
+    if rank() != 0:
         return
+    if config.profile:
+        make_writable(Path(config.profiling_output), named=f"--profiling_output {config.profiling_output}")
+    if config.log_to == "wandb":
+        _check_wandb()
+
+
+def _check_wandb() -> None:
     import wandb
 
     if wandb.setup().settings.mode in ("offline", "dryrun", "disabled"):

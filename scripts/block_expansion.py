@@ -47,7 +47,12 @@ class Expansion:
     overwrite: bool = flag(False, "replace what is in --output_dir")
 
     def errors(self):
-        return [f"--{name}: required" for name in ("model_name", "output_dir") if not getattr(self, name)]
+        found = [f"--{name}: required" for name in ("model_name", "output_dir") if not getattr(self, name)]
+        try:
+            parse_size(self.max_shard_size)
+        except UserError as error:
+            found.append(f"--max_shard_size: {error}")
+        return found
 
 
 def expanded_layout(depth, n_new):

@@ -6,6 +6,7 @@ from runs import make_config, prepared
 from test_kernels import DEVICES, KERNEL_DEVICES, relative
 
 from fsdp_utils.optim import LocalParameters, StochasticAdamW, make_optimizer
+from methods import TRAIN_TYPES
 from methods.kernels import adamw
 from methods.kernels.adamw import Row, Step, hashed, random_bits, rounded, step_plain
 
@@ -129,8 +130,18 @@ def test_places_of_parameters(tiny):
     assert all(parameters[n] is p for n, p in zip(numbers, trained.sharded, strict=True))
 
 
+@pytest.mark.parametrize("train_type", TRAIN_TYPES)
+def test_every_train_type(flags, train_type):
+    """All that trains with --precision bf16 is bf16."""
+    config = make_config(**flags(train_type=train_type, precision="bf16"))
+    model, *_ = prepared(config)
+    assert isinstance(make_optimizer(config, LocalParameters(model)), StochasticAdamW)
+    with pytest.raises(ValueError, match="bf16 parameters"):
+        StochasticAdamW([torch.nn.Parameter(torch.zeros(3))], [(0, 0)], lr=1.0, wd=0.0, seed=0)
+
+
 @pytest.mark.parametrize(
-    ("flags", "ours"),
+    ("settings", "ours"),
     [
         (dict(), True),
         (dict(optimizer="fused_adamw"), True),
@@ -141,9 +152,9 @@ def test_places_of_parameters(tiny):
         (dict(stochastic_rounding=False), False),
     ],
 )
-def test_where_it_is_used(tiny, flags, ours):
+def test_where_it_is_used(tiny, settings, ours):
     """Where AdamW trains bf16 weights, unless refused."""
-    config = make_config(model_name=tiny("llama"), train_type="bnb_dora", **{"precision": "bf16", **flags})
+    config = make_config(model_name=tiny("llama"), train_type="bnb_dora", **{"precision": "bf16", **settings})
     model, *_ = prepared(config)
     trained = LocalParameters(model)
     assert isinstance(make_optimizer(config, trained), StochasticAdamW) is ours

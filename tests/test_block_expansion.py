@@ -160,7 +160,6 @@ def no_weights(folder):
         (FAMILIES["llama"], truncated, {}, "truncated"),
         (FAMILIES["llama"], no_weights, {}, "no model.safetensors"),
         (FAMILIES["llama"], None, {"num_new_blocks": 5}, "--num_new_blocks 5: must be from 1"),
-        (FAMILIES["llama"], None, {"max_shard_size": "big"}, "not a size"),
     ],
 )
 def test_refusals_leave_no_folder(tmp_path, config, damage, flags, message):
@@ -199,3 +198,9 @@ def test_interruption_leaves_the_old_folder(tmp_path, monkeypatch):
     expand(Expansion(**flags, overwrite=True))
     assert not (tmp_path / "out" / "mine").exists()
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 5
+
+
+def test_wrong_flags_are_named():
+    """Before anything is read, a line for each."""
+    missing = Expansion(max_shard_size="big").errors()
+    assert [line.split(":")[0] for line in missing] == ["--model_name", "--output_dir", "--max_shard_size"]

@@ -317,3 +317,10 @@ def test_unsupported_combinations(save_run, tiny, export, monkeypatch):
 def test_flags_are_required():
     """Without --model and --save_dir nothing can be done."""
     assert replace(ExportConfig()).errors() == ["--model: required", "--save_dir: required"]
+
+
+@pytest.mark.parametrize("name", ["no_such_set", "no/such/file.jsonl"])
+def test_comparison_data_that_is_not_there(name):
+    """What cannot be read is said under the flag that named it."""
+    with pytest.raises(UserError, match=f"^--fidelity_data {name}: "):
+        fidelity._named(name)

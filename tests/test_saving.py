@@ -222,7 +222,9 @@ def test_output_folder_rules(tmp_path):
     for save_model in (True, False):
         with pytest.raises(UserError, match=f"--output_dir {folder}: .*not empty.*--overwrite true"):
             checkpoint.check_output(make_config(**settings, save_model=save_model))
-        checkpoint.check_output(make_config(**settings, save_model=save_model, overwrite=True))
+    checkpoint.check_output(make_config(**settings, save_model=True, overwrite=True))
+    with pytest.raises(UserError, match=r"holds a model, .*--save_model true"):
+        checkpoint.check_output(make_config(**settings, overwrite=True))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "vectors.safetensors").touch()
     with pytest.raises(UserError, match="neither a run nor a model"):

@@ -313,6 +313,14 @@ def test_wandb_without_a_key(monkeypatch):
         check(mode="online", known=False)
 
 
+def test_profiles_need_a_folder(tmp_path):
+    """A place for profiles that cannot be one is refused before anything is loaded."""
+    (tmp_path / "file").touch()
+    config = make_config(profile=True, profiling_output=tmp_path / "file")
+    with pytest.raises(UserError, match=f"--profiling_output {tmp_path}/file: "):
+        metrics.check_sink(config)
+
+
 def test_wandb_offline(flags, tmp_path, monkeypatch):
     """--log_to wandb writes an offline run without a network, with the flags and the same numbers as metrics.jsonl."""
     monkeypatch.setenv("WANDB_MODE", "offline")

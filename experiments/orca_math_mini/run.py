@@ -113,6 +113,7 @@ class RunConfig:
     batch_size: int = flag(32, "problems per optimizer step", minimum=1)
     max_new_tokens: int = flag(112, "longest answer in tokens; worked answers have up to 85", minimum=1)
     precision: str = flag("auto", "of train.py; auto: bf16 on a GPU, else fp32", choices=("auto", *PRECISIONS))
+    stochastic_rounding: bool = flag(False, "of train.py; the results of docs/quality.md are older than it")
     compile: bool = flag(False, "compile decoder blocks; short runs are over before it pays")
     device: str = flag("auto", "where to compute", choices=("auto", "cuda", "cpu"))
     processes: int = flag(1, "runs at a time on the one device", minimum=1)
@@ -267,6 +268,7 @@ def train_config(job: Job, config: RunConfig) -> TrainConfig:
         wd=0.0,
         optimizer="fused_adamw" if on_gpu else "adamw",
         precision=("bf16" if on_gpu else "fp32") if config.precision == "auto" else config.precision,
+        stochastic_rounding=config.stochastic_rounding,
         seed=job.seed,
         device=device.type,
         use_cpu_offload=False,
@@ -395,7 +397,7 @@ def outcome(job: Job, config: RunConfig) -> list[dict]:
 
 def settings_of(config: RunConfig, samples: int) -> dict:
     """What is not in a Job and yet changes its result."""
-    names = ("batch_size", "precision", "max_new_tokens")
+    names = ("batch_size", "precision", "stochastic_rounding", "max_new_tokens")
     return {name: getattr(config, name) for name in names} | {"epochs": config.epochs_of(samples) if samples else 0}
 
 
@@ -405,8 +407,11 @@ def check_settings(config: RunConfig, rows: list[dict]) -> None:
         if row["samples"] not in (0, *config.numbers):
             continue
         for name, value in settings_of(config, row["samples"]).items():
-            if row["settings"][name] != value:
-                made = f"{config.output_dir}/{RESULTS} was made with {row['settings'][name]}"
+            before = row["settings"].get(
+                name, getattr(RunConfig, name, None)
+            )  # rows older than a flag have its default
+            if before != value:
+                made = f"{config.output_dir}/{RESULTS} was made with {before}"
                 raise UserError(f"--{name}: {made}, now it is {value}; choose another --output_dir")
 
 
