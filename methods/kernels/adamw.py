@@ -36,9 +36,12 @@ class Step(NamedTuple):
     seed: int
 
     def scalars(self) -> tuple[float, ...]:
-        """Factor of the weight, size of the step, both betas, factor of the second moment's root, eps."""
+        """Factor of the weight, size of the step, the gradient's share of the first moment, factor of the second one,
+        the gradient's share of it, factor of its root, eps."""
         corrected, root = 1 - self.beta1**self.number, math.sqrt(1 - self.beta2**self.number)
-        return 1 - self.lr * self.weight_decay, self.lr / corrected, self.beta1, self.beta2, 1 / root, self.eps
+        # shares are subtracted here: in fp32, 1 - 0.999 has five right digits
+        betas = 1 - self.beta1, self.beta2, 1 - self.beta2
+        return 1 - self.lr * self.weight_decay, self.lr / corrected, *betas, 1 / root, self.eps
 
 
 class Row(NamedTuple):
@@ -87,14 +90,14 @@ def rounded(x: Tensor, bits: Tensor | int) -> Tensor:
 
 def step_plain(rows: list[Row], step: Step) -> None:
     """One step of every row, in place: the definition."""
-    decay, size, beta1, beta2, root, eps = step.scalars()
+    decay, size, share1, beta2, share2, root, eps = step.scalars()
     for row in rows:
         weight, grad, first, second = (t.view(-1) for t in (row.weight, row.grad.contiguous(), *row[2:4]))
         for start in range(0, len(weight), CHUNK):
             part = slice(start, min(start + CHUNK, len(weight)))
             w, g, m, v = (t[part].float() for t in (weight, grad, first, second))
-            m.lerp_(g, 1 - beta1)
-            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            m.lerp_(g, share1)
+            v.mul_(beta2).addcmul_(g, g, value=share2)
             w.mul_(decay).addcdiv_(m, v.sqrt().mul_(root).add_(eps), value=-size)
             bits = random_bits(row, step, part.start, part.stop)
             weight[part] = rounded(w, bits & 0xFFFF)
@@ -118,7 +121,7 @@ if triton is not None:
     @triton.jit(do_not_specialize=["key"])  # else compiled again in the first step whose key is a multiple of 16
     def _step_kernel(
         addresses, sizes, parameters, firsts, of_program, tensors, key,
-        decay, size, beta1, beta2, root, eps, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+        decay, size, share1, beta2, share2, root, eps, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.load(of_program + 2 * tl.program_id(0))
         start = tl.load(of_program + 2 * tl.program_id(0) + 1) * BLOCK
@@ -134,8 +137,8 @@ if triton is not None:
         g = tl.load(grad + at, mask=inside, other=0).to(tl.float32)
         m = tl.load(first + at, mask=inside, other=0).to(tl.float32)
         v = tl.load(second + at, mask=inside, other=0).to(tl.float32)
-        m += (1 - beta1) * (g - m)
-        v = beta2 * v + (1 - beta2) * g * g
+        m += share1 * (g - m)
+        v = beta2 * v + share2 * g * g
         w = decay * w - size * m / (tl.sqrt(v) * root + eps)
         element = (tl.load(firsts + row) + at).to(tl.uint32)
         bits = _hashed(element ^ _hashed(tl.load(parameters + row).to(tl.uint32) ^ key.to(tl.uint32)))
