@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -127,6 +128,8 @@ def test_interrupted_parent_ends_its_processes(tiny, tiny_data, tmp_path):
     flags |= dict(device="cpu", use_cpu_offload=False, output_dir=tmp_path / "out", master_port=free_port())
     command = [sys.executable, TRAIN, *(f"--{name}={value}" for name, value in flags.items())]
     settings = dict(stderr=subprocess.PIPE, text=True, env=clean_environment(), cwd=REPOSITORY)
+    # tests that a shell started in the background ignore SIGINT, and what they start would too
+    settings["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(command, **settings) as parent:
         metrics, patience = tmp_path / "out" / "metrics.jsonl", time.monotonic() + 100
         while not (metrics.exists() and metrics.stat().st_size):
