@@ -8,7 +8,7 @@ from test_kernels import DEVICES, KERNEL_DEVICES, relative
 from fsdp_utils.optim import LocalParameters, StochasticAdamW, make_optimizer
 from methods import TRAIN_TYPES
 from methods.kernels import adamw
-from methods.kernels.adamw import Row, Step, hashed, random_bits, rounded, step_plain
+from methods.kernels.adamw import Row, Step, hashed, random_bits, round_, step_plain
 
 STEP = Step(lr=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.999, eps=1e-8, number=3, seed=2**40 + 5)
 
@@ -33,13 +33,14 @@ def test_random_bits_are_those_of_the_element():
             assert (bits >> bit & 1).float().mean().item() == pytest.approx(0.5, abs=0.08)
 
 
-def test_rounded_is_right_on_average():
+def test_rounding_is_right_on_average():
     """Always one of the two neighbours, each as often as the value is near it; what bf16 can hold stays."""
     values = torch.tensor([1.0, 1.001, -1.001, 0.0199, 3e-39, -7.123e8, float("inf"), 0.0])
-    drawn = torch.stack([rounded(values, torch.full((8,), bits, dtype=torch.int32)) for bits in range(0, 65536, 16)])
-    assert (drawn[:, [0, 6, 7]].float() == values[[0, 6, 7]]).all()
+    drawn = torch.stack([round_(values.clone(), bits) for bits in range(0, 65536, 16)])
+    assert torch.equal(drawn, drawn.bfloat16().float())
+    assert (drawn[:, [0, 6, 7]] == values[[0, 6, 7]]).all()
     for i in range(1, 6):
-        found = drawn[:, i].float().unique()
+        found = drawn[:, i].unique()
         assert len(found) == 2 and found[0] < values[i] < found[1]
         assert (drawn[:, i].double().mean() - values[i]).abs() < 1e-3 * (found[1] - found[0])
 

@@ -75,17 +75,22 @@ def _signed(x: int) -> int:
 def random_bits(row: Row, step: Step, start: int, stop: int) -> Tensor:
     """`hashed(element ^ key)` of elements `[start, stop)`, int32."""
     key = hashed(row.parameter ^ _key(step))
-    x = torch.arange(row.first + start, row.first + stop, device=row.weight.device)
-    x = (x & 0xFFFFFFFF).to(torch.int32) if row.first + stop > 2**31 else x.to(torch.int32)
+    first, stop, device = row.first + start, row.first + stop, row.weight.device
+    if stop <= 2**31:
+        x = torch.arange(first, stop, dtype=torch.int32, device=device)
+    else:
+        x = (torch.arange(first, stop, device=device) & 0xFFFFFFFF).to(torch.int32)
     x.bitwise_xor_(_signed(key))
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x.bitwise_xor_((x >> shift).bitwise_and_(2 ** (32 - shift) - 1)).mul_(_signed(factor))
     return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
 
 
-def rounded(x: Tensor, bits: Tensor | int) -> Tensor:
-    """fp32 to bf16, away from zero with the probability of what is cut off; `bits` are 16 random ones, int32."""
-    return (x.view(torch.int32) + bits).bitwise_and_(-65536).view(torch.float32).to(torch.bfloat16)
+def round_(x: Tensor, bits: Tensor | int) -> Tensor:
+    """Makes each fp32 number one that bf16 has, in place: the next from zero with the probability of what is cut off.
+    `bits` are 16 random ones, int32."""
+    x.view(torch.int32).add_(bits).bitwise_and_(-65536)
+    return x
 
 
 def step_plain(rows: list[Row], step: Step) -> None:
@@ -100,9 +105,9 @@ def step_plain(rows: list[Row], step: Step) -> None:
             v.mul_(beta2).addcmul_(g, g, value=share2)
             w.mul_(decay).addcdiv_(m, v.sqrt().mul_(root).add_(eps), value=-size)
             bits = random_bits(row, step, part.start, part.stop)
-            weight[part] = rounded(w, bits & 0xFFFF)
-            first[part] = rounded(m, HALF)  # it moves by a tenth of what it is off: nothing to lose
-            second[part] = rounded(v, (bits >> 16).bitwise_and_(0xFFFF))
+            weight[part] = round_(w, bits & 0xFFFF)
+            first[part] = round_(m, HALF)  # it moves by a tenth of what it is off: nothing to lose
+            second[part] = round_(v, bits.bitwise_right_shift_(16).bitwise_and_(0xFFFF))
 
 
 if triton is not None:
