@@ -126,18 +126,15 @@ if triton is not None:
     @triton.jit(do_not_specialize=["key"])  # else compiled again in the first step whose key is a multiple of 16
     def _step_kernel(
         addresses, sizes, parameters, firsts, of_program, tensors, key,
-        decay, size, share1, beta2, share2, root, eps, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+        decay, size, share1, beta2, share2, root, eps, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.load(of_program + 2 * tl.program_id(0))
-        start = tl.load(of_program + 2 * tl.program_id(0) + 1) * BLOCK
+        start = tl.load(of_program + 2 * tl.program_id(0) + 1).to(tl.int64) * BLOCK
         at = start + tl.arange(0, BLOCK)
         inside = at < tl.load(sizes + row)
         bf16 = tl.pointer_type(tl.bfloat16)
         weight, grad = tl.load(addresses + row).to(bf16), tl.load(addresses + tensors + row).to(bf16)
         first, second = tl.load(addresses + 2 * tensors + row).to(bf16), tl.load(addresses + 3 * tensors + row).to(bf16)
-        if ALIGNED:  # else every element is a load of its own
-            weight, grad = tl.multiple_of(weight, 16), tl.multiple_of(grad, 16)
-            first, second = tl.multiple_of(first, 16), tl.multiple_of(second, 16)
         w = tl.load(weight + at, mask=inside, other=0).to(tl.float32)
         g = tl.load(grad + at, mask=inside, other=0).to(tl.float32)
         m = tl.load(first + at, mask=inside, other=0).to(tl.float32)
@@ -152,29 +149,37 @@ if triton is not None:
         tl.store(second + at, _rounded(v, bits >> 16), mask=inside)
 
 
+def _to(device: torch.device, values: Tensor) -> Tensor:
+    """On the GPU, where the host does not wait for it."""
+    pin = device.type == "cuda"
+    return (values.pin_memory() if pin else values).to(device, non_blocking=pin)
+
+
 class StepKernel:
-    """`step_plain` of all rows of a GPU in one launch; keeps what the GPU was told of rows that stay where they are."""
+    """`step_plain` of all rows of a GPU in one launch; keeps what the GPU was told, as long as it is true."""
 
     def __init__(self):
-        self.known, self.tables = None, None
+        self.facts, self.tables, self.addresses, self.address_table = None, (), None, None
 
     def __call__(self, rows: list[Row], step: Step) -> None:
+        device = rows[0].weight.device
         rows = [row._replace(grad=row.grad.contiguous()) for row in rows]  # kept until the launch
+        facts = [(row.weight.numel(), row.parameter, row.first) for row in rows]
+        if facts != self.facts:
+            self.facts, self.tables = facts, self._tables(facts, device)
         addresses = [tensor.data_ptr() for place in range(4) for tensor in (row[place] for row in rows)]
-        known = (addresses, [(row.weight.numel(), row.parameter, row.first) for row in rows])
-        if known != self.known:
-            self.known, self.tables = known, self._tables(addresses, known[1], rows[0].weight.device)
-        *tables, programs = self.tables
-        _step_kernel[(programs,)](
-            *tables, len(rows), _signed(_key(step)), *step.scalars(),
-            ALIGNED=all(address % 16 == 0 for address in addresses), BLOCK=BLOCK, num_warps=8,
-        )  # fmt: skip
+        if addresses != self.addresses:  # gradients move where they are not kept for a CUDA graph
+            self.addresses, self.address_table = addresses, _to(device, torch.tensor(addresses))
+        numbers = len(rows), _signed(_key(step)), *step.scalars()
+        programs = self.tables[-1]
+        _step_kernel[(len(programs),)](self.address_table, *self.tables, *numbers, BLOCK=BLOCK, num_warps=8)
 
     @staticmethod
-    def _tables(addresses: list[int], facts: list[tuple[int, int, int]], device) -> tuple:
-        # pinned and not waited for: the host must not wait for the GPU between backward and the step
-        pin = device.type == "cuda"
-        table = lambda values: torch.tensor(values, pin_memory=pin).to(device, non_blocking=True)
-        sizes, parameters, firsts = zip(*facts, strict=True)
-        programs = [(row, block) for row, size in enumerate(sizes) for block in range(triton.cdiv(size, BLOCK))]
-        return table(addresses), table(sizes), table(parameters), table(firsts), table(programs), len(programs)
+    def _tables(facts: list[tuple[int, int, int]], device: torch.device) -> list[Tensor]:
+        """Size, number and first element of each row; row and block, int32 `[programs, 2]`."""
+        sizes, parameters, firsts = torch.tensor(facts).unbind(1)
+        blocks = (sizes + BLOCK - 1) // BLOCK
+        row = torch.repeat_interleave(torch.arange(len(facts)), blocks)
+        block = torch.arange(len(row)) - (blocks.cumsum(0) - blocks)[row]
+        programs = torch.stack([row, block], dim=1).to(torch.int32)
+        return [_to(device, table.contiguous()) for table in (sizes, parameters, firsts, programs)]
