@@ -53,16 +53,16 @@ def check_output(config) -> None:
     folder = Path(config.output_dir)
     check_place(folder, flag="output_dir", sources=[resolve_model(config.source)])
     held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if held & (MARKS - OWN_FILES) and not config.save_model:
+        raise UserError(
+            f"--output_dir {folder}: holds a model, which a run that saves none would leave beside its own metrics; "
+            "choose another or pass --save_model true"
+        )
     if held - (set() if config.save_model else OWN_FILES) and not config.overwrite:
         raise UserError(f"--output_dir {folder}: exists and is not empty; choose another or pass --overwrite true")
     if held - OWN_FILES and not held & MARKS:
         raise UserError(
             f"--output_dir {folder}: holds neither a run nor a model, so nothing is replaced; choose another"
-        )
-    if held & (MARKS - OWN_FILES) and not config.save_model:
-        raise UserError(
-            f"--output_dir {folder}: holds a model, which a run that saves none would leave beside its own metrics; "
-            "choose another or pass --save_model true"
         )
 
 

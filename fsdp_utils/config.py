@@ -215,7 +215,7 @@ class TrainConfig:
             (not self.apply_gradient_clipping, "--apply_gradient_clipping is false", ("grad_norm",)),
             (not self.stores_bf16, f"--precision {self.precision} stores no bf16 weights", ("stochastic_rounding",)),
             (
-                self.optimizer not in ROUNDING_OPTIMIZERS,
+                self.stores_bf16 and self.optimizer not in ROUNDING_OPTIMIZERS,
                 f"--optimizer {self.optimizer} rounds to the nearest",
                 ("stochastic_rounding",),
             ),
@@ -238,9 +238,11 @@ class TrainConfig:
             said.append("--use_activation_cpu_offload with --compile false: only the inputs of blocks leave the GPU")
         nearest = self.stores_bf16 and not self.rounds_stochastically
         if nearest and self.lr <= ROUNDED_AWAY_LR:
+            ways = [] if self.optimizer in ROUNDING_OPTIMIZERS else ["--optimizer adamw"]
+            ways += [] if self.stochastic_rounding else ["--stochastic_rounding true"]
             said.append(
                 f"--lr {self.lr:g} with --precision {self.precision}: bf16 weights round updates of this size away; "
-                "--optimizer adamw rounds them at random instead, --precision bf16_autocast keeps weights in fp32"
+                f"{' with '.join(ways)} rounds at random instead, --precision bf16_autocast keeps weights in fp32"
             )
         if self.no_sync and self.gradient_accumulation_steps == 1:
             said.append("--no_sync has no effect with --gradient_accumulation_steps 1")

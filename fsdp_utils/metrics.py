@@ -74,7 +74,10 @@ def check_sink(config) -> None:
     if rank() != 0:
         return
     if config.profile:
-        make_writable(Path(config.profiling_output), named=f"--profiling_output {config.profiling_output}")
+        folder = Path(config.profiling_output).absolute()
+        # nothing is made yet: a folder inside --output_dir would pass for a result
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        make_writable(there, named=f"--profiling_output {config.profiling_output}")
     if config.log_to == "wandb":
         _check_wandb()
 

@@ -34,12 +34,12 @@ class StochasticAdamW(torch.optim.Optimizer):
         places: of each parameter, its number in the model and the number of its first element here.
 
     Raises:
-        ValueError: a parameter is not bf16, and would lose bits that it has.
+        ValueError: a parameter is not bf16, and would lose bits that it has, or has gaps between its elements.
     """
 
     def __init__(self, params: list[nn.Parameter], places: list[tuple[int, int]], *, lr: float, wd: float, seed: int):
-        if any(p.dtype != torch.bfloat16 for p in params):
-            raise ValueError("StochasticAdamW: trains bf16 parameters")
+        if not all(p.dtype == torch.bfloat16 and p.is_contiguous() for p in params):
+            raise ValueError("StochasticAdamW: trains contiguous bf16 parameters")
         super().__init__(params, dict(lr=lr, weight_decay=wd, betas=(0.9, 0.999), eps=1e-8))
         self.places, self.seed, self.steps = places, seed, 0
         self.step_kernel = adamw.StepKernel()

@@ -83,6 +83,21 @@ def test_moments_are_torchs(device):
     assert relative(p.detach(), reference.detach()) < 4e-2
 
 
+def test_rate_and_eps_are_torchs():
+    """A rate that changes between steps, and gradients as small as eps, move a weight as in fp32."""
+    start = torch.full((4096,), 1e-3)  # small: what is rounded is far below a step
+    p, reference = (torch.nn.Parameter(start.to(dtype)) for dtype in (torch.bfloat16, torch.float32))
+    ours = StochasticAdamW([p], [(0, 0)], lr=1.0, wd=0.1, seed=1)
+    torchs = torch.optim.AdamW([reference], lr=1.0, weight_decay=0.1)
+    for rate in (1e-2, 3e-2, 1e-3):
+        for parameter, optimizer in ((p, ours), (reference, torchs)):
+            optimizer.param_groups[0]["lr"] = rate
+            parameter.grad = torch.full_like(parameter, 1.5 * 2**-27)
+            optimizer.step()
+    assert p.float().mean().item() == pytest.approx(reference.mean().item(), rel=2e-3)
+    assert reference.mean().item() == pytest.approx(-0.0208, rel=0.1)  # with eps: half of a rate a step
+
+
 def test_bits_do_not_depend_on_the_sharding():
     """Rows that two processes hold become what they become in one."""
     whole = row(90, 64)
@@ -137,8 +152,13 @@ def test_every_train_type(flags, train_type):
     config = make_config(**flags(train_type=train_type, precision="bf16"))
     model, *_ = prepared(config)
     assert isinstance(make_optimizer(config, LocalParameters(model)), StochasticAdamW)
-    with pytest.raises(ValueError, match="bf16 parameters"):
-        StochasticAdamW([torch.nn.Parameter(torch.zeros(3))], [(0, 0)], lr=1.0, wd=0.0, seed=0)
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(3), torch.zeros(3, 2, dtype=torch.bfloat16).T])
+def test_what_it_does_not_take(wrong):
+    """fp32, which would lose bits, and elements that do not lie side by side."""
+    with pytest.raises(ValueError, match="contiguous bf16 parameters"):
+        StochasticAdamW([torch.nn.Parameter(wrong)], [(0, 0)], lr=1.0, wd=0.0, seed=0)
 
 
 @pytest.mark.parametrize(

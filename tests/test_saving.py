@@ -219,12 +219,12 @@ def test_output_folder_rules(tmp_path):
     with pytest.raises(UserError, match="--overwrite true"):
         checkpoint.check_output(make_config(**settings, save_model=True))
     (folder / "adapter_config.json").touch()
-    for save_model in (True, False):
-        with pytest.raises(UserError, match=f"--output_dir {folder}: .*not empty.*--overwrite true"):
-            checkpoint.check_output(make_config(**settings, save_model=save_model))
+    with pytest.raises(UserError, match=f"--output_dir {folder}: .*not empty.*--overwrite true"):
+        checkpoint.check_output(make_config(**settings, save_model=True))
     checkpoint.check_output(make_config(**settings, save_model=True, overwrite=True))
-    with pytest.raises(UserError, match=r"holds a model, .*--save_model true"):
-        checkpoint.check_output(make_config(**settings, overwrite=True))
+    for overwrite in (True, False):
+        with pytest.raises(UserError, match=r"holds a model, .*choose another or pass --save_model true"):
+            checkpoint.check_output(make_config(**settings, overwrite=overwrite))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "vectors.safetensors").touch()
     with pytest.raises(UserError, match="neither a run nor a model"):

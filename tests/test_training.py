@@ -314,11 +314,13 @@ def test_wandb_without_a_key(monkeypatch):
 
 
 def test_profiles_need_a_folder(tmp_path):
-    """A place for profiles that cannot be one is refused before anything is loaded."""
+    """A place for profiles that cannot be one is refused before anything is loaded; one that can is not made yet."""
     (tmp_path / "file").touch()
     config = make_config(profile=True, profiling_output=tmp_path / "file")
     with pytest.raises(UserError, match=f"--profiling_output {tmp_path}/file: "):
         metrics.check_sink(config)
+    metrics.check_sink(make_config(profile=True, profiling_output=tmp_path / "out" / "profiles"))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_wandb_offline(flags, tmp_path, monkeypatch):

@@ -407,9 +407,8 @@ def check_settings(config: RunConfig, rows: list[dict]) -> None:
         if row["samples"] not in (0, *config.numbers):
             continue
         for name, value in settings_of(config, row["samples"]).items():
-            before = row["settings"].get(
-                name, getattr(RunConfig, name, None)
-            )  # rows older than a flag have its default
+            # a row older than a flag has its default
+            before = row["settings"].get(name, getattr(RunConfig, name, None))
             if before != value:
                 made = f"{config.output_dir}/{RESULTS} was made with {before}"
                 raise UserError(f"--{name}: {made}, now it is {value}; choose another --output_dir")

@@ -88,7 +88,7 @@ def random_bits(row: Row, step: Step, start: int, stop: int) -> Tensor:
 
 def round_(x: Tensor, bits: Tensor | int) -> Tensor:
     """Makes each fp32 number one that bf16 has, in place: the next from zero with the probability of what is cut off.
-    `bits` are 16 random ones, int32."""
+    `bits` are 16 random ones, int32. Infinities stay, a NaN may become a number: who looks for one looks before."""
     x.view(torch.int32).add_(bits).bitwise_and_(-65536)
     return x
 
