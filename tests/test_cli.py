@@ -233,6 +233,7 @@ def test_output_that_is_there(pair, tiny, tiny_data, tmp_path):
     """A folder with a result is refused before anything, and stays as it is."""
     (tmp_path / "adapter_config.json").write_text("{}")
     argv = [f"--model_name={tiny()}", f"--dataset={tiny_data}", f"--output_dir={tmp_path}", "--device=cpu"]
+    argv += ["--save_model=true"]
     for code, stderr, read in pair.run(refused, argv):
         assert (code, read) == (2, False)
         assert error_lines(stderr) == [
