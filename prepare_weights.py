@@ -28,7 +28,7 @@ from fsdp_utils.export.trained import TrainedWeights
 from fsdp_utils.flags import as_dict, flag, section
 from fsdp_utils.loading import write_json
 from fsdp_utils.locks import exclusively
-from fsdp_utils.safetensors_io import check_new_folder, new_folder, parse_size
+from fsdp_utils.safetensors_io import check_new_folder, new_folder, parse_size, size_errors
 from methods.errors import UserError, naming
 
 
@@ -60,10 +60,7 @@ class ExportConfig:
     def errors(self) -> list[str]:
         """One line for each flag that cannot work beside the others."""
         found = [f"--{name}: required" for name in ("model", "save_dir") if not getattr(self, name)]
-        try:
-            parse_size(self.max_shard_size)
-        except UserError as error:
-            found.append(f"--max_shard_size: {error}")
+        found += size_errors(self.max_shard_size, flag="max_shard_size")
         if "WORLD_SIZE" in os.environ:
             found.append("torchrun: an export is one process; start it with plain python")
         others = {"symmetric", "group_size", "gptq", "gptq_samples"} & self.explicit_flags

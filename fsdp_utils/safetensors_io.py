@@ -242,6 +242,15 @@ def parse_size(text):
     return int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " "))
 
 
+def size_errors(text: str, *, flag: str) -> list[str]:
+    """The line that names the flag if its value is no size."""
+    try:
+        parse_size(text)
+    except UserError as error:
+        return [f"--{flag}: {error}"]
+    return []
+
+
 def refuse_missing_folder(name):
     """Raises CheckpointError where `name` can only be a folder and is none: the hub's answer would not say so."""
     named = str(name)

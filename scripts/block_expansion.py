@@ -30,6 +30,7 @@ from fsdp_utils.safetensors_io import (
     model_folder,
     new_folder,
     parse_size,
+    size_errors,
 )
 from methods.errors import UserError
 
@@ -47,12 +48,8 @@ class Expansion:
     overwrite: bool = flag(False, "replace what is in --output_dir")
 
     def errors(self):
-        found = [f"--{name}: required" for name in ("model_name", "output_dir") if not getattr(self, name)]
-        try:
-            parse_size(self.max_shard_size)
-        except UserError as error:
-            found.append(f"--max_shard_size: {error}")
-        return found
+        missing = [f"--{name}: required" for name in ("model_name", "output_dir") if not getattr(self, name)]
+        return missing + size_errors(self.max_shard_size, flag="max_shard_size")
 
 
 def expanded_layout(depth, n_new):
