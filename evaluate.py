@@ -18,16 +18,18 @@ from pathlib import Path
 
 import torch
 
-from fsdp_utils import data, distributed, runs
 from fsdp_utils.config import TrainConfig
-from fsdp_utils.distributed import rank, say, world_size
-from fsdp_utils.flags import as_dict, flag, section
-from fsdp_utils.generation import HFGenerator, Output, VLLMGenerator, check_vllm, prompt_ids
-from fsdp_utils.loading import write_json
-from fsdp_utils.partial import Partial
-from fsdp_utils.safetensors_io import refuse_file_above
-from fsdp_utils.scoring import compare, cut_at_next_prompt, wilson_interval
-from methods.errors import UserError, naming
+from fsdp_utils.core import processes
+from fsdp_utils.core.errors import UserError, naming
+from fsdp_utils.core.flags import as_dict, flag, section
+from fsdp_utils.core.folders import refuse_file_above, write_json
+from fsdp_utils.core.processes import rank, say, world_size
+from fsdp_utils.data import sources
+from fsdp_utils.folders.describe import Run, describe, tokenizer_of
+from fsdp_utils.inference.generation import HFGenerator, Output, VLLMGenerator, check_vllm, prompt_ids
+from fsdp_utils.inference.load import EVAL_TYPES, check_eval_type, load_for_inference
+from fsdp_utils.inference.partial import Partial
+from fsdp_utils.inference.scoring import compare, cut_at_next_prompt, wilson_interval
 
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 NOT_SETTINGS = ("batch_size", "output_file", "overwrite", "device", "world_size", "master_addr", "master_port")
@@ -39,7 +41,7 @@ class EvalConfig:
 
     _model: str = section("model")
     model: str = flag("demo", "folder or hub name of a base model, run or export; `demo` is the built-in base model")
-    eval_type: str = flag("auto", "read --model as this, not as what it is", choices=("auto", *runs.EVAL_TYPES))
+    eval_type: str = flag("auto", "read --model as this, not as what it is", choices=("auto", *EVAL_TYPES))
     dtype: str = flag("auto", "storage and compute precision; auto: as trained", choices=tuple(DTYPES))
     device: str = flag("auto", "where to compute", choices=("auto", "cuda", "cpu"))
     backend: str = flag("hf", "vllm needs vLLM, and weights it can serve", choices=("hf", "vllm"))
@@ -88,9 +90,9 @@ def read_questions(config: EvalConfig) -> tuple[list[dict], str]:
     Raises:
         UserError: no such dataset, a row without answer, or too few rows to take shots from.
     """
-    named = config.dataset in data.DATASETS
+    named = config.dataset in sources.DATASETS
     # a local file has no training split: shots are rows after those that are asked
-    rows = data.validation_examples(config.dataset, samples=config.samples if named else None)
+    rows = sources.validation_examples(config.dataset, samples=config.samples if named else None)
     asked = rows.select(range(min(config.samples, len(rows))))
     for number, row in enumerate(asked, 1):
         if not row["answer"].strip():
@@ -98,7 +100,7 @@ def read_questions(config: EvalConfig) -> tuple[list[dict], str]:
     if not config.n_shots:
         return list(asked), ""
     pool = _training_rows(config) if named else rows.select(range(len(asked), len(rows)))
-    pool, _ = data.drop_overlap(pool, asked) if len(pool) else (pool, 0)
+    pool, _ = sources.drop_overlap(pool, asked) if len(pool) else (pool, 0)
     if len(pool) < config.n_shots:
         raise UserError(
             f"--n_shots {config.n_shots}: {config.dataset} has {len(pool)} rows beside the --samples "
@@ -110,12 +112,12 @@ def read_questions(config: EvalConfig) -> tuple[list[dict], str]:
 
 def _training_rows(config: EvalConfig):
     """The training split of a named dataset, with prompts."""
-    layout = data.LAYOUTS[data.DATASETS[config.dataset].layout]
-    rows = data.load_examples(TrainConfig(dataset=config.dataset))
+    layout = sources.LAYOUTS[sources.DATASETS[config.dataset].layout]
+    rows = sources.load_examples(TrainConfig(dataset=config.dataset))
     return rows.map(lambda row: {"prompt": layout.split(row)[0]}, load_from_cache_file=False)
 
 
-def settings_key(config: EvalConfig, run: runs.Run, questions: list[dict], prompts: list[list[int]]) -> str:
+def settings_key(config: EvalConfig, run: Run, questions: list[dict], prompts: list[list[int]]) -> str:
     """A hash of what decides the result: flags, questions with their answers, prompts, and which weights these are."""
     settings = {name: value for name, value in as_dict(config).items() if name not in NOT_SETTINGS}
     files = sorted({*run.folder.glob("*.safetensors"), *run.base.glob("*.safetensors")})
@@ -138,7 +140,7 @@ def scored(question: dict, output: Output) -> dict:
     )
 
 
-def summary(config: EvalConfig, run: runs.Run, rows: list[dict]) -> dict:
+def summary(config: EvalConfig, run: Run, rows: list[dict]) -> dict:
     """The content of the output file. Seconds are those of generation; peak memory is per process."""
     correct, tokens = sum(row["correct"] for row in rows), sum(row["tokens"] for row in rows)
     seconds = sum(row["seconds"] for row in rows) / world_size()
@@ -157,19 +159,19 @@ def summary(config: EvalConfig, run: runs.Run, rows: list[dict]) -> dict:
     )
 
 
-def make_generator(config: EvalConfig, run: runs.Run, tokenizer, *, device: torch.device):
+def make_generator(config: EvalConfig, run: Run, tokenizer, *, device: torch.device):
     """The backend, with the model loaded."""
     settings = dict(max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=config.seed)
     if config.backend == "vllm":
         dtype = {"bf16": "bfloat16", "fp32": "float32"}.get(config.dtype, "auto")
         return VLLMGenerator(run, dtype=dtype, **settings)
-    model = runs.load_for_inference(run, device=device, dtype=DTYPES[config.dtype], eval_type=config.reading)
+    model = load_for_inference(run, device=device, dtype=DTYPES[config.dtype], eval_type=config.reading)
     return HFGenerator(model, tokenizer, **settings)
 
 
 def main(config: EvalConfig) -> None:
     """The story of an evaluation; every check comes before the first weight is read."""
-    device = distributed.pick_device(config.device)
+    device = processes.pick_device(config.device)
     output = Path(config.output_file)
     refuse_file_above(output, flag="output_file")
     if output.exists() and not output.is_file():
@@ -177,40 +179,40 @@ def main(config: EvalConfig) -> None:
     if output.exists() and not config.overwrite:
         raise UserError(f"--output_file {output}: exists; choose another or pass --overwrite true")
     with naming("--model"):
-        run = runs.describe(config.model)
-    runs.check_eval_type(run, config.reading)
+        run = describe(config.model)
+    check_eval_type(run, config.reading)
     if config.backend == "vllm":
         check_vllm(run, config.reading)
-    distributed.start(device)
-    tokenizer = runs.read_tokenizer(run)
+    processes.start(device)
+    tokenizer = tokenizer_of(run)
     questions, shots = read_questions(config)
     prompts = prompt_ids([shots + question["prompt"] for question in questions], tokenizer)
     partial = Partial(output, key=settings_key(config, run, questions, prompts))
-    with partial.claimed() if distributed.is_main() else nullcontext():
+    with partial.claimed() if processes.is_main() else nullcontext():
         answer(config, run, tokenizer, partial, questions=questions, prompts=prompts, device=device)
 
 
-def answer(config: EvalConfig, run: runs.Run, tokenizer, partial: Partial, *, questions, prompts, device) -> None:
+def answer(config: EvalConfig, run: Run, tokenizer, partial: Partial, *, questions, prompts, device) -> None:
     """Generates the answers that are missing, and finishes."""
-    if distributed.is_main():
+    if processes.is_main():
         partial.resume(overwrite=config.overwrite)
-    distributed.barrier()
+    processes.barrier()
     done = partial.done()
     before = f", {len(done)} answered before" if done else ""
     say(f"{run}, {len(questions)} questions{before}")
-    distributed.barrier()  # nobody appends before all have read
+    processes.barrier()  # nobody appends before all have read
     mine = [(i, ids) for i, ids in enumerate(prompts) if i not in done][rank() :: world_size()]
     if len(done) < len(questions):
         generator = make_generator(config, run, tokenizer, device=device)
         with partial.appending() as append:
             for given in generator.answers(mine, batch_size=config.batch_size):
                 append(scored(questions[given.index], given))
-    distributed.barrier()
-    if distributed.is_main():
+    processes.barrier()
+    if processes.is_main():
         finish(config, run, partial, asked=len(questions))
 
 
-def finish(config: EvalConfig, run: runs.Run, partial: Partial, *, asked: int) -> None:
+def finish(config: EvalConfig, run: Run, partial: Partial, *, asked: int) -> None:
     """Writes the output file whole, then removes the partial one.
 
     Raises:
@@ -239,10 +241,10 @@ def finish(config: EvalConfig, run: runs.Run, partial: Partial, *, asked: int) -
 
 def cli() -> None:
     """What a shell starts."""
-    config = distributed.parse_or_fail(EvalConfig, prog="evaluate.py", description=__doc__)
+    config = processes.parse_or_fail(EvalConfig, prog="evaluate.py", description=__doc__)
     if config.backend == "vllm":
         config.world_size = 1
-    distributed.launch(main, config)
+    processes.launch(main, config)
 
 
 if __name__ == "__main__":

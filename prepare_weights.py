@@ -19,17 +19,18 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from fsdp_utils import distributed, fidelity, metrics, runs
-from fsdp_utils.distributed import say
-from fsdp_utils.export import INFER_TYPES, format_of
+from fsdp_utils.core import processes
+from fsdp_utils.core.errors import UserError, naming
+from fsdp_utils.core.flags import as_dict, flag, section
+from fsdp_utils.core.folders import check_new_folder, new_folder, parse_size, size_errors, write_json
+from fsdp_utils.core.locks import exclusively
+from fsdp_utils.core.processes import say
+from fsdp_utils.export import INFER_TYPES, fidelity, format_of
 from fsdp_utils.export.formats import DTYPES, write_rest, write_weights
 from fsdp_utils.export.gptq import check_gptq, write_gptq
 from fsdp_utils.export.trained import TrainedWeights
-from fsdp_utils.flags import as_dict, flag, section
-from fsdp_utils.loading import write_json
-from fsdp_utils.locks import exclusively
-from fsdp_utils.safetensors_io import check_new_folder, new_folder, parse_size, size_errors
-from methods.errors import UserError, naming
+from fsdp_utils.folders.describe import Run, describe, tokenizer_of
+from fsdp_utils.training import metrics
 
 
 @dataclass
@@ -69,7 +70,7 @@ class ExportConfig:
         return found
 
 
-def check_target(config: ExportConfig, run: runs.Run) -> Path:
+def check_target(config: ExportConfig, run: Run) -> Path:
     """The absolute path of --save_dir.
 
     Raises:
@@ -92,7 +93,7 @@ def check_reader(config: ExportConfig) -> None:
         )
 
 
-def export(config: ExportConfig, run: runs.Run, tokenizer, target: Path, *, device) -> None:
+def export(config: ExportConfig, run: Run, tokenizer, target: Path, *, device) -> None:
     """Writes the complete folder.
 
     Raises:
@@ -113,7 +114,7 @@ def export(config: ExportConfig, run: runs.Run, tokenizer, target: Path, *, devi
     say(f"{trained.nbytes / 1e9:.3f} GB read, {size / 1e9:.3f} GB of weights in {target}; {took:.0f} s, {peak:.2f} GiB")
 
 
-def report(config: ExportConfig, run: runs.Run, text: fidelity.HeldOut, target: Path, *, device) -> None:
+def report(config: ExportConfig, run: Run, text: fidelity.HeldOut, target: Path, *, device) -> None:
     """Prints the comparison and writes fidelity.json."""
     scores = fidelity.fidelity(run, target, text, device=device, dtype=DTYPES[config.dtype])
     tokens = sum(int((labels != fidelity.IGNORED).sum()) for _, labels in text.rows)
@@ -124,14 +125,14 @@ def report(config: ExportConfig, run: runs.Run, text: fidelity.HeldOut, target: 
 
 def main(config: ExportConfig) -> None:
     """The story of an export; every check comes before the first weight is written."""
-    device = distributed.pick_device(config.device)
+    device = processes.pick_device(config.device)
     with naming("--model"):
-        run = runs.describe(config.model)
+        run = describe(config.model)
     target = check_target(config, run)
     check_reader(config)
     if config.gptq:
         check_gptq(run)
-    tokenizer = runs.read_tokenizer(run)
+    tokenizer = tokenizer_of(run)
     text = None
     if config.fidelity_samples:
         text = fidelity.held_out(run, tokenizer, name=config.fidelity_data, samples=config.fidelity_samples)
@@ -145,7 +146,7 @@ def main(config: ExportConfig) -> None:
 
 def cli() -> None:
     """What a shell starts."""
-    distributed.run(main, distributed.parse_or_fail(ExportConfig, prog="prepare_weights.py", description=__doc__))
+    processes.run(main, processes.parse_or_fail(ExportConfig, prog="prepare_weights.py", description=__doc__))
 
 
 if __name__ == "__main__":

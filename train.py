@@ -12,18 +12,22 @@ from contextlib import nullcontext
 
 import torch
 
-from fsdp_utils import checkpoint, distributed, loading, metrics, sharding
 from fsdp_utils.config import TrainConfig
-from fsdp_utils.distributed import say, world_size
-from fsdp_utils.flags import as_dict
-from fsdp_utils.losses import check_packing, label_tokens, with_targets
-from fsdp_utils.memory import breakdown, host_activations, out_of_memory
-from fsdp_utils.micro_step import micro_step
-from fsdp_utils.model import PRECISIONS, cannot_compile, compiler, load, plan, size_report
-from fsdp_utils.optim import LocalParameters, LossScaler, clip_, global_norm, make_optimizer, schedule_factor
-from fsdp_utils.packing import epoch_steps, steps_per_epoch
-from fsdp_utils.tokens import TokenizedData, check_global_batch, prepare_dataset
-from methods.errors import Diverged, UserError, naming
+from fsdp_utils.core import processes
+from fsdp_utils.core.errors import Diverged, UserError, naming
+from fsdp_utils.core.flags import as_dict
+from fsdp_utils.core.processes import say, world_size
+from fsdp_utils.data.batches import epoch_steps, steps_per_epoch
+from fsdp_utils.data.tokens import TokenizedData, check_global_batch, prepare_dataset
+from fsdp_utils.folders import saving
+from fsdp_utils.memory.budget import breakdown, host_activations, out_of_memory
+from fsdp_utils.model.assemble import PRECISIONS, cannot_compile, compiler, load, plan, size_report
+from fsdp_utils.model.build import read_model_config, read_tokenizer
+from fsdp_utils.sharding import fsdp
+from fsdp_utils.training import metrics
+from fsdp_utils.training.loss import check_packing, label_tokens, with_targets
+from fsdp_utils.training.optim import LocalParameters, LossScaler, clip_, global_norm, make_optimizer, schedule_factor
+from fsdp_utils.training.step import micro_step
 
 
 def prepare_data(config, tokenizer, model_config) -> TokenizedData:
@@ -63,7 +67,7 @@ def steps_of(config, tokenized, tokenizer, *, total: int, pad_to_multiple_of: in
                 tokenized,
                 batch_size=config.batch_size,
                 gradient_accumulation_steps=config.gradient_accumulation_steps,
-                rank=distributed.rank(),
+                rank=processes.rank(),
                 world_size=world_size(),
                 seed=config.seed,
                 epoch=epoch,
@@ -89,10 +93,10 @@ def steps_of_epochs(config, tokenized) -> int:
 def backward(model, run, micro_batches, config, *, device, scale: float) -> tuple[torch.Tensor, int]:
     """Gradients of one optimizer step, by a MicroStep. Returns the summed loss of this process's micro-batches, fp32
     scalar, and the label tokens of the global batch."""
-    tokens = int(distributed.all_reduce(sum(label_tokens(batch) for batch in micro_batches), device))
+    tokens = int(processes.all_reduce(sum(label_tokens(batch) for batch in micro_batches), device))
     total = torch.zeros((), device=device)
     for i, batch in enumerate(micro_batches, 1):
-        sharding.prepare_backward(model, last=i == len(micro_batches), no_sync=config.no_sync)
+        fsdp.prepare_backward(model, last=i == len(micro_batches), no_sync=config.no_sync)
         # gradient = d/dp (sum over ranks and micro-batches of loss_sum) / tokens; FSDP2 divides by world_size
         batch = with_targets(batch, multiple=run.targets_multiple)
         total += run(batch, scale * world_size() / max(tokens, 1))
@@ -101,7 +105,7 @@ def backward(model, run, micro_batches, config, *, device, scale: float) -> tupl
 
 def mean_loss(total: torch.Tensor, tokens: int) -> float:
     """Loss per token of the global batch, from what `backward` returned; waits for the GPU."""
-    return distributed.all_reduce(total.item(), total.device) / max(tokens, 1)
+    return processes.all_reduce(total.item(), total.device) / max(tokens, 1)
 
 
 def train(model, method, tokenized, tokenizer, config, *, mesh, device) -> None:
@@ -109,11 +113,11 @@ def train(model, method, tokenized, tokenizer, config, *, mesh, device) -> None:
     total = config.max_steps if config.max_steps > 0 else steps_of_epochs(config, tokenized)
     say(batch_arithmetic(config, tokenized, steps=total))
     run = micro_step(model, config, mesh=mesh, device=device)
-    sharding.leave_sharded(model)  # check_packing's forward pass may have left it whole
+    fsdp.leave_sharded(model)  # check_packing's forward pass may have left it whole
     trained = LocalParameters(model, keep_gradients=run.graphs)
     optimizer = make_optimizer(config, trained)
     scaler = LossScaler(config.precision == "fp16_autocast")
-    group = distributed.shard_group(mesh) if mesh is not None else None
+    group = processes.shard_group(mesh) if mesh is not None else None
     logger = metrics.make_logger(config, total=total)
     clock = metrics.Clock(device)
     multiple = 64 if device.type == "cuda" else 1  # compiled blocks and matrix units like few, even shapes
@@ -139,7 +143,7 @@ def train(model, method, tokenized, tokenizer, config, *, mesh, device) -> None:
                 optimizer.step()
                 method.after_step(model, device=device)
                 stepped = True
-            sharding.gather_ahead(model)
+            fsdp.gather_ahead(model)
             loss, norm = mean_loss(loss_sum, tokens), norm.item()
             # too large a scale overflows gradients, never the loss
             if not math.isfinite(loss) or not (scaler.can_shrink or math.isfinite(norm)):
@@ -161,7 +165,7 @@ def train(model, method, tokenized, tokenizer, config, *, mesh, device) -> None:
             if profiler:
                 profiler.step()
     logger.close()
-    sharding.leave_sharded(model)
+    fsdp.leave_sharded(model)
     if not stepped:
         raise Diverged(f"all {total} steps overflowed in fp16 and were skipped; use --precision bf16 or fp32")
     mean, peak = clock.mean(), metrics.peak_memory_gib(device)
@@ -170,23 +174,23 @@ def train(model, method, tokenized, tokenizer, config, *, mesh, device) -> None:
 
 def main(config: TrainConfig) -> None:
     """The story of a run up to the first weight that is read: every check comes before."""
-    device = distributed.pick_device(config.device)
-    checkpoint.check_output(config)
+    device = processes.pick_device(config.device)
+    saving.check_output(config)
     metrics.check_sink(config)
-    distributed.start(device, alone=config.use_cpu_offload)
+    processes.start(device, alone=config.use_cpu_offload)
     for note in config.notes():
         say(f"note: {note}")
     if config.verbose:
         say(as_dict(config))
-    torch.manual_seed(config.seed + distributed.rank())  # dropout differs between processes, as between samples
+    torch.manual_seed(config.seed + processes.rank())  # dropout differs between processes, as between samples
     with naming("--llama_pro_path" if config.llama_pro_path else "--model_name"):
-        model_config = loading.read_model_config(config.source)
-        tokenizer = loading.read_tokenizer(config.source)
+        model_config = read_model_config(config.source)
+        tokenizer = read_tokenizer(config.source)
     tokenized = prepare_data(config, tokenizer, model_config)
     say(tokenized.report)
     planned = plan(config, device=device)
-    mesh = distributed.mesh_for(config, device)
-    with checkpoint.begun(planned, config):
+    mesh = processes.mesh_for(config, device)
+    with saving.begun(planned, config):
         carry_out(planned, tokenized, tokenizer, config, mesh=mesh, device=device)
 
 
@@ -208,13 +212,13 @@ def carry_out(planned, tokenized, tokenizer, config, *, mesh, device) -> None:
     except torch._dynamo.exc.BackendCompilerFailed as error:
         raise cannot_compile(error) from None
     if config.save_model:
-        checkpoint.save(model, tokenizer, planned.method, config)
+        saving.save(model, tokenizer, planned.method, config)
         say(f"saved to {config.output_dir}")
 
 
 def cli() -> None:
     """What a shell starts."""
-    distributed.launch(main, distributed.parse_or_fail(TrainConfig, prog="train.py", description=__doc__))
+    processes.launch(main, processes.parse_or_fail(TrainConfig, prog="train.py", description=__doc__))
 
 
 if __name__ == "__main__":

@@ -12,14 +12,15 @@ import torch.nn.functional as F
 from torch.distributed import ReduceOp
 from transformers import LlamaConfig
 
-from fsdp_utils import distributed, sharding
 from fsdp_utils.config import TrainConfig
-from fsdp_utils.distributed import synchronize
-from fsdp_utils.flags import parse
-from fsdp_utils.losses import label_tokens, with_targets
-from fsdp_utils.micro_step import micro_step
-from fsdp_utils.model import compiler, load, plan
-from fsdp_utils.optim import LocalParameters, global_norm, make_optimizer
+from fsdp_utils.core import processes
+from fsdp_utils.core.flags import parse
+from fsdp_utils.core.processes import synchronize
+from fsdp_utils.model.assemble import compiler, load, plan
+from fsdp_utils.sharding import fsdp
+from fsdp_utils.training.loss import label_tokens, with_targets
+from fsdp_utils.training.optim import LocalParameters, global_norm, make_optimizer
+from fsdp_utils.training.step import micro_step
 
 SHAPES = {
     "tiny": dict(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
@@ -127,7 +128,7 @@ def median_step(
         step(batch, length)
         synchronize(device)
         times.append(time.perf_counter() - start)
-    median = distributed.all_reduce(sorted(times[warmup:])[steps // 2], device, op=ReduceOp.MAX)
+    median = processes.all_reduce(sorted(times[warmup:])[steps // 2], device, op=ReduceOp.MAX)
     return dict(
         step_s=round(median, 4),
         tokens_s=round(batch * length / median),
@@ -141,9 +142,9 @@ class Run:
 
     def __init__(self, config, *, alone: bool = False):
         self.config = config
-        self.device = distributed.pick_device(config.device)
-        distributed.start(self.device, alone=config.use_cpu_offload)
-        self.mesh = None if alone else distributed.mesh_for(config, self.device)
+        self.device = processes.pick_device(config.device)
+        processes.start(self.device, alone=config.use_cpu_offload)
+        self.mesh = None if alone else processes.mesh_for(config, self.device)
         self.plan = plan(config, device=self.device)
         start = time.perf_counter()
         self.model = load(
@@ -166,11 +167,11 @@ class Run:
         self.micro_step(with_targets(batch, multiple=self.micro_step.targets_multiple), 1 / tokens)
         gradients = self.trained.collect_gradients()
         global_norm(
-            gradients, group=None if self.mesh is None else distributed.shard_group(self.mesh), device=self.device
+            gradients, group=None if self.mesh is None else processes.shard_group(self.mesh), device=self.device
         )
         self.optimizer.step()
         self.plan.method.after_step(self.model, device=self.device)
-        sharding.gather_ahead(self.model)
+        fsdp.gather_ahead(self.model)
         self.trained.zero_grad()
 
     def measure(self, batch: int, length: int, *, steps: int = 6, warmup: int = 3) -> dict:
@@ -180,7 +181,7 @@ class Run:
 
     def close(self) -> None:
         """Gives the memory back."""
-        distributed.stop_sharing()
+        processes.stop_sharing()
         self.__dict__.clear()
         torch._dynamo.reset()
         gc.collect()
@@ -189,6 +190,6 @@ class Run:
 
 def write_results(path: str | None, rows: list[dict]) -> None:
     """Appends the rows to a JSON-lines file."""
-    if path and distributed.is_main():
+    if path and processes.is_main():
         with open(path, "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)

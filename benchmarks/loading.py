@@ -18,18 +18,20 @@ import psutil
 import torch
 
 from benchmarks.common import SHAPES, make_config, write_config, write_results
-from fsdp_utils import distributed, loading
-from fsdp_utils.distributed import barrier, is_main, say, synchronize
-from fsdp_utils.model import load, plan
-from fsdp_utils.safetensors_io import StreamingWriter
+from fsdp_utils.core import processes
+from fsdp_utils.core.processes import barrier, is_main, say, synchronize
+from fsdp_utils.core.safetensors_io import StreamingWriter
+from fsdp_utils.model.assemble import load, plan
+from fsdp_utils.model.build import build_on_meta, read_model_config, read_tokenizer
+from fsdp_utils.model.weights import open_weights
 
 
 def write_model(shape: str, folder: Path, *, device: torch.device) -> None:
     """A complete folder with random bf16 weights, in shards of 5 GB, and the demo's tokenizer."""
     write_config(shape, folder)
-    loading.read_tokenizer("demo").save_pretrained(folder)
-    model = loading.build_on_meta(loading.read_model_config(str(folder)), dtype=torch.bfloat16)
-    weights = loading.open_weights(model, str(folder), load_format="dummy", dtype=torch.bfloat16, device=device, seed=0)
+    read_tokenizer("demo").save_pretrained(folder)
+    model = build_on_meta(read_model_config(str(folder)), dtype=torch.bfloat16)
+    weights = open_weights(model, str(folder), load_format="dummy", dtype=torch.bfloat16, device=device, seed=0)
     writer = StreamingWriter(folder, {name: (torch.bfloat16, weights.shape(name)) for name in weights.names()})
     for name in weights.names():
         writer.write(name, weights.rows(name, 0, weights.shape(name)[0]))
@@ -40,12 +42,12 @@ def timed_load(config, *, device: torch.device) -> float:
     """Seconds from the flags to a filled, sharded model, on the slowest process."""
     barrier()
     start = time.perf_counter()
-    mesh = distributed.make_mesh(config.sharding_strategy, device) if distributed.world_size() > 1 else None
+    mesh = processes.make_mesh(config.sharding_strategy, device) if processes.world_size() > 1 else None
     load(plan(config, device=device), config, mesh=mesh, device=device)
     synchronize(device)
     barrier()
     took = time.perf_counter() - start
-    distributed.stop_sharing()
+    processes.stop_sharing()
     gc.collect()
     torch.cuda.empty_cache()
     return took
@@ -61,8 +63,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    device = distributed.pick_device("auto")
-    distributed.start(device)
+    device = processes.pick_device("auto")
+    processes.start(device)
     folder = Path(args.folder)
     if is_main() and not (folder / "config.json").exists():
         write_model(args.shape, folder, device=device)
@@ -83,10 +85,10 @@ def main(args: argparse.Namespace) -> None:
         ("again", cached),
     ):
         took = timed_load(config, device=device)
-        rows.append(dict(what=what, seconds=round(took, 2), processes=distributed.world_size(), shape=args.shape))
+        rows.append(dict(what=what, seconds=round(took, 2), processes=processes.world_size(), shape=args.shape))
         say(f"{what:34} {took:7.2f} s   host memory {psutil.Process().memory_info().rss / 2**30:.1f} GiB")
     write_results(args.json, rows)
 
 
 if __name__ == "__main__":
-    distributed.run(main, parse_arguments())
+    processes.run(main, parse_arguments())

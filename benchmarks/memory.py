@@ -17,8 +17,8 @@ import torch
 
 from benchmarks.common import SHAPES, Run, make_config, write_config, write_results
 from benchmarks.throughput import parse_row
-from fsdp_utils import distributed
-from fsdp_utils.distributed import say
+from fsdp_utils.core import processes
+from fsdp_utils.core.processes import say
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -34,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    device = distributed.pick_device("cuda")
+    device = processes.pick_device("cuda")
     if args.cap_gib:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(args.cap_gib * 2**30 / total, device)
@@ -63,4 +63,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    distributed.run(main, parse_arguments())
+    processes.run(main, parse_arguments())

@@ -15,10 +15,10 @@ import datasets
 import numpy as np
 
 from benchmarks.common import SHAPES, Run, make_config, write_config, write_results
-from fsdp_utils.distributed import synchronize
-from fsdp_utils.losses import label_tokens
-from fsdp_utils.packing import epoch_rows, epoch_steps, padding_share
-from fsdp_utils.tokens import TokenizedData
+from fsdp_utils.core.processes import synchronize
+from fsdp_utils.data.batches import epoch_rows, epoch_steps, padding_share
+from fsdp_utils.data.tokens import TokenizedData
+from fsdp_utils.training.loss import label_tokens
 
 LENGTH = 2048
 

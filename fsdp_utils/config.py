@@ -4,7 +4,7 @@ from argparse import ArgumentTypeError
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from fsdp_utils.flags import boolean, flag, section
+from fsdp_utils.core.flags import boolean, flag, section
 from methods import TRAIN_TYPES, quantizer_of
 
 PRECISIONS = ("bf16", "fp32", "fp16_autocast", "bf16_autocast", "bf16_buffers_autocast")

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from fsdp_utils.core.rows import fill, gather_each, local
 from methods.kernels import norms, swiglu
 from methods.lora import LoRA, LoRALinear
 from methods.quantizers.linear import QuantizedLinear, weight_rows
-from methods.rows import fill, gather_each, local
 
 STREAMS = 2  # for the refresh of norms; each may hold a dequantized weight
 

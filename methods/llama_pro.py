@@ -4,8 +4,8 @@ import json
 import re
 from pathlib import Path
 
+from fsdp_utils.core.errors import UserError
 from methods.base import Method
-from methods.errors import UserError
 from methods.targets import block_linears, decoder_blocks
 
 EXPANDED_LAYERS_FILE = "expanded_layers.json"

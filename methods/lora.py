@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fsdp_utils.core.rows import fill
 from methods.base import Method
 from methods.kernels.adapted import adapted_linear
 from methods.quantizers.linear import add_bias, compute_dtype, matmul, packed_parts
-from methods.rows import fill
 from methods.targets import adapter_targets, replace_module
 
 

@@ -4,10 +4,10 @@ import warnings
 
 import torch
 
+from fsdp_utils.core.rows import fill
 from methods.base import Method
 from methods.lora import initial_lora_a
 from methods.quantizers.linear import QuantizedLinear
-from methods.rows import fill
 from methods.targets import adapter_targets
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from methods.errors import UserError
+from fsdp_utils.core.errors import UserError
 from methods.quantizers.linear import QuantizedLinear
 
 ATTENTION_OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo")

@@ -20,19 +20,11 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from fsdp_utils.distributed import fail
-from fsdp_utils.flags import flag, parse
-from fsdp_utils.safetensors_io import (
-    INDEX_NAME,
-    TEMPLATES,
-    CheckpointReader,
-    StreamingWriter,
-    model_folder,
-    new_folder,
-    parse_size,
-    size_errors,
-)
-from methods.errors import UserError
+from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.flags import flag, parse
+from fsdp_utils.core.folders import TEMPLATES, model_folder, new_folder, parse_size, size_errors
+from fsdp_utils.core.processes import fail
+from fsdp_utils.core.safetensors_io import INDEX_NAME, CheckpointReader, StreamingWriter
 
 LAYERS_NAME = "expanded_layers.json"
 OF_THE_SOURCE = (INDEX_NAME, LAYERS_NAME, "run.json", "fidelity.json")

@@ -21,10 +21,10 @@ from tqdm import trange
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from fsdp_utils.distributed import fail
-from fsdp_utils.flags import flag, parse
-from fsdp_utils.safetensors_io import new_folder
-from methods.errors import UserError
+from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.flags import flag, parse
+from fsdp_utils.core.folders import new_folder
+from fsdp_utils.core.processes import fail
 
 NAMES = [
     "Tom", "Mia", "Sam", "Ana", "Leo", "Eva", "Max", "Zoe", "Ben", "Ida",

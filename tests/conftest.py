@@ -114,7 +114,7 @@ def export(tmp_path):
     """`export(run, infer_type, **flags)`: the folder that prepare_weights.py writes; no report unless asked for."""
 
     import prepare_weights
-    from fsdp_utils.flags import parse
+    from fsdp_utils.core.flags import parse
 
     def make(run, infer_type, *, name="out", **flags):
         given = dict(model=run, save_dir=tmp_path / name, infer_type=infer_type, device="cpu", fidelity_samples=0)
@@ -137,7 +137,7 @@ def pytest_collection_modifyitems(items):
 def hostly():
     """An offloader that needs no GPU: it copies at once, and counts."""
 
-    from fsdp_utils.offload import InputOffloader
+    from fsdp_utils.sharding.offload import InputOffloader
 
     class Copies(InputOffloader):
         def __init__(self):

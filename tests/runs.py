@@ -5,13 +5,15 @@ import json
 import torch
 
 import train
-from fsdp_utils import checkpoint, distributed, loading
 from fsdp_utils.config import TrainConfig
-from fsdp_utils.flags import parse
-from fsdp_utils.micro_step import micro_step
-from fsdp_utils.model import compiler, load, plan
+from fsdp_utils.core import processes
+from fsdp_utils.core.flags import parse
+from fsdp_utils.core.rows import gather, local
+from fsdp_utils.folders import saving
+from fsdp_utils.model.assemble import compiler, load, plan
+from fsdp_utils.model.build import read_tokenizer
+from fsdp_utils.training.step import micro_step
 from methods.quantizers.linear import QuantizedLinear, weight_rows
-from methods.rows import gather, local
 
 
 def make_config(**flags) -> TrainConfig:
@@ -25,17 +27,17 @@ def make_config(**flags) -> TrainConfig:
 
 def prepared(config):
     """`(model, plan, mesh, device)` of a run, loaded and sharded."""
-    device = distributed.pick_device(config.device)
-    distributed.start(device, alone=config.use_cpu_offload)
+    device = processes.pick_device(config.device)
+    processes.start(device, alone=config.use_cpu_offload)
     planned = plan(config, device=device)
-    mesh = distributed.mesh_for(config, device)
+    mesh = processes.mesh_for(config, device)
     model = load(planned, config, mesh=mesh, device=device, compile_block=compiler(config, device))
     return model, planned, mesh, device
 
 
 def perturb(model, seed: int = 1) -> None:
     """Moves every trained parameter off its start, alike for any number of processes: LoRA's B begins at zero."""
-    from methods.rows import fill
+    from fsdp_utils.core.rows import fill
 
     for i, (_, parameter) in enumerate(sorted(model.named_parameters())):
         if parameter.requires_grad:
@@ -49,9 +51,9 @@ def save_trained(config):
     model, planned, _, device = prepared(config)
     perturb(model)
     planned.method.after_step(model, device=device)
-    checkpoint.save(model, loading.read_tokenizer(config.source), planned.method, config)
+    saving.save(model, read_tokenizer(config.source), planned.method, config)
     facts = dict(base_fingerprint=planned.base_fingerprint, quantizer=planned.quantizer)
-    checkpoint.write_run(config, **facts, finished=True)
+    saving.write_run(config, **facts, finished=True)
     return model.eval()
 
 
@@ -83,7 +85,7 @@ def first_step(flags: dict, *, perturbed: bool = True) -> tuple[float, dict[str,
     if perturbed:
         perturb(model)
         planned.method.after_step(model, device=device)
-    tokenizer = loading.read_tokenizer(config.source)
+    tokenizer = read_tokenizer(config.source)
     tokenized = train.prepare_data(config, tokenizer, model.config)
     steps = train.steps_of(config, tokenized, tokenizer, total=1)
     model.train()

@@ -5,7 +5,7 @@ import torch
 from runs import make_config, prepared
 from test_kernels import DEVICES, KERNEL_DEVICES, relative
 
-from fsdp_utils.optim import LocalParameters, StochasticAdamW, make_optimizer
+from fsdp_utils.training.optim import LocalParameters, StochasticAdamW, make_optimizer
 from methods import TRAIN_TYPES
 from methods.kernels import adamw
 from methods.kernels.adamw import Row, Step, hashed, random_bits, round_, step_plain

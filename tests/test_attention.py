@@ -6,12 +6,12 @@ from runs import first_step, make_config, prepared
 from tiny import FAMILIES
 
 import train
-from fsdp_utils import attention
-from fsdp_utils.loading import read_tokenizer
-from fsdp_utils.losses import CausalLMLoss, check_packing, with_targets
-from fsdp_utils.packing import collate_packed, collate_padded, epoch_rows
-from fsdp_utils.tokens import prepare_dataset
-from methods.errors import UserError
+from fsdp_utils.core.errors import UserError
+from fsdp_utils.data.batches import collate_packed, collate_padded, epoch_rows
+from fsdp_utils.data.tokens import prepare_dataset
+from fsdp_utils.model import attention
+from fsdp_utils.model.build import read_tokenizer
+from fsdp_utils.training.loss import CausalLMLoss, check_packing, with_targets
 
 
 def samples(count=5):

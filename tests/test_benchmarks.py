@@ -10,7 +10,7 @@ from peft import get_peft_model_state_dict
 from benchmarks import throughput
 from benchmarks.common import SHAPES, Run, make_config, write_config
 from benchmarks.peer import PeerRun, parse_peers
-from methods.errors import UserError
+from fsdp_utils.core.errors import UserError
 
 CPU = torch.device("cpu")
 

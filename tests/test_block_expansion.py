@@ -23,7 +23,7 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 from block_expansion import LAYERS_NAME, Expansion, expand, expanded_layout
 
-from methods.errors import UserError
+from fsdp_utils.core.errors import UserError
 
 SHAPE = {
     "vocab_size": 96,

@@ -18,7 +18,8 @@ from tiny import SHAPE, byte_tokenizer
 from transformers import GraniteMoeConfig, MixtralConfig, Qwen3MoeConfig
 
 import train
-from fsdp_utils import distributed, loading, model
+from fsdp_utils.core import processes
+from fsdp_utils.model import assemble
 
 
 class Exit(BaseException):
@@ -40,8 +41,8 @@ def refused(argv: list[str], gpus: int | None = None) -> tuple[int, str, bool]:
 
         replace(os, "_exit", leave)
         replace(sys, "argv", ["train.py", *argv])
-        replace(distributed, "FAIL_GRACE_SECONDS", 0)
-        replace(loading, "load_weights", lambda *args, **kwargs: read.append(True))
+        replace(processes, "FAIL_GRACE_SECONDS", 0)
+        replace(assemble, "load_weights", lambda *args, **kwargs: read.append(True))
         if gpus is not None:
             replace(torch.cuda, "is_available", lambda: True)
             replace(torch.cuda, "device_count", lambda: gpus)
@@ -252,10 +253,10 @@ def test_bf16_without_hardware(tiny, monkeypatch):
     """--precision bf16 on a GPU that has none is refused, with the way out."""
     from runs import make_config
 
-    monkeypatch.setattr(model, "_has_bf16", lambda: False)
+    monkeypatch.setattr(assemble, "_has_bf16", lambda: False)
     for precision in ("bf16", "bf16_autocast", "bf16_buffers_autocast"):
-        with pytest.raises(model.UserError, match=f"--precision {precision}: this GPU has no bf16; use fp16"):
-            model.plan(make_config(model_name=tiny(), precision=precision), device=torch.device("cuda"))
+        with pytest.raises(assemble.UserError, match=f"--precision {precision}: this GPU has no bf16; use fp16"):
+            assemble.plan(make_config(model_name=tiny(), precision=precision), device=torch.device("cuda"))
 
 
 def torchrun(*words) -> subprocess.CompletedProcess:
@@ -287,10 +288,10 @@ def test_a_process_that_raises_ends_the_run(tiny, tiny_data, tmp_path):
     script = tmp_path / "broken.py"
     script.write_text(
         "import train\n"
-        "from fsdp_utils import distributed\n"
+        "from fsdp_utils.core import processes\n"
         "steps, backward = iter(range(9)), train.backward\n"
         "def failing(*args, **kwargs):\n"
-        "    if next(steps) == 1 and distributed.rank() == 1:\n"
+        "    if next(steps) == 1 and processes.rank() == 1:\n"
         "        raise RuntimeError('planted in process 1')\n"
         "    return backward(*args, **kwargs)\n"
         "train.backward = failing\n"

@@ -7,9 +7,9 @@ import pytest
 import torch
 from runs import make_config, perturb
 
-from fsdp_utils import sharding
-from fsdp_utils.losses import CausalLMLoss, with_targets
-from fsdp_utils.model import load, plan
+from fsdp_utils.model.assemble import load, plan
+from fsdp_utils.sharding import fsdp
+from fsdp_utils.training.loss import CausalLMLoss, with_targets
 
 CPU, BLOCKS, TOKENS = torch.device("cpu"), 3, 24
 as_compiled = partial(torch.compile, backend="aot_eager_decomp_partition")
@@ -36,7 +36,7 @@ def base(tiny):
 
 
 # not every train type under every policy: tracing takes seconds a case
-CASES = [("bnb_dora", None), *(("bnb_dora", policy) for policy in sharding.POLICIES), ("custom_qlora", "narrow")]
+CASES = [("bnb_dora", None), *(("bnb_dora", policy) for policy in fsdp.POLICIES), ("custom_qlora", "narrow")]
 
 
 @pytest.mark.parametrize(("train_type", "policy"), CASES)
@@ -46,8 +46,8 @@ def test_compiled_blocks_equal_plain_ones(base, hostly, monkeypatch, train_type,
     torch._dynamo.reset()
     flags = dict(model_name=base, train_type=train_type)
     plain = gradients({**flags, "use_gradient_checkpointing": False}, compile_block=None)
-    monkeypatch.setattr(sharding, "InputOffloader", lambda: hostly)
-    monkeypatch.setattr(sharding, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(fsdp, "InputOffloader", lambda: hostly)
+    monkeypatch.setattr(fsdp, "pick_device", lambda name: torch.device("cuda"))
     how = dict(checkpoint_policy=policy, use_activation_cpu_offload=True)
     how = how if policy else dict(use_gradient_checkpointing=False)
     ours = gradients({**flags, **how}, compile_block=as_compiled)

@@ -3,7 +3,7 @@
 import pytest
 
 from fsdp_utils.config import TrainConfig
-from fsdp_utils.flags import ConfigError, build_parser, flags, parse
+from fsdp_utils.core.flags import ConfigError, build_parser, flags, parse
 
 # as the 2024 script declared them
 DEFAULTS = dict(

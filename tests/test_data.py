@@ -11,17 +11,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fsdp_utils import data as data_module
-from fsdp_utils import tokens as tokens_module
-from fsdp_utils.data import (
-    DATASETS,
-    QUESTION_PROMPT,
-    DataError,
-    drop_overlap,
-    load_examples,
-    validation_examples,
-)
-from fsdp_utils.packing import (
+from fsdp_utils.data import sources as data_module
+from fsdp_utils.data import tokens as tokens_module
+from fsdp_utils.data.batches import (
     collate_packed,
     collate_padded,
     deal,
@@ -31,7 +23,15 @@ from fsdp_utils.packing import (
     padding_share,
     steps_per_epoch,
 )
-from fsdp_utils.tokens import TokenizedData, check_global_batch, prepare_dataset
+from fsdp_utils.data.sources import (
+    DATASETS,
+    QUESTION_PROMPT,
+    DataError,
+    drop_overlap,
+    load_examples,
+    validation_examples,
+)
+from fsdp_utils.data.tokens import TokenizedData, check_global_batch, prepare_dataset
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -14,13 +14,18 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import evaluate
 from evaluate import EvalConfig, read_questions
-from fsdp_utils import attention, generation, loading, runs
-from fsdp_utils.flags import parse
-from fsdp_utils.model import plan
-from methods.errors import UserError
+from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.flags import parse
+from fsdp_utils.core.rows import local
+from fsdp_utils.folders.describe import describe, tokenizer_of
+from fsdp_utils.inference import generation
+from fsdp_utils.inference.load import check_eval_type, load_for_inference
+from fsdp_utils.model import attention
+from fsdp_utils.model.assemble import plan
+from fsdp_utils.model.build import read_model_config, read_tokenizer
 from methods.lora import LoRALinear
 from methods.quantizers.linear import QuantizedLinear, weight_rows
-from methods.rows import local
+from methods.targets import replace_module
 from scripts.block_expansion import Expansion, expand
 
 CPU = torch.device("cpu")
@@ -39,7 +44,7 @@ def broken(dora, tmp_path):
 
 
 def opened(folder, **options):
-    return runs.load_for_inference(runs.describe(folder), device=CPU, **options)
+    return load_for_inference(describe(folder), device=CPU, **options)
 
 
 @torch.no_grad()
@@ -58,7 +63,7 @@ def merged(model):
             linear.weight.copy_(weight)
             if base.bias is not None:
                 linear.bias.copy_(base.bias)
-            loading.replace_module(model, path, linear)
+            replace_module(model, path, linear)
     return model
 
 
@@ -67,7 +72,7 @@ def test_adapter_is_what_was_trained(save_run, tiny, train_type):
     """The unmerged adapter over its base gives the logits that the run had, and so do the merged weights."""
     folder, trained = save_run(tiny("qwen2"), train_type)
     expected = logits(trained)
-    run = runs.describe(folder)
+    run = describe(folder)
     assert (run.kind, run.train_type, run.rank, run.scaling) == ("adapter", train_type, 4, 4.0)
     assert run.dora == train_type.endswith("dora")
     model = opened(folder)
@@ -81,7 +86,7 @@ def test_other_folders(save_run, tiny, tmp_path):
     """Full, Llama-Pro and base folders open densely; a full one can be quantized after training."""
     folder, trained = save_run(tiny(), "full")
     expected = logits(trained)
-    assert (runs.describe(folder).kind, runs.describe(tiny()).kind) == ("model", "base")
+    assert (describe(folder).kind, describe(tiny()).kind) == ("model", "base")
     torch.testing.assert_close(logits(opened(folder)), expected)
     quantized = opened(folder, eval_type="full_post_quantized")
     assert sum(isinstance(m, QuantizedLinear) for m in quantized.modules()) == 14
@@ -90,14 +95,14 @@ def test_other_folders(save_run, tiny, tmp_path):
     expand(Expansion(model_name=str(tiny()), output_dir=str(tmp_path / "pro"), num_new_blocks=1))
     pro, trained = save_run(tiny(), "bnb_llama_pro", llama_pro_path=tmp_path / "pro")
     expected = logits(trained)
-    assert runs.describe(pro).kind == "llama_pro"
+    assert describe(pro).kind == "llama_pro"
     torch.testing.assert_close(logits(opened(pro)), expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(logits(opened(pro, eval_type="bnb_llama_pro")), expected, atol=1e-5, rtol=0)
     requantized = opened(pro, eval_type="hqq_llama_pro")
     assert sum(isinstance(m, QuantizedLinear) for m in requantized.modules()) == 14  # the new block stays dense
     (pro / "expanded_layers.json").unlink()
     with pytest.raises(UserError, match="no expanded_layers"):
-        runs.describe(pro)
+        describe(pro)
 
 
 def test_foreign_adapter(save_run, tiny, tmp_path):
@@ -105,18 +110,18 @@ def test_foreign_adapter(save_run, tiny, tmp_path):
     saved, trained = save_run(tiny(), "custom_qlora")
     folder, expected = shutil.copytree(saved, tmp_path / "foreign"), logits(trained)
     (folder / "run.json").unlink()
-    assert runs.describe(folder).base_fingerprint is None
+    assert describe(folder).base_fingerprint is None
     assert (logits(opened(folder)) - expected).abs().max() > 1e-3
     torch.testing.assert_close(logits(opened(folder, eval_type="qlora")), expected, atol=1e-5, rtol=0)
     harmless = dict(init_lora_weights="gaussian", megatron_core="megatron.core", peft_version="0.21.0")
     set_json(folder / "adapter_config.json", **harmless)
-    runs.describe(folder)
+    describe(folder)
     changing = dict(use_rslora=True, init_lora_weights="pissa", alora_invocation_tokens=[5], a_later_feature=0.5)
     for key, value in changing.items():
         original = (folder / "adapter_config.json").read_text()
         set_json(folder / "adapter_config.json", **{key: value})
         with pytest.raises(UserError, match=key):
-            runs.describe(folder)
+            describe(folder)
         (folder / "adapter_config.json").write_text(original)
 
 
@@ -125,7 +130,7 @@ def test_stock_folders(tiny, tmp_path):
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     stock = AutoModelForCausalLM.from_pretrained(tiny(), quantization_config=quantization, dtype=torch.float32)
     stock.save_pretrained(tmp_path / "nf4")
-    assert runs.describe(tmp_path / "nf4").kind == "stock"
+    assert describe(tmp_path / "nf4").kind == "stock"
     torch.testing.assert_close(logits(opened(tmp_path / "nf4", dtype=torch.float32)), logits(stock))
 
     adapted = get_peft_model(stock, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)).eval()
@@ -134,7 +139,7 @@ def test_stock_folders(tiny, tmp_path):
     for folder in (tmp_path / "beside", tmp_path / "nf4" / "adapter"):
         adapted.save_pretrained(folder)
     for folder in (tmp_path / "beside", tmp_path / "nf4"):
-        assert runs.describe(folder).kind == "stock_adapter"
+        assert describe(folder).kind == "stock_adapter"
         torch.testing.assert_close(logits(opened(folder, dtype=torch.float32)), expected)
     with pytest.raises(UserError, match="--eval_type qlora"):
         opened(tmp_path / "nf4", eval_type="qlora")
@@ -163,14 +168,14 @@ def test_damaged_folders(broken, message):
     """What is wrong with a folder is said in one line before any weight is read."""
     DAMAGES[message](broken)
     with pytest.raises(UserError, match=message) as error:
-        runs.describe(broken)
+        describe(broken)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["/nowhere/model", "./nowhere", "../nowhere", "some/where/else"])
 def test_missing_folders(name):
     """A name that can only be a folder is said to be missing, not looked for on the hub."""
-    for read in (runs.describe, loading.read_model_config, loading.read_tokenizer):
+    for read in (describe, read_model_config, read_tokenizer):
         with pytest.raises(UserError, match=f"^{name}: no such folder$"):
             read(name)
 
@@ -210,7 +215,7 @@ def test_eval_type_that_does_not_fit(dora, tiny):
     """--eval_type cannot make a DoRA adapter a LoRA, nor a model an adapter."""
     for folder, eval_type in ((dora, "qlora"), (dora, "full"), (tiny(), "bnb_dora"), (tiny(), "bnb_llama_pro")):
         with pytest.raises(UserError, match=f"--eval_type {eval_type}"):
-            runs.check_eval_type(runs.describe(folder), eval_type)
+            check_eval_type(describe(folder), eval_type)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,9 +225,9 @@ def test_eval_type_that_does_not_fit(dora, tiny):
 
 @pytest.fixture(scope="module")
 def generator(dora):
-    run = runs.describe(dora)
-    model = runs.load_for_inference(run, device=CPU)
-    return generation.HFGenerator(model, runs.read_tokenizer(run), max_new_tokens=12, temperature=0.0, seed=0)
+    run = describe(dora)
+    model = load_for_inference(run, device=CPU)
+    return generation.HFGenerator(model, tokenizer_of(run), max_new_tokens=12, temperature=0.0, seed=0)
 
 
 @pytest.fixture
@@ -249,8 +254,8 @@ def test_batches_equal_single_prompts(generator, prompts):
 
 def test_sampling_is_seeded(generator, dora, prompts):
     """Sampled answers differ from greedy ones and repeat, whatever was asked before."""
-    run = runs.describe(dora)
-    model = runs.load_for_inference(run, device=CPU)
+    run = describe(dora)
+    model = load_for_inference(run, device=CPU)
     sampling = generation.HFGenerator(model, generator.tokenizer, max_new_tokens=12, temperature=1.0, seed=0)
     first = answers(sampling, prompts)
     assert first != answers(generator, prompts)
@@ -399,7 +404,7 @@ def test_merged_folder_answers_alike(config, tmp_path):
     """The quantized base with the unmerged adapter and the merged model give the same answers."""
     model = merged(opened(config.model))
     model.save_pretrained(tmp_path / "merged")
-    runs.read_tokenizer(runs.describe(config.model)).save_pretrained(tmp_path / "merged")
+    tokenizer_of(describe(config.model)).save_pretrained(tmp_path / "merged")
     both = [
         result_of(replace(config, model=str(m), output_file=str(tmp_path / f"{i}.json")))
         for i, m in enumerate((config.model, tmp_path / "merged"))
@@ -447,7 +452,7 @@ def test_wrong_input(tmp_path, config):
 def test_vllm_gets_only_what_it_can_compute(dora, monkeypatch):
     """vLLM would refuse DoRA, and would put an adapter on a base that was not quantized as in training."""
     monkeypatch.setattr(generation, "find_spec", lambda name: True)
-    run = runs.describe(dora)
+    run = describe(dora)
     with pytest.raises(UserError, match="DoRA"):
         generation.check_vllm(run, None)
     with pytest.raises(UserError, match="that we quantized"):

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from experiments.orca_math_mini import pretrain, problems, report, run
-from fsdp_utils.flags import ConfigError, parse
-from fsdp_utils.scoring import extract
+from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.flags import ConfigError, parse
+from fsdp_utils.inference.scoring import extract
 from methods import TRAIN_TYPES
-from methods.errors import UserError
 
 # what each story asks for, written down apart from the generator's solutions
 FORMULAS = {

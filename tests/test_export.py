@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
 import prepare_weights
-from fsdp_utils import fidelity, runs
-from fsdp_utils.export import w4a16
-from fsdp_utils.flags import ConfigError
-from methods.errors import UserError
+from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.flags import ConfigError
+from fsdp_utils.export import fidelity, w4a16
+from fsdp_utils.folders.describe import describe
 from prepare_weights import ExportConfig
 from scripts.block_expansion import Expansion, expand
 
@@ -211,10 +211,10 @@ def test_another_model_in_the_base_s_place_is_no_base(tiny, save_run, tmp_path):
     """The report leaves the base out rather than compare with a model that training did not start from."""
     base = shutil.copytree(tiny(), tmp_path / "base")
     run, _ = save_run(base, "full")
-    assert fidelity.base_folder(runs.describe(run)) == base
+    assert fidelity.base_folder(describe(run)) == base
     shutil.rmtree(base)
     shutil.copytree(tiny("llama", num_hidden_layers=4), base)
-    assert fidelity.base_folder(runs.describe(run)) is None
+    assert fidelity.base_folder(describe(run)) is None
 
 
 def test_interrupted_export_leaves_nothing(save_run, tiny, export, tmp_path, monkeypatch):

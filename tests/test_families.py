@@ -5,8 +5,9 @@ import torch
 from runs import logits, make_config, prepared
 from transformers import AutoModelForCausalLM
 
-from fsdp_utils import runs
-from methods.errors import UserError
+from fsdp_utils.core.errors import UserError
+from fsdp_utils.folders.describe import describe
+from fsdp_utils.inference.load import load_for_inference
 
 CPU = torch.device("cpu")
 
@@ -15,7 +16,7 @@ CPU = torch.device("cpu")
 def test_a_head_of_another_name(save_run, tiny, export, train_type):
     """GPT-NeoX checkpoints call it embed_out: training, loading and merging give what stock transformers computes."""
     folder, trained = save_run(tiny("gptneox"), train_type)
-    torch.testing.assert_close(logits(runs.load_for_inference(runs.describe(folder), device=CPU)), logits(trained))
+    torch.testing.assert_close(logits(load_for_inference(describe(folder), device=CPU)), logits(trained))
     merged = AutoModelForCausalLM.from_pretrained(export(folder, "merged", dtype="fp32"), dtype=torch.float32).eval()
     torch.testing.assert_close(logits(merged), logits(trained), atol=1e-4, rtol=0)
 
@@ -23,10 +24,10 @@ def test_a_head_of_another_name(save_run, tiny, export, train_type):
 def test_linears_that_are_none(save_run, tiny, export):
     """GPT-2 has Conv1D: nothing of it is quantized, and nothing says it were."""
     folder, trained = save_run(tiny("gpt2"), "full")
-    run = runs.describe(folder)
-    torch.testing.assert_close(logits(runs.load_for_inference(run, device=CPU)), logits(trained))
+    run = describe(folder)
+    torch.testing.assert_close(logits(load_for_inference(run, device=CPU)), logits(trained))
     with pytest.raises(UserError, match=r"full_post_quantized: .* no linears"):
-        runs.load_for_inference(run, device=CPU, eval_type="full_post_quantized")
+        load_for_inference(run, device=CPU, eval_type="full_post_quantized")
     with pytest.raises(UserError, match="no packed Conv1D layers; use merged"):
         export(folder, "bnb_nf4", dtype="fp32")
     stock = AutoModelForCausalLM.from_pretrained(export(folder, "merged", dtype="fp32"), dtype=torch.float32).eval()

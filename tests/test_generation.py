@@ -11,8 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from fsdp_utils import decoding, generation, runs
-from fsdp_utils.decoding import StaticDecoder
+from fsdp_utils.folders.describe import describe
+from fsdp_utils.inference import decoding, generation
+from fsdp_utils.inference.decoding import StaticDecoder
+from fsdp_utils.inference.load import load_for_inference
 
 CPU = torch.device("cpu")
 TEXTS = ["a", "How many are 3 and 4?", "###Question:\nlong " * 4, "bcd", "x y z 1 2 3", "hello there", "q" * 30, "zz",
@@ -31,7 +33,7 @@ def opened(tiny):
     def get(family="llama", **config):
         key = (family, *sorted(config.items()))
         if key not in made:
-            made[key] = runs.load_for_inference(runs.describe(tiny(family, **config)), device=CPU)
+            made[key] = load_for_inference(describe(tiny(family, **config)), device=CPU)
         return made[key]
 
     return get
@@ -65,7 +67,7 @@ def test_steps_equal_generate(opened, family, temperature):
 
 def test_adapter_steps_equal_generate(save_run, tiny):
     """The same for an unmerged adapter over a quantized base."""
-    model = runs.load_for_inference(runs.describe(save_run(tiny(), "bnb_dora")[0]), device=CPU)
+    model = load_for_inference(describe(save_run(tiny(), "bnb_dora")[0]), device=CPU)
     expected, found = both(model)
     assert found == expected
 
@@ -178,10 +180,8 @@ def recordings(monkeypatch):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "gemma", "bnb_dora", "hqq_lora"])
 def test_a_step_can_be_replayed(opened, save_run, tiny, recordings, family):
     """A step keeps nothing in Python and brings nothing to the host; each shape of a batch is recorded once."""
-    if "_" in family:
-        model = runs.load_for_inference(runs.describe(save_run(tiny(), family)[0]), device=CPU)
-    else:
-        model = opened(family)
+    saved = "_" in family
+    model = load_for_inference(describe(save_run(tiny(), family)[0]), device=CPU) if saved else opened(family)
     expected, found = both(model)
     assert found == expected
     assert len(recordings) == 2  # of four rows, and of the last two
@@ -268,7 +268,7 @@ def test_graphs_equal_generate(tiny, save_run, kind, dtype):
     """Captured steps give the tokens of `generate`: ten prompts in batches of four, and the same batches once more."""
     folder = tiny() if kind == "base" else save_run(tiny(), kind)[0]
     device = torch.device("cuda", torch.cuda.current_device())
-    model = runs.load_for_inference(runs.describe(folder), device=device, dtype=getattr(torch, dtype))
+    model = load_for_inference(describe(folder), device=device, dtype=getattr(torch, dtype))
     generator = generator_of(model, new=40, static=None)
     assert generator.static
     for prompts in (PROMPTS[:4], PROMPTS[4:8], PROMPTS[8:], PROMPTS[4:8]):
@@ -286,6 +286,6 @@ def test_graphs_equal_generate(tiny, save_run, kind, dtype):
 def test_sampling_on_the_gpu_equals_generate(tiny):
     """fp32 tells tokens apart, and both draw from the same seed."""
     device = torch.device("cuda", torch.cuda.current_device())
-    model = runs.load_for_inference(runs.describe(tiny("qwen2")), device=device, dtype=torch.float32)
+    model = load_for_inference(describe(tiny("qwen2")), device=device, dtype=torch.float32)
     expected, found = both(model, temperature=1.0)
     assert found == expected

@@ -11,9 +11,9 @@ from test_launch import losses
 from test_parity import assert_close
 
 import train
-from fsdp_utils import loading
-from fsdp_utils.losses import with_targets
-from fsdp_utils.micro_step import micro_step
+from fsdp_utils.model.weights import check_loaded
+from fsdp_utils.training.loss import with_targets
+from fsdp_utils.training.step import micro_step
 from methods import TRAIN_TYPES
 
 pytestmark = pytest.mark.gpu
@@ -77,7 +77,7 @@ def test_dummy_weights_need_no_files(flags, tiny):
     model, *_ = prepared(
         make_config(model_name=tiny("llama"), load_format="dummy", train_type="bnb_dora", device="cuda")
     )
-    loading.check_loaded(model)
+    check_loaded(model)
     assert all(torch.isfinite(p.float()).all() for p in model.parameters() if p.dtype != torch.float8_e4m3fn)
 
 

@@ -16,9 +16,9 @@ import torch
 from runs import make_config
 
 import train
-from fsdp_utils import distributed
-from fsdp_utils.flags import as_dict
-from methods.errors import UserError
+from fsdp_utils.core import processes
+from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.flags import as_dict
 
 REPOSITORY = Path(__file__).parent.parent
 TRAIN = str(REPOSITORY / "train.py")
@@ -85,7 +85,7 @@ def test_help():
 )
 def test_first_host(nodes, first):
     """The first host of every way in which SLURM writes lists."""
-    assert distributed.first_host(nodes) == first
+    assert processes.first_host(nodes) == first
 
 
 @pytest.fixture
@@ -107,8 +107,8 @@ def test_slurm_environment(environment):
     """srun's variables become torchrun's: two nodes of four tasks, this one the sixth."""
     environment(SLURM_PROCID="5", SLURM_NTASKS="8", SLURM_LOCALID="1", SLURM_TASKS_PER_NODE="4(x2)")
     environment(SLURM_JOB_NODELIST="gpu[03-04]")
-    distributed.read_slurm_environment("localhost", "12355")
-    assert (distributed.rank(), distributed.world_size(), distributed.local_rank()) == (5, 8, 1)
+    processes.read_slurm_environment("localhost", "12355")
+    assert (processes.rank(), processes.world_size(), processes.local_rank()) == (5, 8, 1)
     assert os.environ["LOCAL_WORLD_SIZE"] == "4"
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("gpu03", "12355")
 
@@ -117,7 +117,7 @@ def test_slurm_respects_flags(environment):
     """--master_addr wins over the node list; --ntasks-per-node over its summary."""
     environment(SLURM_PROCID="0", SLURM_NTASKS="2", SLURM_NTASKS_PER_NODE="2", SLURM_TASKS_PER_NODE="1(x2)")
     environment(SLURM_STEP_NODELIST="a1", SLURM_JOB_NODELIST="b1")
-    distributed.read_slurm_environment("10.0.0.7", "555")
+    processes.read_slurm_environment("10.0.0.7", "555")
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("10.0.0.7", "555")
     assert os.environ["LOCAL_WORLD_SIZE"] == "2"
 
@@ -149,7 +149,7 @@ def test_slurm_is_left_alone(environment, variables):
     if variables:
         environment(**{"SLURM_PROCID": "0", "SLURM_NTASKS": "4", **variables})
     before = dict(os.environ)
-    distributed.read_slurm_environment("localhost", "12355")
+    processes.read_slurm_environment("localhost", "12355")
     assert dict(os.environ) == before
 
 
@@ -160,25 +160,25 @@ def test_more_processes_than_gpus(environment, monkeypatch, local_rank):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     environment(RANK=f"{local_rank}", LOCAL_RANK=f"{local_rank}", WORLD_SIZE="3", LOCAL_WORLD_SIZE="3")
     with pytest.raises(UserError, match=r"3 processes but 2 visible GPU"):
-        distributed.pick_device("auto")
-    assert distributed.pick_device("cpu").type == "cpu"
+        processes.pick_device("auto")
+    assert processes.pick_device("cpu").type == "cpu"
 
 
 def test_device_that_is_not_there(monkeypatch):
     """--device cuda without CUDA is named."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="--device cuda: no CUDA device"):
-        distributed.pick_device("cuda")
+        processes.pick_device("cuda")
 
 
 @pytest.mark.parametrize("local_rank", [0, 1])
 def test_failing_waits_for_process_0(environment, monkeypatch, capsys, local_rank):
     """Process 0 speaks at once; another only after it had the time to, because the first to exit ends all."""
     events = []
-    monkeypatch.setattr(distributed.time, "sleep", lambda seconds: events.append(("sleep", capsys.readouterr().err)))
+    monkeypatch.setattr(processes.time, "sleep", lambda seconds: events.append(("sleep", capsys.readouterr().err)))
     monkeypatch.setattr(os, "_exit", lambda code: events.append((code, capsys.readouterr().err)))
     environment(LOCAL_RANK=f"{local_rank}")
-    distributed.fail(UserError("--lr nan: wrong"))
+    processes.fail(UserError("--lr nan: wrong"))
     waited = [("sleep", "")] if local_rank else []
     assert events == [*waited, (2, "error: --lr nan: wrong\n")]
 
@@ -192,6 +192,6 @@ def test_a_process_that_is_killed(environment, monkeypatch, capsys):
 
     monkeypatch.setattr(torch.multiprocessing, "spawn", spawn)
     with pytest.raises(SystemExit) as ended:
-        distributed.launch(print, make_config(world_size=2))
+        processes.launch(print, make_config(world_size=2))
     assert ended.value.code == 1
     assert capsys.readouterr().err.startswith("error: process 1 was ended by SIGKILL; the machine may have run out")

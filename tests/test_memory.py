@@ -7,10 +7,10 @@ import torch
 from runs import make_config, prepared
 
 import train
-from fsdp_utils.memory import OutOfMemory, breakdown, host_activations, remedies
-from fsdp_utils.sharding import POLICIES
-from methods.errors import UserError
-from methods.rows import local
+from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.rows import local
+from fsdp_utils.memory.budget import OutOfMemory, breakdown, host_activations, remedies
+from fsdp_utils.sharding.fsdp import POLICIES
 
 
 def test_breakdown_counts_what_is_there(tiny):

@@ -10,8 +10,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-from fsdp_utils import loading
-from fsdp_utils.loading import HostMemory, materialize
+from fsdp_utils.model.weights import materialize
+from fsdp_utils.sharding import host_memory
+from fsdp_utils.sharding.host_memory import HostMemory
 
 CPU = torch.device("cpu")
 
@@ -37,7 +38,7 @@ def test_rows_of_gpus_stay_on_the_host():
 
 def test_host_memory_wastes_little(monkeypatch):
     """Tensors get memory of their own, in pieces that torch's pinned allocator, which takes powers of two, fills."""
-    monkeypatch.setattr(loading, "LARGEST_PIECE", 2**18)
+    monkeypatch.setattr(host_memory, "LARGEST_PIECE", 2**18)
     wanted = [torch.empty(n, dtype=d, device="meta") for n in (3, 700, 5000) for d in (torch.uint8, torch.float32)] * 50
     memory = HostMemory(sum(HostMemory.aligned(t.nbytes) for t in wanted), pinned=False)
     pieces = []

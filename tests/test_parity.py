@@ -9,10 +9,11 @@ from runs import first_step, packed_bytes
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES
 
-from fsdp_utils import distributed, offload
-from fsdp_utils.safetensors_io import new_folder
+from fsdp_utils.core import processes
+from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.folders import new_folder
+from fsdp_utils.sharding import offload
 from methods import TRAIN_TYPES
-from methods.errors import UserError
 
 
 def assert_close(got, want, *, relative):
@@ -194,7 +195,7 @@ def test_quantized_cache_gives_the_same_bytes(pair, tiny, tmp_path, train_type):
 
 def own_disk(flags: dict) -> dict[str, torch.Tensor]:
     """`packed_bytes` where every process has a cache folder of its own."""
-    return packed_bytes({**flags, "quantized_cache": f"{flags['quantized_cache']}/{distributed.rank()}"})
+    return packed_bytes({**flags, "quantized_cache": f"{flags['quantized_cache']}/{processes.rank()}"})
 
 
 def test_quantized_cache_that_not_all_processes_see(pair, tiny, tmp_path):

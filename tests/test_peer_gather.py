@@ -14,15 +14,16 @@ from torch.distributed.tensor import DTensor
 from workers import Workers
 
 import train
-from fsdp_utils import distributed, peer_gather
-from fsdp_utils.losses import with_targets
-from fsdp_utils.memory import breakdown, remedies
-from fsdp_utils.micro_step import micro_step
-from fsdp_utils.model import plan
-from fsdp_utils.recompute import resident
+from fsdp_utils.core import processes
+from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.rows import local
+from fsdp_utils.memory.budget import breakdown, remedies
+from fsdp_utils.memory.recompute import resident
+from fsdp_utils.model.assemble import plan
+from fsdp_utils.sharding import peer_gather
+from fsdp_utils.training.loss import with_targets
+from fsdp_utils.training.step import micro_step
 from methods import TRAIN_TYPES
-from methods.errors import UserError
-from methods.rows import local
 from methods.targets import decoder_blocks
 
 CPU = torch.device("cpu")
@@ -93,7 +94,7 @@ def trained(flags: dict) -> tuple[list[float], dict[str, torch.Tensor]]:
     """A run of several steps: its losses, and the adapters it saved."""
     config = make_config(**flags)
     train.main(config)
-    distributed.barrier()
+    processes.barrier()
     return losses(config.output_dir), load_file(Path(config.output_dir) / "adapter_model.safetensors")
 
 
@@ -204,8 +205,8 @@ def cannot(flags: dict, where: int) -> tuple[str, str]:
     """Why not, and what `true` says, when one process cannot map the others' memory."""
     fails = patch.object(peer_gather, "mapped", side_effect=RuntimeError("peer access is not supported"))
     config = make_config(**flags)
-    mesh = distributed.mesh_for(config, CPU)
-    if distributed.rank() == where:
+    mesh = processes.mesh_for(config, CPU)
+    if processes.rank() == where:
         fails.start()
     try:
         why = peer_gather.unreachable(mesh, CPU)
@@ -229,7 +230,7 @@ def test_memory_out_of_reach(pair, flags, where):
 def what_auto_does(flags: dict) -> tuple[str | None, bool]:
     """Why memory cannot be reached (it can), and whether `auto` makes anything of that on a CPU."""
     config = make_config(**flags | dict(peer_gather="auto"))
-    mesh, blocks = distributed.mesh_for(config, CPU), decoder_blocks(plan(config, device=CPU).model)
+    mesh, blocks = processes.mesh_for(config, CPU), decoder_blocks(plan(config, device=CPU).model)
     chosen = peer_gather.choose(blocks, config, mesh=mesh, device=CPU)
     return peer_gather.unreachable(mesh, CPU), chosen is not None
 
@@ -248,7 +249,7 @@ def estimates(flags: dict) -> tuple[list[int], int]:
     adapters of the blocks take whole: themselves, gradients, and the fp32 buffer these are reduced in."""
     config = make_config(**flags)
     planned = plan(config, device=CPU)
-    mesh, blocks = distributed.mesh_for(config, CPU), decoder_blocks(planned.model)
+    mesh, blocks = processes.mesh_for(config, CPU), decoder_blocks(planned.model)
     found = [resident(planned.model, blocks, config, mesh=mesh)]
     peer_gather.PeerGather(blocks, mesh=mesh, reshard=True)
     found += [resident(planned.model, blocks, config, mesh=mesh, together=on) for on in (False, True)]
@@ -273,21 +274,21 @@ def test_memory_is_freed_when_nobody_maps_it(monkeypatch):
         def free(self):
             events.append("free")
 
-    monkeypatch.setattr(distributed, "SHARING", [Sharing(), Sharing()])
-    monkeypatch.setattr(distributed, "barrier", lambda: events.append("barrier"))
+    monkeypatch.setattr(processes, "SHARING", [Sharing(), Sharing()])
+    monkeypatch.setattr(processes, "barrier", lambda: events.append("barrier"))
     for _ in range(2):
-        distributed.stop_sharing()
+        processes.stop_sharing()
     assert events == ["disconnect", "disconnect", "barrier", "free", "free"]
 
 
 def left_of_sharing(flags: dict) -> tuple[int, int, int]:
     """Copies that a model makes; hooks on its blocks, and copies and models that share, after sharing has ended."""
     prepared(make_config(**flags))
-    (sharing,) = distributed.SHARING
+    (sharing,) = processes.SHARING
     copies = sum(map(len, sharing.copies))
-    distributed.stop_sharing()
+    processes.stop_sharing()
     hooks = sum(len(block._forward_pre_hooks) + len(block._forward_hooks) for block in sharing.blocks)
-    return copies, hooks, len(sharing.copies) + len(distributed.SHARING)
+    return copies, hooks, len(sharing.copies) + len(processes.SHARING)
 
 
 def test_sharing_ends(pair, flags):
@@ -312,12 +313,12 @@ def test_two_by_two(flags):
 
 
 def sizes_and_bytes(flags: dict) -> tuple[dict[str, float], dict[str, int]]:
-    """`memory.breakdown`, and the bytes that are there."""
+    """`memory.budget.breakdown`, and the bytes that are there."""
     config = make_config(**flags)
     model, *_ = prepared(config)
     rows = lambda trains: sum(local(p).nbytes for p in model.parameters() if p.requires_grad is trains)
     whole = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    slots = sum(slot.memory.nbytes for slot in distributed.SHARING[0].slots)
+    slots = sum(slot.memory.nbytes for slot in processes.SHARING[0].slots)
     found = dict(frozen=rows(False), trained=rows(True), whole=whole, slots=slots)
     return breakdown(model, config), found
 

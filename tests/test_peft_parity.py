@@ -11,9 +11,9 @@ from test_launch import losses
 from transformers import AutoModelForCausalLM
 
 import train
-from fsdp_utils import loading
-from fsdp_utils.micro_step import micro_step
-from fsdp_utils.model import plan
+from fsdp_utils.model.assemble import plan
+from fsdp_utils.model.build import read_tokenizer
+from fsdp_utils.training.step import micro_step
 
 STEPS = 200
 PARTS = {"lora_A.default.weight": "lora_A", "lora_B.default.weight": "lora_B"}
@@ -50,7 +50,7 @@ def twin_loss(twin, batch) -> torch.Tensor:
 
 def data_of(config, model):
     """`(tokenized, tokenizer, the batch of every step)` of a run."""
-    tokenizer = loading.read_tokenizer(config.source)
+    tokenizer = read_tokenizer(config.source)
     tokenized = train.prepare_data(config, tokenizer, model.config)
     batches = [batch for (batch,) in train.steps_of(config, tokenized, tokenizer, total=STEPS)]
     return tokenized, tokenizer, batches

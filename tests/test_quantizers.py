@@ -7,10 +7,10 @@ from hqq.core.quantize import Quantizer as Reference
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from fsdp_utils.core.rows import gather, row_range
+from methods.packed import STORED_BYTES, as_bytes, parse_quantizer, spec_of
 from methods.quantizers.bnb import Bnb4bit
 from methods.quantizers.hqq import HQQ, PLANES, pack, unpack
-from methods.quantizers.linear import STORED_BYTES, as_bytes, parse_quantizer, spec_of
-from methods.rows import gather, row_range
 
 QUANTIZERS = [
     *[

@@ -9,13 +9,16 @@ from runs import first_step, make_config, prepared
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
-from fsdp_utils import attention, distributed, model, recompute, sharding
 from fsdp_utils.config import TrainConfig
-from fsdp_utils.losses import CausalLMLoss, with_targets
-from fsdp_utils.memory import breakdown, optimizer_bytes, remedies
-from fsdp_utils.recompute import blocks_to_recompute, choose, free_memory, measure, peak_activations, resident
-from methods.errors import UserError
-from methods.rows import local
+from fsdp_utils.core import processes
+from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.rows import local
+from fsdp_utils.memory import recompute
+from fsdp_utils.memory.budget import breakdown, optimizer_bytes, remedies
+from fsdp_utils.memory.recompute import blocks_to_recompute, choose, free_memory, measure, peak_activations, resident
+from fsdp_utils.model import assemble, attention
+from fsdp_utils.sharding import fsdp
+from fsdp_utils.training.loss import CausalLMLoss, with_targets
 from methods.targets import decoder_blocks
 
 CPU = torch.device("cpu")
@@ -59,10 +62,10 @@ def test_peak(recomputed, at_loss):
 
 
 def planned_and_kept(config, *, attention_name=None):
-    planned = model.plan(config, device=CPU)
+    planned = assemble.plan(config, device=CPU)
     if attention_name:
         planned.model.config.get_text_config()._attn_implementation = attention_name
-    dtypes = dict(dtype=planned.dtype, autocast=model.PRECISIONS[config.precision][1])
+    dtypes = dict(dtype=planned.dtype, autocast=assemble.PRECISIONS[config.precision][1])
     return planned, measure(planned.model, decoder_blocks(planned.model), config, **dtypes)
 
 
@@ -102,7 +105,7 @@ def kept_by_real_blocks(config) -> tuple[int, int]:
     batch = dict(input_ids=ids, labels=ids)
     if config.packing:
         batch["position_ids"] = (torch.arange(length) % 20).repeat(rows, 1)
-    autocast = model.PRECISIONS[config.precision][1]
+    autocast = assemble.PRECISIONS[config.precision][1]
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
         CausalLMLoss(loaded, fused=True)(with_targets(batch))  # the graph stays alive: no storage is used twice
     return max(totals), max(inputs)
@@ -181,11 +184,11 @@ def test_an_embedding_on_the_host_takes_no_room(tiny, packed):
     for on_host in (True, False):
         flags = dict(train_type="bnb_dora", embedding_on_host=on_host, quantize_lm_head=packed)
         config = make_config(model_name=tiny("llama"), **flags)
-        planned = model.plan(config, device=CPU)
+        planned = assemble.plan(config, device=CPU)
         held.append(recompute.resident(planned.model, decoder_blocks(planned.model), config, mesh=None))
     assert held[1] - held[0] == embedding(planned) > 0
     config = make_config(model_name=tiny("llama"), train_type="full")
-    planned = model.plan(config, device=CPU)
+    planned = assemble.plan(config, device=CPU)
     total = sum(p.nbytes for p in planned.model.parameters())
     assert recompute.resident(planned.model, decoder_blocks(planned.model), config, mesh=None) >= 2 * total
 
@@ -211,7 +214,7 @@ def test_measuring_leaves_the_model_as_it_was(tiny):
 def test_a_model_that_cannot_be_measured(tiny, monkeypatch):
     """One line names the flag, the reason and the way out; with true or false nothing is measured."""
     monkeypatch.setattr(recompute, "free_memory", lambda device: 2**40)
-    planned = model.plan(make_config(model_name=tiny("llama")), device=CPU)
+    planned = assemble.plan(make_config(model_name=tiny("llama")), device=CPU)
 
     def looks_at_values(*args, inputs_embeds, **kwargs):
         return bool(inputs_embeds.sum() > 0)
@@ -231,7 +234,7 @@ def test_a_model_that_cannot_be_measured(tiny, monkeypatch):
 def test_resident_bytes(tiny, train_type, optimizer):
     """From the model on meta: the loaded parameters, a gradient of each that trains, the optimizer's numbers."""
     config = make_config(model_name=tiny("qwen2"), train_type=train_type, optimizer=optimizer)
-    planned = model.plan(config, device=CPU)
+    planned = assemble.plan(config, device=CPU)
     expected = resident(planned.model, decoder_blocks(planned.model), config, mesh=None)
     loaded, *_ = prepared(config)
     trained = [p for p in loaded.parameters() if p.requires_grad]
@@ -242,8 +245,8 @@ def test_resident_bytes(tiny, train_type, optimizer):
 def resident_and_real(flags: dict) -> tuple[int, int, int]:
     """`resident`, what of it FSDP2 gathers, and the bytes of the real rows, their gradients and states."""
     config = make_config(**flags)
-    planned = model.plan(config, device=CPU)
-    mesh = distributed.mesh_for(config, CPU)
+    planned = assemble.plan(config, device=CPU)
+    mesh = processes.mesh_for(config, CPU)
     blocks = decoder_blocks(planned.model)
     expected = resident(planned.model, blocks, config, mesh=mesh)
     offloaded = make_config(**{**flags, "use_cpu_offload": True})
@@ -309,7 +312,7 @@ def test_graphs_leave_less(tiny, monkeypatch):
 def decided(flags: dict, free: list[int]) -> int:
     """How many blocks recompute in this process when process i has `free[i]` bytes."""
     original = recompute.free_memory
-    recompute.free_memory = lambda device: free[distributed.rank()]
+    recompute.free_memory = lambda device: free[processes.rank()]
     try:
         loaded, *_ = prepared(make_config(**flags))
     finally:
@@ -388,12 +391,12 @@ def test_dropped_attention_is_not_kept(tiny):
     cuda = torch.device("cuda")
     for rate, policy in ((0.3, "narrow"), (0.3, "products"), (0.3, "full"), (0, "narrow")):
         config = make_config(model_name=tiny("llama", attention_dropout=rate), checkpoint_policy=policy)
-        planned = model.plan(config, device=CPU).model
+        planned = assemble.plan(config, device=CPU).model
         if rate and policy != "full":
             with pytest.raises(UserError, match=f"--checkpoint_policy {policy}: .*attention_dropout"):
-                sharding.check_policy(planned, config, device=cuda)
+                fsdp.check_policy(planned, config, device=cuda)
         else:
-            sharding.check_policy(planned, config, device=cuda)
+            fsdp.check_policy(planned, config, device=cuda)
 
 
 @pytest.mark.parametrize("recomputed", range(BLOCKS + 1))
@@ -422,16 +425,16 @@ def test_only_inputs_of_recomputed_blocks_are_offloaded(tiny, monkeypatch):
     """A block that keeps everything keeps it on the GPU."""
     wrapped = []
     offloader = SimpleNamespace(wrap=lambda forward: wrapped.append(forward) or forward)
-    monkeypatch.setattr(sharding, "InputOffloader", lambda: offloader)
-    monkeypatch.setattr(sharding, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(fsdp, "InputOffloader", lambda: offloader)
+    monkeypatch.setattr(fsdp, "pick_device", lambda name: torch.device("cuda"))
     config = make_config(
         model_name=tiny("llama", num_hidden_layers=BLOCKS),
         use_activation_cpu_offload=True,
         use_gradient_checkpointing="auto",
     )
-    planned = model.plan(config, device=CPU)
+    planned = assemble.plan(config, device=CPU)
     blocks = decoder_blocks(planned.model)
-    sharding.prepare_blocks(planned.model, blocks, config, recomputed=2, compile_block=None)
+    fsdp.prepare_blocks(planned.model, blocks, config, recomputed=2, compile_block=None)
     assert len(wrapped) == 2
 
 

@@ -7,16 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fsdp_utils.locks import make_writable
-from fsdp_utils.safetensors_io import (
-    INDEX_NAME,
-    CheckpointError,
-    CheckpointReader,
-    StreamingWriter,
-    new_folder,
-    parse_size,
-)
-from methods.errors import UserError
+from fsdp_utils.core.errors import CheckpointError, UserError
+from fsdp_utils.core.folders import new_folder, parse_size
+from fsdp_utils.core.locks import make_writable
+from fsdp_utils.core.safetensors_io import INDEX_NAME, CheckpointReader, StreamingWriter
 
 
 def make_tensors():

@@ -12,10 +12,12 @@ from runs import dequantized, make_config, perturb, prepared
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-from fsdp_utils import checkpoint, loading
-from fsdp_utils.flags import as_dict
-from fsdp_utils.safetensors_io import StreamingWriter
-from methods.errors import UserError
+from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.flags import as_dict
+from fsdp_utils.core.safetensors_io import CheckpointReader, StreamingWriter
+from fsdp_utils.folders import saving
+from fsdp_utils.model.build import build_on_meta, read_model_config, read_tokenizer
+from fsdp_utils.model.weights import fingerprint
 from methods.llama_pro import EXPANDED_LAYERS_FILE
 from methods.targets import adapter_targets
 
@@ -34,26 +36,26 @@ def saved(flags: dict):
     model, planned, _, device = prepared(config)
     perturb(model)
     planned.method.after_step(model, device=device)
-    tokenizer = loading.read_tokenizer(config.source)
-    checkpoint.write_run(config, base_fingerprint=planned.base_fingerprint, quantizer=planned.quantizer, finished=False)
-    checkpoint.save(model, tokenizer, planned.method, config)
+    tokenizer = read_tokenizer(config.source)
+    saving.write_run(config, base_fingerprint=planned.base_fingerprint, quantizer=planned.quantizer, finished=False)
+    saving.save(model, tokenizer, planned.method, config)
     return logits_of(model), dequantized(model)
 
 
 def trained(flags: dict):
     """A whole run of train.py that saves; returns what its model computed at the end, as `saved`."""
     config, found = make_config(save_model=True, **flags), []
-    original = checkpoint.save
+    original = saving.save
 
     def save(model, *args):
         original(model, *args)
         found.append((logits_of(model), dequantized(model)))
 
-    checkpoint.save = save
+    saving.save = save
     try:
         train.main(config)
     finally:
-        checkpoint.save = original
+        saving.save = original
     return found[0]
 
 
@@ -161,7 +163,7 @@ def test_llama_pro_folder(pair, tiny, expanded, tmp_path, train_type):
     logits, state = saved({**flags, "output_dir": tmp_path / "one"})
     assert_close(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "one")), logits)
     assert (tmp_path / "one" / EXPANDED_LAYERS_FILE).exists()
-    got, base = (loading.CheckpointReader(folder) for folder in (tmp_path / "one", expanded))
+    got, base = (CheckpointReader(folder) for folder in (tmp_path / "one", expanded))
     for name in base.names():
         new = ".layers.1." in name or ".layers.3." in name
         want = state.get(name, base.tensor(name))
@@ -187,9 +189,9 @@ def test_run_json(tiny, tiny_data, tmp_path, monkeypatch):
     assert {"transformers", "bitsandbytes", "peft"} <= run["versions"].keys()
     assert run["finished"] is True and run["saved"] is False and run["processes"] == 1
     assert run["quantizer"] == dict(quant_type="nf4", group_size=64, scales="fp32")
-    assert run["base_fingerprint"] == loading.fingerprint(loading.CheckpointReader(tiny()))
-    other = loading.CheckpointReader(tiny("llama", num_hidden_layers=4))
-    assert run["base_fingerprint"] != loading.fingerprint(other)
+    assert run["base_fingerprint"] == fingerprint(CheckpointReader(tiny()))
+    other = CheckpointReader(tiny("llama", num_hidden_layers=4))
+    assert run["base_fingerprint"] != fingerprint(other)
     written = "".join(p.read_text() for p in (tmp_path / "out").iterdir())
     assert not any(value in written for value in secrets.values())
 
@@ -204,34 +206,34 @@ def test_a_run_is_found_from_anywhere(tiny, tiny_data, tmp_path, monkeypatch):
     run, adapter = (json.loads(Path("out", name).read_text()) for name in ("run.json", "adapter_config.json"))
     assert run["flags"]["model_name"] == adapter["base_model_name_or_path"] == str(tmp_path / "base")
     assert run["flags"]["dataset"] == str(tmp_path / "data.jsonl")
-    assert checkpoint._lasting("org/name") == "org/name" and checkpoint._lasting("demo") == "demo"
+    assert saving._lasting("org/name") == "org/name" and saving._lasting("demo") == "demo"
 
 
 def test_output_folder_rules(tmp_path):
     """A non-empty folder is refused, unless --overwrite; what a run without --save_model left is no result."""
     folder = tmp_path / "out"
     settings = dict(output_dir=folder)
-    checkpoint.check_output(make_config(**settings, save_model=True))  # not there yet
+    saving.check_output(make_config(**settings, save_model=True))  # not there yet
     folder.mkdir()
-    checkpoint.check_output(make_config(**settings, save_model=True))  # empty
+    saving.check_output(make_config(**settings, save_model=True))  # empty
     (folder / "metrics.jsonl").touch()
-    checkpoint.check_output(make_config(**settings))
+    saving.check_output(make_config(**settings))
     with pytest.raises(UserError, match="--overwrite true"):
-        checkpoint.check_output(make_config(**settings, save_model=True))
+        saving.check_output(make_config(**settings, save_model=True))
     (folder / "adapter_config.json").touch()
     with pytest.raises(UserError, match=f"--output_dir {folder}: .*not empty.*--overwrite true"):
-        checkpoint.check_output(make_config(**settings, save_model=True))
-    checkpoint.check_output(make_config(**settings, save_model=True, overwrite=True))
+        saving.check_output(make_config(**settings, save_model=True))
+    saving.check_output(make_config(**settings, save_model=True, overwrite=True))
     for overwrite in (True, False):
         with pytest.raises(UserError, match=r"holds a model, .*choose another or pass --save_model true"):
-            checkpoint.check_output(make_config(**settings, overwrite=overwrite))
+            saving.check_output(make_config(**settings, overwrite=overwrite))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "vectors.safetensors").touch()
     with pytest.raises(UserError, match="neither a run nor a model"):
-        checkpoint.check_output(make_config(output_dir=tmp_path / "mine", save_model=True, overwrite=True))
+        saving.check_output(make_config(output_dir=tmp_path / "mine", save_model=True, overwrite=True))
     for below in ("metrics.jsonl", "metrics.jsonl/run", "metrics.jsonl/run/1"):
         with pytest.raises(UserError, match="is a file"):
-            checkpoint.check_output(make_config(output_dir=folder / below, overwrite=True))
+            saving.check_output(make_config(output_dir=folder / below, overwrite=True))
 
 
 def test_one_run_at_a_time(tiny, tiny_data, tmp_path, monkeypatch):
@@ -249,13 +251,13 @@ def test_one_run_at_a_time(tiny, tiny_data, tmp_path, monkeypatch):
         carry_out(*args, **kwargs)
 
     monkeypatch.setattr(train, "carry_out", second)
-    monkeypatch.setattr(checkpoint, "check_output", lambda config: None)  # both looked before either wrote
+    monkeypatch.setattr(saving, "check_output", lambda config: None)  # both looked before either wrote
     train.main(config)
     assert len(said) == 2 and json.loads((tmp_path / "out/run.json").read_text())["finished"]
     monkeypatch.undo()
     early = iter([lambda config: None])
-    check = checkpoint.check_output
-    monkeypatch.setattr(checkpoint, "check_output", lambda config: next(early, check)(config))
+    check = saving.check_output
+    monkeypatch.setattr(saving, "check_output", lambda config: next(early, check)(config))
     with pytest.raises(UserError, match="is not empty"):
         train.main(config)
 
@@ -291,8 +293,8 @@ def test_output_folder_with_what_is_read(tmp_path):
     for flags in (dict(model_name=tmp_path / "model"), dict(train_type="llama_pro", llama_pro_path=tmp_path / "model")):
         for folder in (tmp_path, tmp_path / "model"):
             with pytest.raises(UserError, match=f"--output_dir {folder}: holds .* which is read"):
-                checkpoint.check_output(make_config(**flags, output_dir=folder, overwrite=True))
-        checkpoint.check_output(make_config(**flags, output_dir=tmp_path / "model-tuned", overwrite=True))
+                saving.check_output(make_config(**flags, output_dir=folder, overwrite=True))
+        saving.check_output(make_config(**flags, output_dir=tmp_path / "model-tuned", overwrite=True))
 
 
 RESULT_FILES = {"adapter_config.json", "adapter_model.safetensors", "config.json", "model.safetensors"}
@@ -302,7 +304,7 @@ RESULT_FILES = {"adapter_config.json", "adapter_model.safetensors", "config.json
 def test_interrupted_save_looks_unfinished(tiny, tmp_path, monkeypatch, train_type):
     """Wherever saving stops, the folder has no config of a result whose weights are not all there."""
     flags = dict(model_name=tiny(), train_type=train_type, overwrite=True)
-    write, replace = StreamingWriter.write, checkpoint.os.replace
+    write, replace = StreamingWriter.write, saving.os.replace
     config_name = "config.json" if train_type == "full" else "adapter_config.json"
 
     def stop_at(call, function):
@@ -325,7 +327,7 @@ def test_interrupted_save_looks_unfinished(tiny, tmp_path, monkeypatch, train_ty
     complete = {p.name for p in (tmp_path / "moving").iterdir()}
     moves = 0
     for call in range(100):  # each time over the result that the one before left
-        monkeypatch.setattr(checkpoint.os, "replace", stop_at(call, replace))
+        monkeypatch.setattr(saving.os, "replace", stop_at(call, replace))
         try:
             saved({**flags, "output_dir": tmp_path / "moving"})
             break
@@ -334,7 +336,7 @@ def test_interrupted_save_looks_unfinished(tiny, tmp_path, monkeypatch, train_ty
             left = {p.name for p in (tmp_path / "moving").iterdir() if p.name != ".saving"}
             assert config_name not in left or complete <= left
     assert moves >= len(complete) - 1
-    monkeypatch.setattr(checkpoint.os, "replace", replace)
+    monkeypatch.setattr(saving.os, "replace", replace)
     assert {p.name for p in (tmp_path / "moving").iterdir()} == complete
 
 
@@ -371,7 +373,7 @@ TARGETS = {
 @pytest.mark.parametrize(("family", "spec"), TARGETS, ids=str)
 def test_targets(tiny, family, spec):
     """Each choice of --lora_target_modules adapts exactly these linears, in every block and never the head."""
-    model = loading.build_on_meta(loading.read_model_config(tiny(family)), dtype=torch.float32)
+    model = build_on_meta(read_model_config(tiny(family)), dtype=torch.float32)
     paths = adapter_targets(model, spec)
     assert {path.split(".")[-1] for path in paths} == TARGETS[family, spec]
     assert len(paths) == len(set(paths)) == 2 * len(TARGETS[family, spec])
@@ -389,7 +391,7 @@ def test_one_layer_as_target(tiny, tmp_path):
 
 def test_no_default_targets(tiny):
     """A family that PEFT has no default for is told so."""
-    model = loading.build_on_meta(loading.read_model_config(tiny("phi3")), dtype=torch.float32)
+    model = build_on_meta(read_model_config(tiny("phi3")), dtype=torch.float32)
     with pytest.raises(UserError, match="--lora_target_modules default: PEFT has no default for phi3"):
         adapter_targets(model, "default")
 
@@ -397,7 +399,7 @@ def test_no_default_targets(tiny):
 @pytest.mark.parametrize("spec", ["q_proj,lin", "lm_head", "self_attn", ","])
 def test_target_that_matches_nothing(tiny, spec):
     """Named, with what there is, as an error."""
-    model = loading.build_on_meta(loading.read_model_config(tiny()), dtype=torch.float32)
+    model = build_on_meta(read_model_config(tiny()), dtype=torch.float32)
     with pytest.raises(UserError, match=r"--lora_target_modules .*: .*q_proj") as error:
         adapter_targets(model, spec)
     assert len(str(error.value).splitlines()) == 1

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from fsdp_utils.scoring import compare, cut_at_next_prompt, extract, plain, show, wilson_interval
+from fsdp_utils.inference.scoring import compare, cut_at_next_prompt, extract, plain, show, wilson_interval
 
 EXTRACTED = [
     ("99 - 55 = 44, 44 + 7 = 51. The answer is 51.", 51),

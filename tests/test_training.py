@@ -15,14 +15,16 @@ from test_parity import assert_close
 from tiny import FAMILIES, byte_tokenizer
 
 import train
-from fsdp_utils import distributed, loading, metrics
-from fsdp_utils.losses import CausalLMLoss, with_targets
-from fsdp_utils.micro_step import micro_step
-from fsdp_utils.optim import OPTIMIZERS, SCHEDULES, LocalParameters, LossScaler, global_norm, schedule_factor
-from fsdp_utils.packing import IGNORED, collate_packed, epoch_rows
-from fsdp_utils.safetensors_io import StreamingWriter
-from methods.errors import Diverged, UserError
-from methods.rows import gather, local
+from fsdp_utils.core import processes
+from fsdp_utils.core.errors import Diverged, UserError
+from fsdp_utils.core.rows import gather, local
+from fsdp_utils.core.safetensors_io import StreamingWriter
+from fsdp_utils.data.batches import IGNORED, collate_packed, epoch_rows
+from fsdp_utils.model.build import read_model_config, read_tokenizer
+from fsdp_utils.training import metrics
+from fsdp_utils.training.loss import CausalLMLoss, with_targets
+from fsdp_utils.training.optim import OPTIMIZERS, SCHEDULES, LocalParameters, LossScaler, global_norm, schedule_factor
+from fsdp_utils.training.step import micro_step
 
 
 def run(flags: dict, *, ends=None, **patches) -> tuple[list[dict], dict[str, torch.Tensor]]:
@@ -51,7 +53,7 @@ def run(flags: dict, *, ends=None, **patches) -> tuple[list[dict], dict[str, tor
     finally:
         for name, value in original.items():
             setattr(train, name, value)
-    distributed.barrier()  # process 0 has written its last line
+    processes.barrier()  # process 0 has written its last line
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines], found
 
@@ -81,13 +83,11 @@ def test_number_of_steps(flags, settings, steps):
 def test_steps_of_packed_epochs(flags, tiny_data):
     """With packing an epoch is over when its packs are: every sample of every epoch is in a step."""
     config = make_config(**flags(packing=True, num_epochs=6, batch_size=1, context_length=80))
-    tokenized = train.prepare_data(
-        config, loading.read_tokenizer(config.source), loading.read_model_config(config.source)
-    )
+    tokenized = train.prepare_data(config, read_tokenizer(config.source), read_model_config(config.source))
     rows = dict(seed=config.seed, context_length=80, packing=True)
     packs = [len(epoch_rows(tokenized.lengths, epoch=epoch, **rows)[0]) for epoch in range(6)]
     assert train.steps_of_epochs(config, tokenized) == sum(packs)
-    steps = train.steps_of(config, tokenized, loading.read_tokenizer(config.source), total=sum(packs))
+    steps = train.steps_of(config, tokenized, read_tokenizer(config.source), total=sum(packs))
     labels = sum(len(with_targets(batch)["targets"]) for micro_batches in steps for batch in micro_batches)
     assert labels == 6 * tokenized.report.label_tokens
 
@@ -99,7 +99,7 @@ def test_metrics(flags):
     assert [list(row) for row in rows] == [fields] * 4
     assert all(isinstance(v, (int, float)) and math.isfinite(v) for row in rows for v in row.values())
     config = make_config(**flags())
-    data = train.prepare_data(config, byte_tokenizer(), loading.read_model_config(config.source))
+    data = train.prepare_data(config, byte_tokenizer(), read_model_config(config.source))
     assert sum(column(rows, "tokens")) == data.report.label_tokens
     assert 0.05 < rows[0]["resident_gib"] <= rows[0]["memory_gib"] * 1.01
 
@@ -173,7 +173,7 @@ def clipped_against_torch(flags: dict) -> tuple[float, float]:
     model, planned, mesh, device = prepared(config)
     perturb(model)
     planned.method.after_step(model, device=device)
-    tokenizer = loading.read_tokenizer(config.source)
+    tokenizer = read_tokenizer(config.source)
     tokenized = train.prepare_data(config, tokenizer, model.config)
     steps = train.steps_of(config, tokenized, tokenizer, total=1)
     run = micro_step(model, config, mesh=mesh, device=device)
@@ -182,7 +182,7 @@ def clipped_against_torch(flags: dict) -> tuple[float, float]:
     gathered = [torch.nn.Parameter(torch.empty(p.shape)) for p in whole]
     for copy, p in zip(gathered, whole, strict=True):
         copy.grad = gather(p.grad).clone()
-    group = distributed.shard_group(mesh) if mesh is not None else None
+    group = processes.shard_group(mesh) if mesh is not None else None
     ours = global_norm(LocalParameters(model).collect_gradients(), group=group, device=device)
     return ours.item(), torch.nn.utils.clip_grad_norm_(gathered, 1.0).item()
 
@@ -390,7 +390,7 @@ def test_packed_step_equals_padded_step(flags, train_type):
     """A global batch of all samples gives the same loss and gradients packed and padded."""
     padded = flags(train_type=train_type, batch_size=16, context_length=96)
     config = make_config(**padded)
-    data = train.prepare_data(config, byte_tokenizer(), loading.read_model_config(config.source))
+    data = train.prepare_data(config, byte_tokenizer(), read_model_config(config.source))
     packs, _ = epoch_rows(data.lengths, seed=config.seed, epoch=0, context_length=96, packing=True)
     assert len(packs) < 16
     packed = first_step({**padded, "packing": True, "batch_size": len(packs)})
@@ -427,7 +427,7 @@ def test_padding_id_beyond_the_embedding(flags, tiny, tmp_path):
     tokenizer._tokenizer.add_tokens([f"<{i}>" for i in range(60)])
     tokenizer.add_special_tokens({"pad_token": "<last pad>"})
     tokenizer.save_pretrained(folder)
-    assert loading.read_tokenizer(folder).pad_token_id >= 300
+    assert read_tokenizer(folder).pad_token_id >= 300
     rows, _ = run({**flags("grown", max_steps=2), "model_name": folder})
     plain, _ = run(flags("plain", max_steps=2))
     assert column(rows, "loss") == column(plain, "loss")

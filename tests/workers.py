@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from fsdp_utils import distributed
+from fsdp_utils.core import processes
 
 
 def _serve(rank, size, port, jobs, results):
@@ -20,7 +20,7 @@ def _serve(rank, size, port, jobs, results):
         function, args, kwargs = job
         try:
             results.put((rank, True, function(*args, **kwargs)))
-            distributed.SHARING.clear()  # models of earlier cases
+            processes.SHARING.clear()  # models of earlier cases
         except BaseException:
             results.put((rank, False, traceback.format_exc()))
 

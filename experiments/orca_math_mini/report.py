@@ -15,10 +15,10 @@ from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from experiments.orca_math_mini.run import ALPHA, METHODS, OWNERS, RANK, RANKED_METHODS, RANKS, best_rate, read_rows
-from fsdp_utils.distributed import fail
-from fsdp_utils.flags import flag, parse
-from fsdp_utils.scoring import wilson_interval
-from methods.errors import UserError
+from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.flags import flag, parse
+from fsdp_utils.core.processes import fail
+from fsdp_utils.inference.scoring import wilson_interval
 
 
 @dataclass

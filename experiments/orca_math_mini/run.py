@@ -29,17 +29,18 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import evaluate
 import train
-from fsdp_utils import runs
 from fsdp_utils.config import PRECISIONS, TrainConfig
-from fsdp_utils.distributed import fail, pick_device
-from fsdp_utils.flags import flag, parse
-from fsdp_utils.loading import fingerprint
-from fsdp_utils.metrics import peak_memory_gib
-from fsdp_utils.model import plan
-from fsdp_utils.safetensors_io import CheckpointReader
-from fsdp_utils.scoring import wilson_interval
+from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.flags import flag, parse
+from fsdp_utils.core.processes import fail, pick_device
+from fsdp_utils.core.safetensors_io import CheckpointReader
+from fsdp_utils.folders.describe import describe
+from fsdp_utils.inference.load import load_for_inference
+from fsdp_utils.inference.scoring import wilson_interval
+from fsdp_utils.model.assemble import plan
+from fsdp_utils.model.weights import fingerprint
+from fsdp_utils.training.metrics import peak_memory_gib
 from methods.dora import DoRALinear
-from methods.errors import UserError
 from scripts.block_expansion import Expansion, expand
 from scripts.make_demo import write_jsonl
 
@@ -334,7 +335,7 @@ def train_once(flags: TrainConfig, device: torch.device) -> dict:
 
 def magnitude_change(folder: Path, device: torch.device) -> dict:
     """How far DoRA's magnitudes are from where they started: mean and largest |m / m0 - 1|."""
-    model = runs.load_for_inference(runs.describe(folder), device=device)
+    model = load_for_inference(describe(folder), device=device)
     layers = [module for module in model.modules() if isinstance(module, DoRALinear)]
     # a row of zeros has no direction to scale
     moved = torch.cat([(m.magnitude_delta.float() / m.weight_norm)[m.weight_norm > 0].abs() for m in layers])

@@ -7,12 +7,13 @@ import bitsandbytes.functional
 import torch
 from safetensors.torch import save_file
 
-from fsdp_utils import loading, runs
-from fsdp_utils.distributed import say
+from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.folders import write_json
+from fsdp_utils.core.processes import say
 from fsdp_utils.export.formats import Format
-from methods.errors import UserError
+from fsdp_utils.folders.names import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, KEY_PREFIX
+from methods.packed import as_bytes
 from methods.quantizers.bnb import Bnb4bit
-from methods.quantizers.linear import as_bytes
 
 
 class Bnb(Format):
@@ -119,10 +120,10 @@ class BnbDoRA(Bnb):
         for path in self.trained.adapted():
             a, b = self.trained.low_rank(path)
             # fp32: rounding B after scaling would be the only error of this format
-            tensors[f"{runs.KEY_PREFIX}{path}.lora_A.weight"] = a.float().cpu().contiguous()
-            tensors[f"{runs.KEY_PREFIX}{path}.lora_B.weight"] = (b.float() * self._factors[path].unsqueeze(1)).cpu()
-        adapter = folder / runs.ADAPTER_FOLDER
+            tensors[f"{KEY_PREFIX}{path}.lora_A.weight"] = a.float().cpu().contiguous()
+            tensors[f"{KEY_PREFIX}{path}.lora_B.weight"] = (b.float() * self._factors[path].unsqueeze(1)).cpu()
+        adapter = folder / ADAPTER_FOLDER
         adapter.mkdir()
-        save_file(tensors, adapter / runs.ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        save_file(tensors, adapter / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         named = dict(base_model_name_or_path=str(target), use_dora=False, inference_mode=True)
-        loading.write_json(adapter / runs.ADAPTER_CONFIG, self.trained.run.adapter | named)
+        write_json(adapter / ADAPTER_CONFIG, self.trained.run.adapter | named)

@@ -9,10 +9,12 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from fsdp_utils import loading, runs
+from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.folders import write_json
+from fsdp_utils.core.safetensors_io import StreamingWriter
 from fsdp_utils.export.trained import TrainedWeights
-from fsdp_utils.safetensors_io import StreamingWriter
-from methods.errors import UserError
+from fsdp_utils.folders.describe import Run
+from fsdp_utils.model.build import read_model_config
 from methods.llama_pro import EXPANDED_LAYERS_FILE
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -130,12 +132,12 @@ def write_rest(chosen: Format, tokenizer, folder: Path, *, target: Path) -> None
     config.pop("torch_dtype", None)  # the old name would win over the new one
     config |= {"dtype": str(chosen.dtype).removeprefix("torch."), "use_cache": True}  # training switches it off
     quantization = chosen.quantization_config()
-    loading.write_json(folder / "config.json", config | ({"quantization_config": quantization} if quantization else {}))
+    write_json(folder / "config.json", config | ({"quantization_config": quantization} if quantization else {}))
 
 
-def _write_generation_config(run: runs.Run, folder: Path) -> None:
+def _write_generation_config(run: Run, folder: Path) -> None:
     source = run.base / "generation_config.json"
     if source.exists():
         shutil.copyfile(source, folder / source.name)
         return
-    GenerationConfig.from_model_config(loading.read_model_config(str(run.base))).save_pretrained(folder)
+    GenerationConfig.from_model_config(read_model_config(str(run.base))).save_pretrained(folder)

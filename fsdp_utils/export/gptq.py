@@ -9,10 +9,10 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 
+from fsdp_utils.core.errors import UserError
+from fsdp_utils.data.tokens import prepare_dataset
 from fsdp_utils.export.formats import Merged, write_rest, write_weights
 from fsdp_utils.export.w4a16 import W4A16, scheme
-from fsdp_utils.tokens import prepare_dataset
-from methods.errors import UserError
 
 
 def check_gptq(run) -> None:

@@ -4,11 +4,15 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fsdp_utils import loading, runs
-from fsdp_utils.quantized_cache import packed_modules
-from fsdp_utils.safetensors_io import CheckpointReader
+from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.safetensors_io import CheckpointReader
+from fsdp_utils.folders.describe import Run, quantizer_object
+from fsdp_utils.folders.names import MAGNITUDE
+from fsdp_utils.inference.load import default_dtype, plan_adapter
+from fsdp_utils.model.build import build_on_meta, read_model_config
+from fsdp_utils.model.quantized_cache import packed_modules
+from fsdp_utils.model.weights import plan_reads
 from methods.dora import row_norms
-from methods.errors import UserError
 from methods.llama_pro import expanded_layers
 from methods.targets import block_linears, decoder_blocks
 
@@ -33,21 +37,21 @@ class TrainedWeights:
         UserError: an export of ours, dummy weights, another base than in training, tensors that do not fit.
     """
 
-    def __init__(self, run: runs.Run, *, device: torch.device):
+    def __init__(self, run: Run, *, device: torch.device):
         if run.kind.startswith("stock"):
             raise UserError(f"--model {run.folder}: is quantized for serving already; give the run it was made from")
         if run.config and run.config.load_format == "dummy":
             raise UserError(f"--model {run.folder}: was trained on random weights (--load_format dummy)")
         self.run, self.device = run, device
-        self.quantizer, self._trained_dtype, self._adapter = runs.quantizer_object(run), None, {}
+        self.quantizer, self._trained_dtype, self._adapter = quantizer_object(run), None, {}
         self._last, self._quantized = {}, set()
         if run.kind == "adapter":
-            self._trained_dtype = runs.default_dtype(run)
-            planned, self._adapter, _ = runs.plan_adapter(run, device=device, dtype=self._trained_dtype)
+            self._trained_dtype = default_dtype(run)
+            planned, self._adapter, _ = plan_adapter(run, device=device, dtype=self._trained_dtype)
             self._quantized = set(packed_modules(planned.model))
         self.reader = CheckpointReader(run.base)
-        built = loading.build_on_meta(loading.read_model_config(str(run.base)), dtype=torch.float32)
-        self._stored = {read.name: read.stored for read in loading.plan_reads(built, self.reader)}
+        built = build_on_meta(read_model_config(str(run.base)), dtype=torch.float32)
+        self._stored = {read.name: read.stored for read in plan_reads(built, self.reader)}
         self.shapes = {name: self.reader.shape(stored) for name, stored in self._stored.items()}
         self.linears = {path: m for path, m in built.named_modules() if isinstance(m, nn.Linear)}
         self.in_blocks = list(block_linears(built))
@@ -103,7 +107,7 @@ class TrainedWeights:
         return self._factor(path, self.tensor(f"{path}.weight") if self.run.dora else None)
 
     def _factor(self, path, weight):
-        magnitude = self._adapter.get(f"{path}.{runs.MAGNITUDE}")
+        magnitude = self._adapter.get(f"{path}.{MAGNITUDE}")
         if magnitude is None:
             return torch.ones(self.linears[path].out_features, device=self.device)
         norm = row_norms(weight, weight.float().norm(dim=1), *self.low_rank(path), self.run.scaling)

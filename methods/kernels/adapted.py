@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from methods.kernels import reduce
-from methods.quantizers.linear import parse_quantizer
+from methods.packed import parse_quantizer
 
 Tensor = torch.Tensor
 CHUNK = 2048  # tokens whose gradient is copied at once: fewer would not fill a GPU

@@ -14,7 +14,7 @@ try:
 except ImportError:  # CPU builds of torch come without it
     triton = None
 
-from methods.quantizers.linear import as_bytes
+from methods.packed import as_bytes
 
 WEIGHTS_PER_PROGRAM = 4096
 

@@ -15,7 +15,7 @@ except ImportError:
     triton = None
 
 from methods.kernels.dequantize import code_table
-from methods.quantizers.linear import as_bytes
+from methods.packed import as_bytes
 
 MAX_RANK = 128  # beyond it the tiles no longer fit
 TILE, PROGRAMS = 128, 264  # rows and columns of a tile; at most, for 132 multiprocessors

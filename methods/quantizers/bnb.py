@@ -7,7 +7,7 @@ import torch
 
 from methods.kernels import dequantize as kernels
 from methods.kernels import norms
-from methods.quantizers.linear import STORED_BYTES, as_bytes
+from methods.packed import STORED_BYTES, as_bytes
 
 SCALE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "double": STORED_BYTES}
 

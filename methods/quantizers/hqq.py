@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from methods.kernels import dequantize as kernels
-from methods.quantizers.linear import STORED_BYTES, as_bytes
+from methods.packed import STORED_BYTES, as_bytes
 
 # 3 bits are a plane of 2 and a plane of 1: no padding bits, unlike HQQ's ten codes in 32 bits
 PLANES = {8: (8,), 4: (4,), 3: (2, 1), 2: (2,), 1: (1,)}

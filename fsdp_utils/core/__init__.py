@@ -1,0 +1,1 @@
+"""The ground floor: it knows no model, and everything may use it."""

@@ -1,0 +1,24 @@
+"""The one exception for bad input: it is shown to the user as its message alone, never as a traceback."""
+
+from contextlib import contextmanager
+
+
+class UserError(ValueError):
+    """Bad input. The message is one line: the flag or file, the value, the way out."""
+
+
+class Diverged(UserError, FloatingPointError):
+    """Loss or gradient is no number any more: the flags do not fit the data."""
+
+
+@contextmanager
+def naming(flag: str):
+    """Puts the flag before a message that begins with its value: code below the entry scripts does not know it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{flag} {error}") from None
+
+
+class CheckpointError(UserError):
+    """A model folder that cannot be read, said in one line that names the file."""

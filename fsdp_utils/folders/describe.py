@@ -1,0 +1,265 @@
+"""What a folder is (base, model, adapter, Llama-Pro, stock-quantized), and how to open it for inference or export."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from fsdp_utils.config import TrainConfig
+from fsdp_utils.core.errors import CheckpointError, UserError
+from fsdp_utils.core.flags import flags
+from fsdp_utils.core.folders import model_folder
+from fsdp_utils.core.safetensors_io import read_header
+from fsdp_utils.folders.names import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, KEY_PREFIX, MAGNITUDE, RUN_FILE
+from fsdp_utils.model.build import read_tokenizer, resolve_model
+from methods import TRAIN_TYPES, quantizer_of
+from methods.llama_pro import EXPANDED_LAYERS_FILE
+
+TITLES = {
+    "base": "model",
+    "model": "fine-tuned model",
+    "llama_pro": "Llama-Pro model",
+    "adapter": "adapter",
+    "stock": "quantized model",
+    "stock_adapter": "quantized model with adapter",
+}
+# the settings of a PEFT adapter that our layers compute, or that only matter while it trains
+PEFT_READ = {
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("use_dora", "eva_config"),
+}
+# ways to start A and B; PEFT's others (pissa, olora, corda, loftq, …) change the base when an adapter is loaded
+PEFT_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known of a folder without reading a weight.
+
+    Args:
+        folder: the folder itself (of a hub name: its snapshot).
+        kind: "base" (no run.json), "model" (full fine-tune), "llama_pro", "adapter",
+            "stock" (quantized in a format that transformers reads) or "stock_adapter" (PEFT adapter on one of those).
+        base: folder or hub name of the weights under an adapter; of the other kinds the folder.
+        config: the flags it was trained with, `model_name` being `base`; None without run.json.
+        quantizer: fields of the quantizer it was trained with; None if there was none or it is not known.
+        base_fingerprint: `fingerprint` of the base it was trained on; None without run.json.
+        adapter: content of adapter_config.json; None unless it is an adapter.
+        adapter_folder: where adapter_config.json lies; None unless it is an adapter.
+    """
+
+    folder: Path
+    kind: str
+    base: Path
+    config: TrainConfig | None = None
+    quantizer: dict | None = None
+    base_fingerprint: str | None = None
+    adapter: dict | None = None
+    adapter_folder: Path | None = None
+
+    def __str__(self) -> str:
+        return f"{self.folder}: {TITLES[self.kind]}" + (f" ({self.train_type})" if self.train_type else "")
+
+    @property
+    def train_type(self) -> str | None:
+        return self.config.train_type if self.config else None
+
+    @property
+    def rank(self) -> int:
+        return self.adapter["r"]
+
+    @property
+    def scaling(self) -> float:
+        """alpha / r, the factor of `B A`."""
+        return self.adapter["lora_alpha"] / self.adapter["r"]
+
+    @property
+    def dora(self) -> bool:
+        return bool(self.adapter and self.adapter.get("use_dora"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a folder is
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def describe(name: str | Path) -> Run:
+    """Says what a folder, a hub name or `demo` is; reads headers and JSON files, no weights.
+
+    Raises:
+        UserError: no model in it, a run that did not finish or saved nothing, an adapter without its base or weights,
+            tensors that do not fit adapter_config.json, a Llama-Pro folder without the ids of its new blocks.
+    """
+    folder = model_folder(resolve_model(str(name)))
+    record = _read_run(folder)
+    if (folder / ADAPTER_CONFIG).exists():
+        return _describe_adapter(folder, record)
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder}: holds neither a model (config.json) nor an adapter ({ADAPTER_CONFIG})")
+    if (folder / ADAPTER_FOLDER / ADAPTER_CONFIG).exists():
+        adapter = _read_adapter_config(folder / ADAPTER_FOLDER)
+        return Run(folder, "stock_adapter", folder, adapter=adapter, adapter_folder=folder / ADAPTER_FOLDER)
+    if _quantization(folder):
+        return Run(folder, "stock", folder)
+    return Run(folder, _model_kind(folder, record), folder, **_known_from(record, base=None))
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); the file is damaged") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected an object, found {type(content).__name__}; the file is damaged")
+    return content
+
+
+def _read_run(folder: Path) -> dict | None:
+    """run.json of a finished run; None if there is no such file."""
+    path = folder / RUN_FILE
+    if not path.exists():
+        return None
+    record = _read_json(path)
+    if not record.get("finished"):
+        raise UserError(f"{folder}: its training did not finish ({RUN_FILE}); train it again with --overwrite true")
+    if not record.get("saved"):
+        raise UserError(f"{folder}: was trained without --save_model true and holds no weights")
+    flags_of_run = record.get("flags")
+    if not isinstance(flags_of_run, dict) or flags_of_run.get("train_type") not in TRAIN_TYPES:
+        raise UserError(f"{path}: names no known train_type; the file is damaged or of another version")
+    return record
+
+
+def _known_from(record: dict | None, *, base: Path | None) -> dict:
+    """The fields of `Run` that run.json knows."""
+    if record is None:
+        return {}
+    names = {f.name for f in flags(TrainConfig)}
+    config = TrainConfig(**{name: value for name, value in record["flags"].items() if name in names})
+    if base is not None:
+        config = replace(config, model_name=str(base))
+    return dict(config=config, quantizer=record.get("quantizer"), base_fingerprint=record.get("base_fingerprint"))
+
+
+def _model_kind(folder: Path, record: dict | None) -> str:
+    has_ids = (folder / EXPANDED_LAYERS_FILE).exists()
+    if record and TRAIN_TYPES[record["flags"]["train_type"]].method == "llama_pro" and not has_ids:
+        source = record["flags"].get("llama_pro_path")
+        raise UserError(f"{folder}: no {EXPANDED_LAYERS_FILE}, so its new blocks are not known; copy it from {source}")
+    return "llama_pro" if has_ids else "model" if record else "base"
+
+
+def _quantization(folder: Path) -> dict:
+    """How stock software is told to read the weights; empty for a folder in 16 or 32 bits, or without a model."""
+    path = folder / "config.json"
+    return (path.exists() and _read_json(path).get("quantization_config")) or {}
+
+
+def _describe_adapter(folder: Path, record: dict | None) -> Run:
+    adapter = _read_adapter_config(folder)
+    base = _find_base(folder, adapter, record)
+    kind = "stock_adapter" if _quantization(base) else "adapter"
+    return Run(folder, kind, base, **_known_from(record, base=base), adapter=adapter, adapter_folder=folder)
+
+
+def _read_adapter_config(folder: Path) -> dict:
+    """adapter_config.json, checked against the shapes of the tensors beside it.
+
+    Raises:
+        UserError: no tensors, features of PEFT that we do not compute, or tensors of another rank or kind.
+    """
+    path = folder / ADAPTER_CONFIG
+    config = _read_json(path)
+    if not (folder / RUN_FILE).exists():  # not ours
+        _refuse_peft_features(path, config)
+    if not config.get("r") or "lora_alpha" not in config:
+        raise UserError(f"{path}: names no r and lora_alpha; the file is damaged")
+    if not (folder / ADAPTER_WEIGHTS).exists():
+        raise UserError(f"{folder}: {ADAPTER_CONFIG} without {ADAPTER_WEIGHTS}; the folder is incomplete")
+    header = read_header(folder / ADAPTER_WEIGHTS)
+    for name, entry in header.items():
+        ranks = {"lora_A.weight": entry["shape"][:1], "lora_B.weight": entry["shape"][-1:]}
+        for suffix, found in ranks.items():
+            if name.endswith(suffix) and found != [config["r"]]:
+                says = f"{ADAPTER_CONFIG} says r = {config['r']}"
+                raise UserError(f"{folder}: {name} has shape {entry['shape']}, but {says}")
+    if not any(name.endswith("lora_A.weight") for name in header):
+        raise UserError(f"{folder / ADAPTER_WEIGHTS}: holds no LoRA weights")
+    if any(name.endswith(MAGNITUDE) for name in header) != bool(config.get("use_dora")):
+        raise UserError(f"{folder}: use_dora {config.get('use_dora', False)} does not fit its tensors")
+    return config
+
+
+def _refuse_peft_features(path: Path, config: dict) -> None:
+    """Raises UserError for a setting that makes the adapter compute something else than our layers do."""
+    from peft import LoraConfig
+
+    plain = LoraConfig().to_dict()
+    for key, value in config.items():
+        if key in PEFT_READ or (key == "init_lora_weights" and value in PEFT_STARTS):
+            continue
+        if (value or None) != (plain.get(key) or None):
+            raise UserError(f"{path}: {key} {value} is not supported; load and merge it with PEFT")
+
+
+def _find_base(folder: Path, adapter: dict, record: dict | None) -> Path:
+    """The base's folder: as adapter_config.json names it, beside the adapter, as the run named it, or on the hub.
+
+    Raises:
+        UserError: none of these exists.
+    """
+    name = str(adapter.get("base_model_name_or_path") or "")
+    trained_on = resolve_model(record["flags"]["model_name"]) if record else name
+    for candidate in (Path(name), folder / name, Path(trained_on)):
+        if name and candidate.is_dir():
+            return candidate
+    try:
+        return model_folder(name)
+    except CheckpointError:
+        raise UserError(
+            f"{folder}: its base {name or '(not named)'} is gone; put it back, "
+            f"or write its place into base_model_name_or_path of {ADAPTER_CONFIG}"
+        ) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For export: the pieces of a run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def quantizer_object(run: Run):
+    """The quantizer that the base was trained under, exactly as it was; None for an unquantized base."""
+    return quantizer_of(run.train_type)(**run.quantizer) if run.quantizer else None
+
+
+def adapter_tensors(run: Run) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter on the CPU, `<module path>.lora_A.weight` and so on, without PEFT's prefix."""
+    stored = load_file(run.adapter_folder / ADAPTER_WEIGHTS)
+    return {name.removeprefix(KEY_PREFIX): tensor for name, tensor in stored.items()}
+
+
+def check_base(run: Run, fingerprint: str) -> None:
+    """Refuses weights that are not those the run was trained on: the result would be quietly wrong (peft#2321).
+
+    Raises:
+        UserError: naming both folders and the way out.
+    """
+    if run.base_fingerprint and fingerprint != run.base_fingerprint:
+        raise UserError(
+            f"{run.folder}: {run.base} is not the base it was trained on (fingerprint {fingerprint[:12]}, "
+            f"trained on {run.base_fingerprint[:12]}); put the original back"
+        )
+
+
+def tokenizer_folder(run: Run) -> Path:
+    """The run's folder if a tokenizer was saved in it, else its base's."""
+    own = any((run.folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+    return run.folder if own else run.base
+
+
+def tokenizer_of(run: Run):
+    """The tokenizer saved with the run, else that of its base."""
+    return read_tokenizer(str(tokenizer_folder(run)))

@@ -1,0 +1,1 @@
+"""A saved folder answers questions, and its answers are scored."""

@@ -1,0 +1,216 @@
+"""The whole model of a folder, on one device, for inference."""
+
+from dataclasses import asdict, replace
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+from fsdp_utils.config import TrainConfig
+from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.rows import fill
+from fsdp_utils.core.safetensors_io import CheckpointReader
+from fsdp_utils.folders.describe import Run, _quantization, adapter_tensors, check_base
+from fsdp_utils.folders.names import ADAPTER_WEIGHTS, MAGNITUDE
+from fsdp_utils.model.assemble import PRECISIONS, Plan, load, plan
+from fsdp_utils.model.build import build_on_meta, quantize_on_meta, read_model_config
+from fsdp_utils.model.weights import check_loaded, checkpoint_dtype, load_weights, materialize
+from methods import TRAIN_TYPES, method_of, quantizer_of
+from methods.targets import block_linears
+
+# how the base is stored, what is on it; None: what the run did
+EVAL_TYPES = (
+    "full",
+    "full_post_quantized",
+    "qlora",
+    "bnb_dora",
+    "hqq_lora",
+    "hqq_dora",
+    "bnb_llama_pro",
+    "hqq_llama_pro",
+)
+PRECISION_OF = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+def load_for_inference(
+    run: Run, *, device: torch.device, dtype: torch.dtype | None = None, eval_type: str | None = None
+) -> nn.Module:
+    """The model of a run in eval mode, frozen, on one device.
+
+    Adapters stay unmerged over the quantized base they were trained on. A Llama-Pro run was saved dequantized and
+    loads densely; it is then what was trained.
+
+    Args:
+        dtype: bfloat16 or float32; None: what it was trained in, else that of its checkpoint.
+        eval_type: one of EVAL_TYPES, to read the folder as something other than what it says it is.
+
+    Raises:
+        UserError: as `describe`; eval_type or dtype that does not fit the folder; another base than in training.
+    """
+    check_eval_type(run, eval_type)
+    dtype = dtype or default_dtype(run)
+    if run.kind.startswith("stock"):
+        return load_stock(run, device=device, dtype=dtype)
+    opened = _load_adapter if run.kind == "adapter" else _load_model
+    loaded = opened(run, device=device, dtype=dtype, eval_type=eval_type).requires_grad_(False).eval()
+    if (run.base / "generation_config.json").exists():  # names end-of-turn tokens that config.json may lack
+        loaded.generation_config = GenerationConfig.from_pretrained(run.base)
+    return loaded
+
+
+def default_dtype(run: Run) -> torch.dtype:
+    """What the run computed in; without run.json bfloat16, or float32 where the checkpoint is."""
+    if run.config:
+        return PRECISIONS[run.config.precision][0]
+    if run.kind.startswith("stock"):
+        return torch.bfloat16
+    stored = checkpoint_dtype(CheckpointReader(run.base))
+    return stored if stored in PRECISION_OF else torch.bfloat16
+
+
+def check_eval_type(run: Run, eval_type: str | None) -> None:
+    """Raises UserError if the folder cannot be read as `eval_type`."""
+    if eval_type is None or eval_type == run.train_type:
+        return
+    wanted = "model" if eval_type.startswith("full") else TRAIN_TYPES[eval_type].method
+    found = "dora" if run.dora else "lora" if run.adapter else run.kind
+    fits = {
+        "model": found in ("base", "model", "llama_pro"),
+        "llama_pro": found == "llama_pro",
+        "dora": found == "dora",
+    }.get(wanted, found == "lora")
+    if not fits or run.kind.startswith("stock"):
+        raise UserError(f"--eval_type {eval_type}: {run.folder} holds {found} ({run.kind}); leave --eval_type away")
+
+
+def _load_model(run: Run, *, device, dtype, eval_type) -> nn.Module:
+    """A dense model, or one whose linears are quantized while they are read."""
+    built = build_on_meta(read_model_config(str(run.base)), dtype=dtype)
+    weights = CheckpointReader(run.base)
+    quantized = eval_type not in (None, "full", run.train_type)
+    if quantized:
+        train_type = "qlora" if eval_type == "full_post_quantized" else eval_type
+        config = _config_for(run, train_type=train_type)
+        quantizer = quantizer_of(train_type).from_config(config, checkpoint_dtype=checkpoint_dtype(weights))
+        new_blocks_stay = run.kind == "llama_pro" and eval_type != "full_post_quantized"
+        paths = method_of(train_type)(config).to_quantize(built) if new_blocks_stay else list(block_linears(built))
+        if not paths:
+            raise UserError(f"--eval_type {eval_type}: the decoder blocks of {run.folder} have no linears to quantize")
+        quantize_on_meta(built, paths, quantizer)
+    materialize(built, device=device, buffer_device=device)
+    load_weights(built, weights, device=device)
+    check_loaded(built)
+    return built
+
+
+def _config_for(run: Run, *, train_type: str) -> TrainConfig:
+    """The run's flags with another train type; the defaults where the run is not ours."""
+    is_pro = TRAIN_TYPES[train_type].method == "llama_pro"
+    return replace(
+        run.config or TrainConfig(), train_type=train_type, llama_pro_path=str(run.folder) if is_pro else None
+    )
+
+
+def inference_config(run: Run, *, dtype: torch.dtype, eval_type: str | None = None) -> TrainConfig:
+    """The flags that build an adapter run's model again, without what only training needs.
+
+    Raises:
+        UserError: a dtype that models are not built in.
+    """
+    if dtype not in PRECISION_OF:
+        raise UserError(f"--dtype {dtype}: choose from bf16, fp32")
+    config = run.config or _foreign_config(run)
+    if eval_type:
+        config = replace(config, train_type=eval_type)
+    # the attention of packed rows knows no cache, and another one may be missing where there is no GPU; the quantized
+    # cache belongs to the machine of the training, and writing it takes all its processes
+    others = dict(packing=False, attn_implementation="auto", quantized_cache=None)
+    return replace(config, precision=PRECISION_OF[dtype], use_gradient_checkpointing=False, **others)
+
+
+def _foreign_config(run: Run) -> TrainConfig:
+    """The flags that would have made a PEFT adapter that was trained elsewhere."""
+    paths = {n.rpartition(".lora_")[0] for n in adapter_tensors(run)}
+    return TrainConfig(
+        train_type="dora" if run.dora else "custom_lora",
+        model_name=str(run.base),
+        lora_rank=run.rank,
+        lora_alpha=run.adapter["lora_alpha"],
+        lora_target_modules=",".join(sorted(paths)),
+    )
+
+
+def plan_adapter(run: Run, *, device, dtype, eval_type=None) -> tuple[Plan, dict[str, torch.Tensor], TrainConfig]:
+    """The run's model on meta, the saved tensors that fit it, and the flags that build it; no weight is read.
+
+    Raises:
+        UserError: another base, or a base quantized in another way than in training; tensors that do not fit.
+    """
+    config = inference_config(run, dtype=dtype, eval_type=eval_type)
+    planned = plan(config, device=device, training=False)
+    check_base(run, planned.base_fingerprint)
+    as_trained = eval_type in (None, run.train_type)
+    built = asdict(planned.quantizer) if planned.quantizer else None
+    if run.config and as_trained and built != run.quantizer:
+        raise UserError(f"{run.folder}: trained on a base quantized as {run.quantizer}, this version makes {built}")
+    stored = adapter_tensors(run)
+    _check_adapter(run, stored, dict(planned.method.adapter_tensors(planned.model)))
+    return planned, stored, config
+
+
+def _load_adapter(run: Run, *, device, dtype, eval_type) -> nn.Module:
+    """Our model, quantized again from the same base with the same settings, and the saved adapter in it."""
+    planned, stored, config = plan_adapter(run, device=device, dtype=dtype, eval_type=eval_type)
+    loaded = load(planned, config, mesh=None, device=device)
+    fill_adapter(loaded, planned.method, stored, device=device)
+    return loaded
+
+
+def _check_adapter(run: Run, stored: dict, expected: dict) -> None:
+    """Raises UserError for a tensor that is missing, of another shape, or has no place in the model."""
+    for name in sorted(expected.keys() | stored.keys()):
+        if name not in stored:
+            raise UserError(f"{run.folder}: {name} is missing from {ADAPTER_WEIGHTS}")
+        if name not in expected:
+            raise UserError(f"{run.folder}: {name} of {ADAPTER_WEIGHTS} has no place in {run.base}")
+        if stored[name].shape != expected[name].shape:
+            shapes = f"{tuple(stored[name].shape)}, the model wants {tuple(expected[name].shape)}"
+            raise UserError(f"{run.folder}: {name} has shape {shapes}")
+
+
+@torch.no_grad()
+def fill_adapter(loaded: nn.Module, method, stored: dict[str, torch.Tensor], *, device: torch.device) -> None:
+    """Copies saved adapter tensors (named as by `adapter_tensors`) into a loaded model."""
+    for name, tensor in method.adapter_tensors(loaded):
+        path, _, suffix = name.rpartition(".")
+        if suffix == MAGNITUDE:  # kept as its difference from the base's norm
+            layer = loaded.get_submodule(path)
+            fill(layer.magnitude_delta, stored[name].to(device) - layer.weight_norm)
+        else:
+            fill(tensor, stored[name])
+    method.after_step(loaded, device=device)  # the norm of the adapted rows, which DoRA divides by
+
+
+def load_stock(run: Run, *, device, dtype) -> nn.Module:
+    """A folder in a format that transformers reads (bitsandbytes, compressed-tensors), with PEFT's adapter on it.
+
+    Raises:
+        UserError: the library that reads the format is missing, or transformers cannot read the folder.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options = {}
+    if _quantization(run.base).get("quant_method") == "compressed-tensors":
+        from transformers import CompressedTensorsConfig
+
+        # compressed-tensors 0.20 makes room for unpacked zeros only: asymmetric weights load when they are unpacked
+        options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(run.base, dtype=dtype, device_map={"": device}, **options)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{run.base}: transformers cannot load it ({str(error).splitlines()[0]})") from None
+    if run.adapter:
+        from peft import PeftModel
+
+        loaded = PeftModel.from_pretrained(loaded, run.adapter_folder)
+    return loaded.requires_grad_(False).eval()

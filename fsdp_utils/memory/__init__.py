@@ -1,0 +1,1 @@
+"""What a step holds in GPU memory, and what follows from that."""

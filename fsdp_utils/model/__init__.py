@@ -1,0 +1,1 @@
+"""From a folder of weights to a model whose rows are loaded where they belong."""

@@ -1,0 +1,83 @@
+"""From a name to a model on meta: configuration, tokenizer, structure, packed modules without values."""
+
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.initialization import no_init_weights
+
+from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.folders import refuse_missing_folder
+from methods.quantizers.linear import quantized
+from methods.targets import replace_module
+
+DEMO_MODEL = Path(__file__).parents[2] / "demo" / "model"
+
+
+def resolve_model(name: str) -> str:
+    """The folder behind a model name: `demo` is the built-in model."""
+    return str(DEMO_MODEL) if name == "demo" else name
+
+
+def read_model_config(name: str, *, attn_implementation: str = "auto"):
+    """The model's configuration, from a local folder or the hub.
+
+    Raises:
+        UserError: there is none, or it is not a causal language model.
+    """
+    refuse_missing_folder(resolve_model(name))
+    try:
+        config = AutoConfig.from_pretrained(resolve_model(name))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}: {str(error).splitlines()[0]}") from None
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UserError(f"{name}: {config.model_type} is not a causal language model")
+    if getattr(config, "quantization_config", None):
+        raise UserError(f"{name}: its weights are quantized already; give the 16-bit model")
+    if attn_implementation != "auto":
+        config._attn_implementation = attn_implementation
+    config.use_cache = False
+    return config
+
+
+def read_tokenizer(name: str):
+    """The model's tokenizer.
+
+    Raises:
+        UserError: the folder or hub repository has none.
+    """
+    refuse_missing_folder(resolve_model(name))
+    try:
+        return AutoTokenizer.from_pretrained(resolve_model(name))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}: no tokenizer ({str(error).splitlines()[0]})") from None
+
+
+def build_on_meta(model_config, *, dtype: torch.dtype) -> nn.Module:
+    """The frozen model, parameters on meta, buffers (rotary frequencies, scales) real and on the CPU."""
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+    model.tie_weights()  # no_init_weights also skips this
+    return model.requires_grad_(False)
+
+
+def quantize_on_meta(model: nn.Module, paths: list[str], quantizer) -> None:
+    """Replaces the linears and embeddings at `paths` by packed modules without values; tied ones stay tied.
+
+    Raises:
+        UserError: the group size does not divide a row, so groups would cross rows and could not be sharded.
+    """
+    made = {}
+    for path in paths:
+        module = model.get_submodule(path)
+        packed = quantized(module, quantizer)
+        if packed.in_features % quantizer.group_size:
+            raise UserError(
+                f"--quant_group_size {quantizer.group_size}: does not divide in_features {packed.in_features} of {path}"
+            )
+        first = made.setdefault(id(module.weight), packed)
+        for name in packed.packed_names:
+            setattr(packed, name, getattr(first, name))
+        replace_module(model, path, packed)

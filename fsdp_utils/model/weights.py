@@ -1,0 +1,217 @@
+"""From a folder of safetensors to a sharded, quantized model: built on meta, then streamed row by row."""
+
+import hashlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+from fsdp_utils.core.errors import CheckpointError
+from fsdp_utils.core.folders import model_folder
+from fsdp_utils.core.processes import is_main
+from fsdp_utils.core.rows import local, row_range
+from fsdp_utils.core.safetensors_io import CheckpointReader
+from fsdp_utils.model.build import resolve_model
+from fsdp_utils.sharding.host_memory import in_host_memory
+from methods.quantizers.linear import QuantizedWeight
+
+
+def materialize(model: nn.Module, *, device: torch.device, buffer_device: torch.device) -> None:
+    """Gives every parameter on meta (sharded ones: this process's rows) memory without values, moves the buffers."""
+    buffers = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    host = device.type == "cpu" and any(isinstance(p, DTensor) for p in model.parameters())
+    # swapping keeps each Parameter object: tied weights stay tied, and FSDP2 keeps pointing at what it sharded
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        if host:
+            model._apply(in_host_memory(model, pinned=buffer_device.type == "cuda"))
+        else:
+            model._apply(lambda tensor: torch.empty_like(tensor, device=device) if local(tensor).is_meta else tensor)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+    for module, name, buffer in buffers:
+        module._buffers[name] = buffer.to(buffer_device)
+
+
+class DummyWeights:
+    """Random weights without files, for speed and memory measurements; the same for any number of processes."""
+
+    folder = "dummy weights"
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], *, dtype: torch.dtype, device: torch.device, seed: int):
+        self.shapes, self._dtype, self.device, self.seed = shapes, dtype, device, seed
+
+    def names(self) -> list[str]:
+        return list(self.shapes)
+
+    def __contains__(self, name) -> bool:
+        return name in self.shapes
+
+    def shape(self, name) -> tuple[int, ...]:
+        return self.shapes[name]
+
+    def dtype(self, name) -> torch.dtype:
+        return self._dtype
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        shape = self.shapes[name]
+        if len(shape) < 2:  # norms and biases
+            return torch.full((stop - start,), float(not name.endswith("bias")), dtype=self._dtype, device=self.device)
+        seed = int.from_bytes(hashlib.sha256(f"{self.seed}:{name}".encode()).digest()[:7], "big")
+        generator = torch.Generator(self.device).manual_seed(seed)
+        whole = torch.empty(shape, dtype=self._dtype, device=self.device).normal_(0, 0.02, generator=generator)
+        return whole[start:stop]
+
+
+def open_weights(model: nn.Module, name: str, *, load_format: str, dtype: torch.dtype, device: torch.device, seed: int):
+    """Where the weights come from: a reader of the checkpoint, or dummies shaped like `model` (before quantization)."""
+    if load_format == "dummy":
+        shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+        return DummyWeights(shapes, dtype=dtype, device=device, seed=seed)
+    return CheckpointReader(model_folder(resolve_model(name)))
+
+
+def checkpoint_dtype(weights) -> torch.dtype:
+    """The dtype most of the checkpoint is in: that of its first matrix."""
+    matrices = [n for n in weights.names() if len(weights.shape(n)) == 2]
+    if not matrices:
+        raise CheckpointError(f"{weights.folder}: holds no weight matrix")
+    return weights.dtype(matrices[0])
+
+
+def fingerprint(weights) -> str:
+    """A hash that tells one checkpoint from another: each tensor's name, dtype, shape and up to 16 samples.
+
+    It reads a few kilobytes per tensor; a checkpoint that differs only between the samples would pass.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(weights.names()):
+        shape = weights.shape(name)
+        digest.update(f"{name} {weights.dtype(name)} {shape}".encode())
+        rows = shape[0] if shape else 0
+        for row in sorted({i * rows // 16 for i in range(16)} if rows else ()):
+            sample = weights.rows(name, row, row + 1).reshape(-1)[:512].contiguous()
+            digest.update(sample.view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None, torch.Tensor]]:
+    """`(checkpoint name, module, parameter name, parameter whose rows say which rows to read)`.
+
+    The parameter name is None for a packed weight. Parameters that a method added are left out; tied ones come once.
+    """
+    seen = set()
+    for path, module in model.named_modules():
+        prefix = f"{path}.".replace(".base_layer.", ".") if path else ""
+        if isinstance(module, QuantizedWeight) and id(module.packed()[0]) not in seen:
+            seen.add(id(module.packed()[0]))
+            yield f"{prefix}weight", module, None, module.packed()[0]
+        skipped = {*getattr(module, "own_parameters", ()), *getattr(module, "packed_names", ())}
+        for name, parameter in module.named_parameters(recurse=False):
+            adapter = ".lora_" in f".{path}."  # PEFT keeps its weights in linears of their own
+            if name not in skipped and not adapter and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield f"{prefix}{name}", module, name, parameter
+
+
+def _stored_name(weights, name: str, model: nn.Module) -> str:
+    """The name a checkpoint uses for a parameter: some are saved without the base model's prefix."""
+    prefix = f"{model.base_model_prefix}."
+    renamed = name.replace("lm_head.", "embed_out.")  # GPT-NeoX; transformers renames it while it loads
+    for candidate in (name, name.removeprefix(prefix), prefix + name, renamed):
+        if candidate in weights:
+            return candidate
+    raise CheckpointError(f"{weights.folder}: no tensor for {name}, which {type(model).__name__} needs")
+
+
+class Read(NamedTuple):
+    """One tensor to read: its name in the model and in the checkpoint, where it goes, which rows."""
+
+    name: str
+    stored: str
+    module: nn.Module
+    parameter_name: str | None
+    start: int
+    stop: int
+
+
+def plan_reads(model: nn.Module, weights) -> list[Read]:
+    """What to read for this process.
+
+    Raises:
+        CheckpointError: a parameter without tensor, a tensor without parameter, or a shape that differs.
+    """
+    plan = []
+    for name, module, parameter_name, parameter in _parameters(model):
+        stored = _stored_name(weights, name, model)
+        expected = tuple(parameter.shape)
+        if parameter_name is None:
+            expected = (module.out_features, module.in_features)
+        if weights.shape(stored) != expected:
+            shape = weights.shape(stored)
+            raise CheckpointError(f"{weights.folder}: {stored} has shape {shape}, the model wants {expected}")
+        plan.append(Read(name, stored, module, parameter_name, *row_range(parameter)))
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    ignorable = tied | {n for n in weights.names() if n.endswith("inv_freq")}
+    unused = set(weights.names()) - {step.stored for step in plan} - ignorable
+    if unused:
+        raise CheckpointError(f"{weights.folder}: {min(unused)} (of {len(unused)}) loads into nothing in this model")
+    return plan
+
+
+def check_weights(model: nn.Module, weights) -> None:
+    """Raises the CheckpointError that `load_weights` would, from names and shapes alone."""
+    plan_reads(model, weights)
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, weights, *, device: torch.device, cache=None, readers: int = 2) -> None:
+    """Fills this process's rows of every base parameter: reads them, quantizes them on `device`, drops them.
+
+    Args:
+        cache: a QuantizedCache whose packed rows are taken as they are, or None.
+        readers: threads that read ahead, one tensor each, so that reading and quantizing overlap.
+
+    Raises:
+        CheckpointError: naming the file and the tensor that is missing, superfluous or of another shape.
+    """
+    plan = plan_reads(model, weights)
+
+    def read(step: Read):
+        path = step.name.removesuffix(".weight")
+        if step.parameter_name is None and cache is not None and path in cache:
+            return cache.packed_rows(path, step.module, device=device), True
+        return weights.rows(step.stored, step.start, step.stop).to(device), False
+
+    with ThreadPoolExecutor(max_workers=readers) as pool:
+        ahead = deque(pool.submit(read, step) for step in plan[:readers])
+        for i, step in enumerate(tqdm(plan, desc="loading", unit="tensor", disable=not is_main())):
+            rows, is_packed = ahead.popleft().result()
+            if i + readers < len(plan):
+                ahead.append(pool.submit(read, plan[i + readers]))
+            if step.parameter_name is not None:
+                local(getattr(step.module, step.parameter_name)).copy_(rows)
+                continue
+            for parameter, packed in zip(
+                step.module.packed(), rows if is_packed else step.module.quantizer.quantize(rows), strict=True
+            ):
+                local(parameter).view(torch.uint8).copy_(packed.view(torch.uint8))
+
+
+def check_loaded(model: nn.Module) -> None:
+    """Raises if a parameter stayed on meta: it would train as noise."""
+    left = [name for name, p in model.named_parameters() if local(p).is_meta]
+    if left:
+        raise RuntimeError(f"{left[0]} (of {len(left)}) was never loaded")
+
+
+def base_bytes(model: nn.Module) -> tuple[int, int]:
+    """Bytes of the frozen parameters: `(in this process, of the whole model)`."""
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    return sum(local(p).nbytes for p in frozen), sum(p.numel() * p.element_size() for p in frozen)

@@ -1,0 +1,300 @@
+"""Frozen weights of decoder blocks, copied straight out of the neighbours' memory while the block before them runs.
+
+A frozen weight does not change after loading, so its shards can be read at any moment: no collective, no process that
+waits for another, no kernel that takes multiprocessors from a matrix product; the GPUs' copy engines do it. FSDP2 keeps
+what trains, and where that is little it gathers and reduces it once a step: no decoder block waits for another process.
+
+It takes GPUs of one host that reach each other's memory. Elsewhere FSDP2 gathers everything: the reference.
+"""
+
+import socket
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.utils._pytree import tree_leaves
+
+from fsdp_utils.core import processes
+from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.processes import say, shard_group, synchronize
+from fsdp_utils.core.rows import local
+from fsdp_utils.sharding.fsdp import RESHARD_AFTER_FORWARD
+from fsdp_utils.sharding.host_memory import HostMemory
+from methods.quantizers.linear import QuantizedWeight
+
+LITTLE = 1 / 4  # of a block's frozen bytes: what trains in it is adapters, and not the block itself
+
+
+def frozen_weights(block: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Module and name of every frozen parameter of a linear. Nothing writes to these after loading."""
+    linears = [m for m in block.modules() if isinstance(m, (nn.Linear, QuantizedWeight))]
+    return [(m, name) for m in linears for name, p in m.named_parameters(recurse=False) if not p.requires_grad]
+
+
+def _sharded(parameter: nn.Parameter, mesh) -> nn.Parameter:
+    """A parameter on meta as FSDP2 would shard it: dim 0 over the last dimension of the mesh."""
+    last = mesh.ndim - 1
+    rows, mine = parameter.data.chunk(mesh.size(last)), mesh.get_local_rank(last)
+    own = rows[mine] if mine < len(rows) else parameter.data[:0]
+    layout = dict(run_check=False, shape=parameter.shape, stride=parameter.stride())
+    sharded = DTensor.from_local(own, mesh, [*[Replicate()] * last, Shard(0)], **layout)
+    return nn.Parameter(sharded, requires_grad=False)
+
+
+class Exported(NamedTuple):
+    """Where the bytes of a tensor are, for other processes of this host."""
+
+    start: int
+    nbytes: int
+    handle: tuple
+
+
+def export(tensor: torch.Tensor) -> Exported:
+    """For one other process: torch counts readers by exports. No gaps in the tensor; a CPU's moves to shared memory."""
+    storage, start = tensor.untyped_storage(), tensor.storage_offset() * tensor.element_size()
+    handle = storage._share_cuda_()[1:] if tensor.is_cuda else storage._share_filename_cpu_()
+    return Exported(start, tensor.nbytes, handle)
+
+
+def mapped(exported: Exported, device: torch.device) -> torch.Tensor:
+    """uint8 `[nbytes]`: the memory of another process as `device` reads it.
+
+    Raises:
+        RuntimeError: `device` cannot reach it.
+    """
+    if device.type == "cuda":  # under our own device: under its owner's, this process would start a context there
+        storage = torch.UntypedStorage._new_shared_cuda(device.index, *exported.handle)
+    else:
+        storage = torch.UntypedStorage._new_shared_filename_cpu(*exported.handle)
+    whole = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+    return whole[exported.start : exported.start + exported.nbytes]
+
+
+def _export_to_others(tensors: list[torch.Tensor], group) -> list[list[Exported | None]]:
+    """For each process of the group what it needs of each tensor; None for this process and for empty tensors."""
+    mine = dist.get_rank(group)
+    return [
+        [export(t) if process != mine and t.numel() else None for t in tensors]
+        for process in range(dist.get_world_size(group))
+    ]
+
+
+def _exchange(mine, group=None) -> list:
+    """What every process of the group gave, by its place in it; all processes without one."""
+    everyone = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=group)
+    return everyone
+
+
+def _read_all(exported: list, sample: torch.Tensor, rank: int) -> str | None:
+    """Reads every process's sample, each filled with its owner's rank; what went wrong, or None."""
+    for owner, of_owner in enumerate(exported):
+        if isinstance(of_owner, str):
+            return of_owner
+        if owner != rank and not bool((mapped(of_owner[rank][0], sample.device) == owner).all()):
+            return "it reads as something else"
+    return None
+
+
+def _tried(function, *args):
+    """What a function returns, or the first line of its error: memory that cannot be shared or mapped, or another torch
+    whose calls for that (they are not public) have changed."""
+    try:
+        return function(*args)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        return str(error).partition("\n")[0]
+
+
+def unreachable(mesh, device: torch.device) -> str | None:
+    """Why the processes that share a copy of the model cannot read each other's memory; None if they can, found out by
+    reading it. Collective; the same answer in every process of the run.
+    """
+    group = shard_group(mesh)
+    rank = dist.get_rank(group)
+    if len(set(_exchange(socket.gethostname(), group))) > 1:
+        why = "they are on several hosts"
+    else:
+        sample = torch.full((1024,), rank, dtype=torch.uint8, device=device)
+        synchronize(device)
+        exported = _exchange(_tried(_export_to_others, [sample], group), group)
+        why = _tried(_read_all, exported, sample, rank)
+        dist.barrier(group)  # nobody lets go of its sample before all have read it
+    return next(filter(None, _exchange(why)), None)
+
+
+class _Slot:
+    """Memory for the whole frozen weights of a block."""
+
+    def __init__(self, nbytes: int, device: torch.device):
+        self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self.holds, self.ready = None, None  # the number of a block, and the event after which it is whole
+
+
+class _Whole(NamedTuple):
+    """A weight of a block: what is in its module while the block runs, and what is there otherwise."""
+
+    module: nn.Module
+    name: str
+    whole: nn.Parameter
+    shard: nn.Parameter
+
+
+class PeerGather:
+    """Makes the frozen weights of each block whole just before it runs, forward or backward.
+
+    Made on meta, before FSDP2 shards the model without `parameters`; `connect` comes after loading. Where blocks are
+    resharded two slots take turns, so that one fills while the block in the other runs; else each block has its own,
+    filled once in a run.
+    """
+
+    def __init__(self, blocks: dict[str, nn.Module], *, mesh, reshard: bool):
+        self.blocks, self.mesh = list(blocks.values()), mesh
+        self.weights = [frozen_weights(block) for block in self.blocks]
+        self.count = min(2, len(self.blocks)) if reshard else len(self.blocks)
+        self.inside = None  # the number of the block whose weights are whole
+        self.together = all(map(self._trains_little, self.blocks, self.weights))
+        for module, name in chain.from_iterable(self.weights):
+            module._parameters[name] = _sharded(module._parameters[name], mesh)
+
+    @staticmethod
+    def _trains_little(block: nn.Module, weights: list[tuple[nn.Module, str]]) -> bool:
+        """Whether what FSDP2 gathers of a block is little beside these weights, which are gathered here."""
+        ours = sum(module._parameters[name].nbytes for module, name in weights)
+        return sum(p.nbytes for p in block.parameters()) - ours <= LITTLE * ours
+
+    @property
+    def parameters(self) -> set[nn.Parameter]:
+        """The sharded parameters that FSDP2 must leave alone."""
+        return {module._parameters[name] for module, name in chain.from_iterable(self.weights)}
+
+    @property
+    def slot_bytes(self) -> int:
+        return sum(len(slot.memory) for slot in self.slots)
+
+    def connect(self, device: torch.device) -> None:
+        """Maps the neighbours' shards and gathers from now on. Collective, once every shard is loaded."""
+        group = shard_group(self.mesh)
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        shards = [[module._parameters[name] for module, name in weights] for weights in self.weights]
+        sizes = [sum(HostMemory.aligned(p.nbytes) for p in of_block) for of_block in shards]
+        self.slots = [_Slot(max(sizes[i :: self.count]), device) for i in range(self.count)]
+        synchronize(device)
+        rank = dist.get_rank(group)
+        everyone = _exchange([_export_to_others([local(p) for p in of_block], group) for of_block in shards], group)
+        self.wholes, self.copies = [], []  # of each block; copies are pairs of target and source
+        for number, of_block in enumerate(shards):
+            exported = [of_process[number][rank] for of_process in everyone]
+            self._lay_out(number, of_block, exported, rank=rank, device=device)
+        self.hooks = [hook for number, block in enumerate(self.blocks) for hook in self._watch(block, number)]
+        processes.SHARING.append(self)
+        say(
+            f"frozen weights are copied out of {dist.get_world_size(group)} processes' memory, what trains is gathered "
+            + ("once a step" if self.together else "by block")
+        )
+
+    def _lay_out(self, number: int, shards: list, exported: list, *, rank: int, device: torch.device) -> None:
+        """Gives each weight of a block its place in the slot, and says which bytes to copy there from where.
+
+        Args:
+            exported: of each process, what this one needs of each of the block's weights.
+        """
+        memory, start, wholes, copies = self.slots[number % self.count].memory, 0, [], []
+        # a view whose version counter is its own: autograd must not take the next gather for a change of a weight
+        written = memory.data
+        for index, ((module, name), p) in enumerate(zip(self.weights[number], shards, strict=True)):
+            part = slice(start, start + p.nbytes)
+            whole = memory[part].view(p.dtype).view(p.shape)
+            wholes.append(_Whole(module, name, nn.Parameter(whole, requires_grad=False), p))
+            for owner, target in enumerate(written[part].view(p.shape[0], -1).chunk(len(exported))):
+                source = local(p).view(torch.uint8) if owner == rank else mapped(exported[owner][index], device)
+                copies.append(((owner - rank - 1) % len(exported), target, source.view(target.shape)))
+            start += HostMemory.aligned(p.nbytes)
+        # each begins with its next neighbour, so that not all read from one at a time
+        self.copies.append([(target, source) for _, target, source in sorted(copies, key=lambda copy: copy[0])])
+        self.wholes.append(wholes)
+
+    def _watch(self, block: nn.Module, number: int) -> tuple:
+        """Gathers around the block; the handles of its hooks. As FSDP2's, they see the module, so that recomputation
+        stays inside them."""
+
+        def before_forward(module, args):
+            self._enter(number, then=number + 1)
+
+        def after_forward(module, args, output):
+            self._leave()
+            for tensor in tree_leaves(output):
+                if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                    tensor.register_hook(before_backward)
+
+        def before_backward(grad):
+            self._enter(number, then=number - 1)
+            torch.autograd.Variable._execution_engine.queue_callback(self._leave)  # when backward is over
+
+        return block.register_forward_pre_hook(before_forward), block.register_forward_hook(after_forward)
+
+    def _enter(self, number: int, *, then: int) -> None:
+        """Makes a block whole for what is launched from now on; `then` is the block that is likely to be next."""
+        self._leave()
+        self._fetch(number)
+        if self.stream:
+            torch.cuda.current_stream().wait_event(self.slots[number % self.count].ready)
+        for module, name, whole, _ in self.wholes[number]:
+            module._parameters[name] = whole
+        self.inside = number
+        if 0 <= then < len(self.blocks):
+            self._fetch(then)
+
+    def _leave(self) -> None:
+        """Puts the shards back: outside its block a weight is this process's rows."""
+        if self.inside is not None:
+            for module, name, _, shard in self.wholes[self.inside]:
+                module._parameters[name] = shard
+            self.inside = None
+
+    @torch.no_grad()
+    def _fetch(self, number: int) -> None:
+        """Begins to fill a block's slot, if it holds another; what was launched so far may still read that one."""
+        slot = self.slots[number % self.count]
+        if slot.holds == number:
+            return
+        if self.stream:
+            self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for target, source in self.copies[number]:
+                target.copy_(source, non_blocking=True)
+        slot.holds, slot.ready = number, self.stream and self.stream.record_event()
+
+    def disconnect(self) -> None:
+        """Lets go of the neighbours' memory. Nothing is gathered any more."""
+        if self.stream:
+            self.stream.synchronize()
+        for hook in self.hooks:
+            hook.remove()
+        self.copies = []
+
+    def free(self) -> None:
+        """Gives back this process's shards on a GPU, once every process has disconnected."""
+        for p in self.parameters:
+            if local(p).is_cuda:
+                local(p).untyped_storage().resize_(0)
+
+
+def choose(blocks: dict[str, nn.Module], config, *, mesh, device: torch.device) -> PeerGather | None:
+    """The gathering that `--peer_gather` asks for; None where FSDP2 does it all. Collective.
+
+    Raises:
+        UserError: it was asked for, and the processes do not reach each other's memory.
+    """
+    wanted = config.peer_gather is True or (config.peer_gather == "auto" and device.type == "cuda")
+    frozen = any(map(frozen_weights, blocks.values()))
+    if mesh is None or not wanted or not frozen or config.use_cpu_offload or shard_group(mesh).size() == 1:
+        return None
+    if why := unreachable(mesh, device):
+        if config.peer_gather is True:
+            raise UserError(f"--peer_gather true: no process reads another's memory here ({why}); pass auto or false")
+        say(f"note: FSDP2 gathers frozen weights too: no process reads another's memory here ({why})")
+        return None
+    return PeerGather(blocks, mesh=mesh, reshard=RESHARD_AFTER_FORWARD[config.sharding_strategy])

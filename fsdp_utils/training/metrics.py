@@ -1,0 +1,207 @@
+"""Where numbers go: progress bar, stdout or wandb, always metrics.jsonl; plus memory readings and the profiler."""
+
+import json
+import math
+import os
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.locks import make_writable
+from fsdp_utils.core.processes import rank, synchronize
+
+GIB = 2**30
+
+
+class Stdout:
+    """One line per step."""
+
+    def __init__(self, config, total):
+        self.total = total
+
+    def log(self, row):
+        print(" ".join(f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
+
+    def close(self):
+        pass
+
+
+class Tqdm(Stdout):
+    """A progress bar over optimizer steps."""
+
+    def __init__(self, config, total):
+        self.bar = tqdm(total=total, desc="training", unit="step", file=sys.stderr)
+
+    def log(self, row):
+        self.bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{row['lr']:.2e}", tok_s=f"{row['tokens_per_s']:.0f}")
+        self.bar.update()
+
+    def close(self):
+        self.bar.close()
+
+
+class Wandb(Tqdm):
+    """Weights & Biases beside the bar; WANDB_MODE=offline works without a network."""
+
+    def __init__(self, config, total):
+        import wandb
+
+        from fsdp_utils.core.flags import as_dict
+
+        names = dict(project=config.project_name, name=config.name, group=config.group, entity=config.entity)
+        self.run = wandb.init(**names, config=as_dict(config))
+        super().__init__(config, total)
+
+    def log(self, row):
+        self.run.log(row, step=row["step"])
+        super().log(row)
+
+    def close(self):
+        super().close()
+        self.run.finish()
+
+
+SINKS = {"tqdm": Tqdm, "stdout": Stdout, "wandb": Wandb}
+
+
+def check_sink(config) -> None:
+    """Raises UserError, before anything is loaded, if profiles or what is logged have nowhere to go. Process 0 asks."""
+    if rank() != 0:
+        return
+    if config.profile:
+        folder = Path(config.profiling_output).absolute()
+        # nothing is made yet: a folder inside --output_dir would pass for a result
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        make_writable(there, named=f"--profiling_output {config.profiling_output}")
+    if config.log_to == "wandb":
+        _check_wandb()
+
+
+def _check_wandb() -> None:
+    import wandb
+
+    if wandb.setup().settings.mode in ("offline", "dryrun", "disabled"):
+        return
+    try:
+        why = None if wandb.login(prompt=False) else "no API key is known; run `wandb login`"
+    except wandb.Error as error:
+        why = str(error).splitlines()[0]
+    if why:
+        raise UserError(f"--log_to wandb: {why}, or set WANDB_MODE=offline")
+
+
+class Silent:
+    """What the other processes log to, so that the loop asks no one's rank."""
+
+    def log(self, row):
+        pass
+
+    def close(self):
+        pass
+
+
+class Logger:
+    """Process 0's logger: the chosen sink and `metrics.jsonl` in the output folder."""
+
+    def __init__(self, config, *, total: int):
+        self.file = open(Path(config.output_dir) / "metrics.jsonl", "w", buffering=1)
+        self.sink = SINKS[config.log_to](config, total)
+
+    def log(self, row: dict) -> None:
+        # a skipped step's infinite norm is no JSON
+        finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()}
+        self.file.write(json.dumps(finite, allow_nan=False) + "\n")
+        self.sink.log(row)
+
+    def close(self) -> None:
+        self.sink.close()
+        self.file.close()
+
+
+def make_logger(config, *, total: int):
+    """The logger of this process."""
+    return Logger(config, total=total) if rank() == 0 else Silent()
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak of allocated GPU memory since the last reset, or of this process's resident memory on a CPU, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+def memory_now(device: torch.device) -> dict[str, float]:
+    """GiB allocated and reserved on the GPU at this moment; on a CPU, resident in this process."""
+    if device.type == "cuda":
+        allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+        return dict(allocated_gib=allocated / GIB, reserved_gib=reserved / GIB)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return dict(resident_gib=pages * os.sysconf("SC_PAGE_SIZE") / GIB)
+
+
+class Clock:
+    """Tokens per second of this run, without the first step (compilation, allocator, lazy initialisation)."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.tokens, self.start = device, 0, None
+
+    def step(self, tokens: int) -> float:
+        """Adds one step's tokens (all processes) and returns the last step's tokens per second."""
+        synchronize(self.device)
+        now = time.perf_counter()
+        speed = tokens / (now - self.last) if self.start is not None else tokens / (now - self.begun)
+        if self.start is None:
+            self.start = now
+        else:
+            self.tokens += tokens
+        self.last = now
+        return speed
+
+    def begin(self) -> None:
+        """Call right before the first step."""
+        self.begun = time.perf_counter()
+
+    def mean(self) -> float:
+        """Tokens per second from the end of the first step to the end of the last."""
+        return self.tokens / max(self.last - self.start, 1e-9) if self.start is not None else 0.0
+
+
+def make_profiler(config, device: torch.device):
+    """torch.profiler as the flags say, or None. Traces go to `profiling_output`, one file per process and cycle."""
+    if not config.profile:
+        return None
+    from torch.profiler import ProfilerActivity, profile, schedule
+
+    folder = Path(config.profiling_output)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    exported = set()
+
+    def export(profiler):
+        if profiler.step_num in exported:
+            return  # a window that opened as the run ended is empty, and has the name of the one before
+        exported.add(profiler.step_num)
+        name = f"rank{rank()}_step{profiler.step_num}"
+        if config.export_trace:
+            profiler.export_chrome_trace(str(folder / f"{name}.json.gz"))
+        if config.export_memory_timeline:
+            suffix = "html" if find_spec("matplotlib") else "json.gz"  # torch plots with it, or writes nothing
+            profiler.export_memory_timeline(str(folder / f"{name}_memory.{suffix}"), device=str(device))
+
+    recorded = config.warmup_steps + config.active_steps
+    wait = max(config.wait_steps, config.profiling_frequency - recorded)
+    return profile(
+        activities=[ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else []),
+        schedule=schedule(wait=wait, warmup=config.warmup_steps, active=config.active_steps, repeat=config.repeat),
+        on_trace_ready=export,
+        record_shapes=config.with_shapes or config.export_memory_timeline,
+        with_stack=config.with_stack or config.export_memory_timeline,
+        profile_memory=config.profile_memory or config.export_memory_timeline,
+    )

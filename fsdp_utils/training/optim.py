@@ -1,0 +1,162 @@
+"""Optimizers and schedules, one row each; optimizers step on the rows that this process holds."""
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fsdp_utils.core.rows import local, row_range
+from methods.kernels import adamw
+
+
+def _adamw_8bit(params, lr, wd):
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(params, lr=lr, weight_decay=wd)
+
+
+OPTIMIZERS = {
+    "adamw": lambda params, lr, wd: torch.optim.AdamW(params, lr=lr, weight_decay=wd),
+    "adam": lambda params, lr, wd: torch.optim.Adam(params, lr=lr, weight_decay=wd),
+    "sgd": lambda params, lr, wd: torch.optim.SGD(params, lr=lr, weight_decay=wd),
+    "adadelta": lambda params, lr, wd: torch.optim.Adadelta(params, lr=lr, weight_decay=wd),
+    "fused_adamw": lambda params, lr, wd: torch.optim.AdamW(params, lr=lr, weight_decay=wd, fused=True),
+    "fused_adam": lambda params, lr, wd: torch.optim.Adam(params, lr=lr, weight_decay=wd, fused=True),
+    "adamw_8bit": _adamw_8bit,
+}
+
+
+class StochasticAdamW(torch.optim.Optimizer):
+    """torch's AdamW for bf16 parameters, rounded at random: see `methods.kernels.adamw`.
+
+    Args:
+        places: of each parameter, its number in the model and the number of its first element here.
+
+    Raises:
+        ValueError: a parameter is not bf16, and would lose bits that it has, or has gaps between its elements.
+    """
+
+    def __init__(self, params: list[nn.Parameter], places: list[tuple[int, int]], *, lr: float, wd: float, seed: int):
+        if not all(p.dtype == torch.bfloat16 and p.is_contiguous() for p in params):
+            raise ValueError("StochasticAdamW: trains contiguous bf16 parameters")
+        super().__init__(params, dict(lr=lr, weight_decay=wd, betas=(0.9, 0.999), eps=1e-8))
+        self.places, self.seed, self.steps = places, seed, 0
+        self.step_kernel = adamw.StepKernel()
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        (group,) = self.param_groups
+        self.steps += 1
+        step = adamw.Step(group["lr"], group["weight_decay"], *group["betas"], group["eps"], self.steps, self.seed)
+        rows = []
+        for p, place in zip(group["params"], self.places, strict=True):
+            if p.grad is not None:
+                state = self.state[p]
+                if not state:
+                    state.update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                rows.append(adamw.Row(p, p.grad, state["exp_avg"], state["exp_avg_sq"], *place))
+        run = self.step_kernel if adamw.triton is not None and rows and rows[0].weight.is_cuda else adamw.step_plain
+        run(rows, step)
+
+
+def make_optimizer(config, trained: "LocalParameters") -> torch.optim.Optimizer:
+    """That of `--optimizer`."""
+    if config.rounds_stochastically:
+        return StochasticAdamW(trained.plain, trained.places, lr=config.lr, wd=config.wd, seed=config.seed)
+    return OPTIMIZERS[config.optimizer](trained.plain, config.lr, config.wd)
+
+
+# factor of the peak learning rate at a share of the steps after warm-up
+SCHEDULES = {
+    "constant": lambda share: 1.0,
+    "linear": lambda share: 1.0 - share,
+    "cosine": lambda share: 0.1 + 0.45 * (1 + math.cos(math.pi * share)),  # ends at a tenth, as the 2024 script did
+}
+
+
+def schedule_factor(name: str, step: int, *, total: int, warmup_ratio: float) -> float:
+    """The factor of the peak learning rate for 0-based optimizer step `step` of `total`."""
+    warmup = 0 if name == "constant" else int(total * warmup_ratio)
+    if step < warmup:
+        return (step + 1) / warmup
+    return SCHEDULES[name]((step - warmup) / max(total - warmup, 1))
+
+
+class LocalParameters:
+    """The trained parameters as plain tensors that share the memory of this process's rows.
+
+    Every optimizer offered works element by element, so it never needs to know that a parameter is sharded;
+    bitsandbytes' refuse sharded ones, and torch's are slower on them.
+
+    Args:
+        keep_gradients: zero_grad writes zeros, so that the memory of gradients stays where a CUDA graph found it.
+    """
+
+    def __init__(self, model: nn.Module, *, keep_gradients: bool = False):
+        self.keep_gradients = keep_gradients
+        trained = [(number, p) for number, p in enumerate(model.parameters()) if p.requires_grad and local(p).numel()]
+        self.sharded = [p for _, p in trained]
+        self.plain = [nn.Parameter(local(p).detach()) for p in self.sharded]
+        # for the optimizer that asks: a parameter's number, and that of its first element here
+        self.places = [(number, row_range(p)[0] * p.shape[1:].numel()) for number, p in trained]
+
+    def collect_gradients(self) -> list[torch.Tensor]:
+        """Points the plain tensors at today's rows and gradients; returns the gradients."""
+        for sharded, plain in zip(self.sharded, self.plain, strict=True):
+            plain.data = local(sharded).detach()  # FSDP2 moves rows once, before the first forward (pinning, padding)
+            plain.grad = None if sharded.grad is None else local(sharded.grad)
+        return [p.grad for p in self.plain if p.grad is not None]
+
+    def zero_grad(self) -> None:
+        if self.keep_gradients:
+            torch._foreach_zero_([p.grad for p in self.plain if p.grad is not None])
+            return
+        for sharded, plain in zip(self.sharded, self.plain, strict=True):
+            sharded.grad = plain.grad = None
+
+
+def global_norm(gradients: list[torch.Tensor], *, group, device: torch.device) -> torch.Tensor:
+    """The 2-norm over all rows of all processes, fp32 scalar; `group` together holds each row once."""
+    squared = torch.zeros((), device=device)
+    if gradients:
+        # in fp32: fp16 would overflow, and bf16 norms would have to be converted one by one
+        norms = torch._foreach_norm(gradients, dtype=torch.float32)
+        squared = torch.stack(norms).square().sum().to(device)
+    if group is not None:
+        dist.all_reduce(squared, group=group)
+    return squared.sqrt()
+
+
+def clip_(gradients: list[torch.Tensor], norm: torch.Tensor, limit: float) -> None:
+    """Scales gradients of this global norm down to `limit`, where it is larger; does not wait for the GPU."""
+    if gradients:
+        torch._foreach_mul_(gradients, (limit / norm).clamp_max(1).to(gradients[0].device))
+
+
+class LossScaler:
+    """Scales the loss so that small fp16 gradients survive; skips steps that overflow. Every process decides alike,
+    because it looks at the global norm."""
+
+    def __init__(self, enabled: bool, *, start: float = 2.0**15, growth_interval: int = 1000):
+        self.scale = start if enabled else 1.0
+        self.enabled, self.growth_interval, self.good_steps = enabled, growth_interval, 0
+
+    @property
+    def can_shrink(self) -> bool:
+        """Whether an overflow may be the scale's fault. At 1 it is not: then the model diverged."""
+        return self.enabled and self.scale > 1
+
+    def unscale_(self, gradients: list[torch.Tensor]) -> None:
+        if self.enabled and gradients:
+            torch._foreach_mul_(gradients, 1 / self.scale)
+
+    def update(self, finite: bool) -> None:
+        """Halves the scale after an overflow, doubles it after `growth_interval` good steps."""
+        if not self.enabled:
+            return
+        self.good_steps = self.good_steps + 1 if finite else 0
+        if not finite:
+            self.scale = max(self.scale / 2, 1.0)
+        elif self.good_steps == self.growth_interval:
+            self.scale, self.good_steps = self.scale * 2, 0
