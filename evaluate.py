@@ -8,80 +8,36 @@
 of these is read from the folder. An evaluation that was interrupted goes on where it stopped when it is started again.
 """
 
+from fsdp_utils.core.flags import as_dict, parse_or_fail
+from fsdp_utils.inference.config import EvalConfig
+
+if __name__ == "__main__":  # before the libraries, which take seconds: --help and a wrong flag are answered at once
+    CONFIG = parse_or_fail(EvalConfig, prog="evaluate.py", description=__doc__)
+
 import hashlib
 import json
 import os
 import random
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from fsdp_utils.config import TrainConfig
 from fsdp_utils.core import processes
+from fsdp_utils.core.devices import pick_device
 from fsdp_utils.core.errors import UserError, naming
-from fsdp_utils.core.flags import as_dict, flag, section
 from fsdp_utils.core.folders import refuse_file_above, write_json
-from fsdp_utils.core.processes import rank, say, world_size
+from fsdp_utils.core.ranks import is_main, rank, say, world_size
 from fsdp_utils.data import sources
 from fsdp_utils.folders.describe import Run, describe, tokenizer_of
 from fsdp_utils.inference.generation import HFGenerator, Output, VLLMGenerator, check_vllm, prompt_ids
-from fsdp_utils.inference.load import EVAL_TYPES, check_eval_type, load_for_inference
+from fsdp_utils.inference.load import check_eval_type, load_for_inference
 from fsdp_utils.inference.partial import Partial
 from fsdp_utils.inference.scoring import compare, cut_at_next_prompt, wilson_interval
+from fsdp_utils.options import DTYPES
 
-DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 NOT_SETTINGS = ("batch_size", "output_file", "overwrite", "device", "world_size", "master_addr", "master_port")
-
-
-@dataclass
-class EvalConfig:
-    """The settings of one evaluation; see `python evaluate.py --help`."""
-
-    _model: str = section("model")
-    model: str = flag("demo", "folder or hub name of a base model, run or export; `demo` is the built-in base model")
-    eval_type: str = flag("auto", "read --model as this, not as what it is", choices=("auto", *EVAL_TYPES))
-    dtype: str = flag("auto", "storage and compute precision; auto: as trained", choices=tuple(DTYPES))
-    device: str = flag("auto", "where to compute", choices=("auto", "cuda", "cpu"))
-    backend: str = flag("hf", "vllm needs vLLM, and weights it can serve", choices=("hf", "vllm"))
-
-    _questions: str = section("questions")
-    dataset: str = flag("orca_math", "orca_math, demo, or a local file with question and answer")
-    samples: int = flag(500, "the first so many of the validation set", minimum=1)
-    n_shots: int = flag(0, "solved questions of the training split before each question", minimum=0)
-
-    _generation: str = section("generation")
-    batch_size: int = flag(32, "questions at a time and process; halved where it does not fit", minimum=1)
-    max_new_tokens: int = flag(512, "longest answer in tokens", minimum=1)
-    temperature: float = flag(0.0, "0: greedy", minimum=0.0)
-    seed: int = flag(42, "of the choice of shots and of sampling", minimum=0, maximum=2**63)
-
-    _output: str = section("output")
-    output_file: str = flag("evaluation.json", "settings, score, and every question with its answer")
-    overwrite: bool = flag(False, "replace --output_file, and forget an interrupted evaluation")
-
-    _launch: str = section("launch without torchrun")
-    world_size: int = flag(-1, "processes when started by plain `python`; -1: one per visible GPU", minimum=-1)
-    master_addr: str = flag("localhost", "address of process 0")
-    master_port: str = flag("12355", "port of process 0")
-
-    explicit_flags: frozenset = field(default=frozenset(), init=False, repr=False)
-
-    @property
-    def reading(self) -> str | None:
-        """--eval_type, or None to take the folder as what it is."""
-        return None if self.eval_type == "auto" else self.eval_type
-
-    def errors(self) -> list[str]:
-        """One line for each flag that cannot work beside the others."""
-        found = []
-        if 0 < self.temperature < 0.01:
-            found.append(f"--temperature {self.temperature}: logits divided by it overflow; pass 0 for greedy answers")
-        several = self.world_size > 1 or "WORLD_SIZE" in os.environ
-        if self.backend == "vllm" and several:
-            found.append("--backend vllm: starts its own processes; run one, without torchrun and --world_size")
-        return found
 
 
 def read_questions(config: EvalConfig) -> tuple[list[dict], str]:
@@ -163,15 +119,16 @@ def make_generator(config: EvalConfig, run: Run, tokenizer, *, device: torch.dev
     """The backend, with the model loaded."""
     settings = dict(max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=config.seed)
     if config.backend == "vllm":
-        dtype = {"bf16": "bfloat16", "fp32": "float32"}.get(config.dtype, "auto")
+        dtype = DTYPES.get(config.dtype, "auto")
         return VLLMGenerator(run, dtype=dtype, **settings)
-    model = load_for_inference(run, device=device, dtype=DTYPES[config.dtype], eval_type=config.reading)
+    dtype = None if config.dtype == "auto" else getattr(torch, DTYPES[config.dtype])
+    model = load_for_inference(run, device=device, dtype=dtype, eval_type=config.reading)
     return HFGenerator(model, tokenizer, **settings)
 
 
 def main(config: EvalConfig) -> None:
     """The story of an evaluation; every check comes before the first weight is read."""
-    device = processes.pick_device(config.device)
+    device = pick_device(config.device)
     output = Path(config.output_file)
     refuse_file_above(output, flag="output_file")
     if output.exists() and not output.is_file():
@@ -188,13 +145,13 @@ def main(config: EvalConfig) -> None:
     questions, shots = read_questions(config)
     prompts = prompt_ids([shots + question["prompt"] for question in questions], tokenizer)
     partial = Partial(output, key=settings_key(config, run, questions, prompts))
-    with partial.claimed() if processes.is_main() else nullcontext():
+    with partial.claimed() if is_main() else nullcontext():
         answer(config, run, tokenizer, partial, questions=questions, prompts=prompts, device=device)
 
 
 def answer(config: EvalConfig, run: Run, tokenizer, partial: Partial, *, questions, prompts, device) -> None:
     """Generates the answers that are missing, and finishes."""
-    if processes.is_main():
+    if is_main():
         partial.resume(overwrite=config.overwrite)
     processes.barrier()
     done = partial.done()
@@ -208,7 +165,7 @@ def answer(config: EvalConfig, run: Run, tokenizer, partial: Partial, *, questio
             for given in generator.answers(mine, batch_size=config.batch_size):
                 append(scored(questions[given.index], given))
     processes.barrier()
-    if processes.is_main():
+    if is_main():
         finish(config, run, partial, asked=len(questions))
 
 
@@ -239,13 +196,5 @@ def finish(config: EvalConfig, run: Run, partial: Partial, *, asked: int) -> Non
     )
 
 
-def cli() -> None:
-    """What a shell starts."""
-    config = processes.parse_or_fail(EvalConfig, prog="evaluate.py", description=__doc__)
-    if config.backend == "vllm":
-        config.world_size = 1
-    processes.launch(main, config)
-
-
 if __name__ == "__main__":
-    cli()
+    processes.launch(main, CONFIG)

@@ -13,61 +13,30 @@ Weights are streamed one tensor at a time, and the folder appears when it is com
 transformers (and PEFT) load it, with the trained model on held-out text.
 """
 
-import os
+from fsdp_utils.core.flags import as_dict, parse_or_fail
+from fsdp_utils.export.config import ExportConfig
+
+if __name__ == "__main__":  # before the libraries, which take seconds: --help and a wrong flag are answered at once
+    CONFIG = parse_or_fail(ExportConfig, prog="prepare_weights.py", description=__doc__)
+
 import time
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from fsdp_utils.core import processes
+from fsdp_utils.core.devices import peak_memory_gib, pick_device
 from fsdp_utils.core.errors import UserError, naming
-from fsdp_utils.core.flags import as_dict, flag, section
-from fsdp_utils.core.folders import check_new_folder, new_folder, parse_size, size_errors, write_json
+from fsdp_utils.core.folders import check_new_folder, new_folder, parse_size, write_json
 from fsdp_utils.core.locks import exclusively
-from fsdp_utils.core.processes import say
-from fsdp_utils.export import INFER_TYPES, fidelity, format_of
-from fsdp_utils.export.formats import DTYPES, write_rest, write_weights
+from fsdp_utils.core.ranks import say
+from fsdp_utils.export import fidelity, format_of
+from fsdp_utils.export.formats import write_rest, write_weights
 from fsdp_utils.export.gptq import check_gptq, write_gptq
 from fsdp_utils.export.trained import TrainedWeights
 from fsdp_utils.folders.describe import Run, describe, tokenizer_of
-from fsdp_utils.training import metrics
-
-
-@dataclass
-class ExportConfig:
-    """The settings of one export; see `python prepare_weights.py --help`."""
-
-    _export: str = section("export")
-    model: str = flag("", "folder of a run, a merged or a Llama-Pro model")
-    save_dir: str = flag("", "folder that is made")
-    infer_type: str = flag("merged", "format; see above", choices=tuple(INFER_TYPES))
-    dtype: str = flag("bf16", "of what is not packed, and of the arithmetic of 4-bit layers", choices=tuple(DTYPES))
-    max_shard_size: str = flag("5GB", "largest size of one weight file")
-    overwrite: bool = flag(False, "replace the model in --save_dir")
-    device: str = flag("auto", "where to compute", choices=("auto", "cuda", "cpu"))
-
-    _w4a16: str = section("w4a16")
-    symmetric: bool = flag(True, "codes around zero; false: a zero point per group")
-    group_size: int = flag(128, "weights that share one scale", choices=(128, 64, 32))
-    gptq: bool = flag(False, "calibrate on training samples; needs llm-compressor")
-    gptq_samples: int = flag(512, "training samples to calibrate on", minimum=1)
-
-    _fidelity: str = section("fidelity report")
-    fidelity_data: str | None = flag(None, "dataset or local file to compare on; default: what the run held out")
-    fidelity_samples: int = flag(64, "texts to compare on; 0: no report", minimum=0)
-
-    explicit_flags: frozenset = field(default=frozenset(), init=False, repr=False)
-
-    def errors(self) -> list[str]:
-        """One line for each flag that cannot work beside the others."""
-        found = [f"--{name}: required" for name in ("model", "save_dir") if not getattr(self, name)]
-        found += size_errors(self.max_shard_size, flag="max_shard_size")
-        if "WORLD_SIZE" in os.environ:
-            found.append("torchrun: an export is one process; start it with plain python")
-        others = {"symmetric", "group_size", "gptq", "gptq_samples"} & self.explicit_flags
-        if self.infer_type != "w4a16":
-            found += [f"--{name}: has no meaning for --infer_type {self.infer_type}" for name in sorted(others)]
-        return found
+from fsdp_utils.options import DTYPES
 
 
 def check_target(config: ExportConfig, run: Run) -> Path:
@@ -110,13 +79,13 @@ def export(config: ExportConfig, run: Run, tokenizer, target: Path, *, device) -
             write_weights(chosen, folder, max_shard_bytes=max_shard_bytes)
             write_rest(chosen, tokenizer, folder, target=target)
     size = sum(path.stat().st_size for path in target.rglob("*.safetensors"))
-    took, peak = time.perf_counter() - begun, metrics.peak_memory_gib(device)
+    took, peak = time.perf_counter() - begun, peak_memory_gib(device)
     say(f"{trained.nbytes / 1e9:.3f} GB read, {size / 1e9:.3f} GB of weights in {target}; {took:.0f} s, {peak:.2f} GiB")
 
 
 def report(config: ExportConfig, run: Run, text: fidelity.HeldOut, target: Path, *, device) -> None:
     """Prints the comparison and writes fidelity.json."""
-    scores = fidelity.fidelity(run, target, text, device=device, dtype=DTYPES[config.dtype])
+    scores = fidelity.fidelity(run, target, text, device=device, dtype=getattr(torch, DTYPES[config.dtype]))
     tokens = sum(int((labels != fidelity.IGNORED).sum()) for _, labels in text.rows)
     say(f"{len(text.rows)} texts of {text.source}, {tokens} tokens", fidelity.table(scores), sep="\n")
     facts = dict(data=text.source, texts=len(text.rows), tokens=tokens, settings=as_dict(config))
@@ -125,7 +94,7 @@ def report(config: ExportConfig, run: Run, text: fidelity.HeldOut, target: Path,
 
 def main(config: ExportConfig) -> None:
     """The story of an export; every check comes before the first weight is written."""
-    device = processes.pick_device(config.device)
+    device = pick_device(config.device)
     with naming("--model"):
         run = describe(config.model)
     target = check_target(config, run)
@@ -144,10 +113,5 @@ def main(config: ExportConfig) -> None:
             report(config, run, text, target, device=device)
 
 
-def cli() -> None:
-    """What a shell starts."""
-    processes.run(main, processes.parse_or_fail(ExportConfig, prog="prepare_weights.py", description=__doc__))
-
-
 if __name__ == "__main__":
-    cli()
+    processes.run(main, CONFIG)

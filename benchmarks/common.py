@@ -14,13 +14,14 @@ from transformers import LlamaConfig
 
 from fsdp_utils.config import TrainConfig
 from fsdp_utils.core import processes
+from fsdp_utils.core.devices import pick_device, synchronize
 from fsdp_utils.core.flags import parse
-from fsdp_utils.core.processes import synchronize
+from fsdp_utils.core.ranks import is_main
+from fsdp_utils.data.batches import with_targets
 from fsdp_utils.model.assemble import compiler, load, plan
-from fsdp_utils.sharding import fsdp
-from fsdp_utils.training.loss import label_tokens, with_targets
-from fsdp_utils.training.optim import LocalParameters, global_norm, make_optimizer
-from fsdp_utils.training.step import micro_step
+from fsdp_utils.sharding.mesh import mesh_for
+from fsdp_utils.training.step import TrainStep
+from fsdp_utils.training.task import CAUSAL_LM
 
 SHAPES = {
     "tiny": dict(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
@@ -137,42 +138,36 @@ def median_step(
     )
 
 
+def random_batch(vocabulary: int, batch: int, length: int) -> dict[str, torch.Tensor]:
+    """A micro-batch of random tokens, all but each row's first in the loss."""
+    ids = torch.randint(0, vocabulary, (batch, length))
+    return dict(input_ids=ids, labels=ids)
+
+
 class Run:
-    """A loaded model that can take optimizer steps on random tokens; sharded over the processes, or whole in each."""
+    """A prepared model that takes optimizer steps; sharded over the processes, or whole in each."""
 
     def __init__(self, config, *, alone: bool = False):
         self.config = config
-        self.device = processes.pick_device(config.device)
+        self.device = pick_device(config.device)
         processes.start(self.device, alone=config.use_cpu_offload)
-        self.mesh = None if alone else processes.mesh_for(config, self.device)
-        self.plan = plan(config, device=self.device)
+        mesh = None if alone else mesh_for(config, self.device)
+        self.plan = plan(config, task=CAUSAL_LM, device=self.device)
         start = time.perf_counter()
-        self.model = load(
-            self.plan, config, mesh=self.mesh, device=self.device, compile_block=compiler(config, self.device)
-        )
+        compile_block = compiler(config, self.device)
+        self.prepared = load(self.plan, config, mesh=mesh, device=self.device, compile_block=compile_block)
         self.load_s = time.perf_counter() - start
-        self.micro_step = micro_step(self.model, config, mesh=self.mesh, device=self.device)
-        self.trained = LocalParameters(self.model, keep_gradients=self.micro_step.graphs)
-        self.optimizer = make_optimizer(config, self.trained)
-        self.model.train()
+        self.model = self.prepared.model
+        self.train_step = TrainStep(self.prepared, config, task=CAUSAL_LM)
 
     def step(self, batch: int, length: int) -> None:
         """One optimizer step on `batch` rows of `length` random tokens, all of them in the loss."""
-        ids = torch.randint(0, self.model.config.vocab_size, (batch, length))
-        self.step_on(dict(input_ids=ids, labels=ids))
+        ids = random_batch(self.model.config.vocab_size, batch, length)
+        self.step_on(with_targets(ids, multiple=self.train_step.micro_step.targets_multiple))
 
     def step_on(self, batch: dict[str, torch.Tensor]) -> None:
         """One optimizer step on a micro-batch of the data pipeline."""
-        tokens = max(label_tokens(batch), 1)
-        self.micro_step(with_targets(batch, multiple=self.micro_step.targets_multiple), 1 / tokens)
-        gradients = self.trained.collect_gradients()
-        global_norm(
-            gradients, group=None if self.mesh is None else processes.shard_group(self.mesh), device=self.device
-        )
-        self.optimizer.step()
-        self.plan.method.after_step(self.model, device=self.device)
-        fsdp.gather_ahead(self.model)
-        self.trained.zero_grad()
+        self.train_step([batch], lr=self.config.lr)
 
     def measure(self, batch: int, length: int, *, steps: int = 6, warmup: int = 3) -> dict:
         """What `median_step` says of this run, and the seconds that loading took."""
@@ -181,7 +176,8 @@ class Run:
 
     def close(self) -> None:
         """Gives the memory back."""
-        processes.stop_sharing()
+        self.train_step.close()
+        self.prepared.close()
         self.__dict__.clear()
         torch._dynamo.reset()
         gc.collect()
@@ -190,6 +186,6 @@ class Run:
 
 def write_results(path: str | None, rows: list[dict]) -> None:
     """Appends the rows to a JSON-lines file."""
-    if path and processes.is_main():
+    if path and is_main():
         with open(path, "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)

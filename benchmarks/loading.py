@@ -19,18 +19,22 @@ import torch
 
 from benchmarks.common import SHAPES, make_config, write_config, write_results
 from fsdp_utils.core import processes
-from fsdp_utils.core.processes import barrier, is_main, say, synchronize
+from fsdp_utils.core.devices import pick_device, synchronize
+from fsdp_utils.core.processes import barrier
+from fsdp_utils.core.ranks import is_main, say, world_size
 from fsdp_utils.core.safetensors_io import StreamingWriter
 from fsdp_utils.model.assemble import load, plan
 from fsdp_utils.model.build import build_on_meta, read_model_config, read_tokenizer
 from fsdp_utils.model.weights import open_weights
+from fsdp_utils.sharding.mesh import mesh_for
+from fsdp_utils.training.task import CAUSAL_LM
 
 
 def write_model(shape: str, folder: Path, *, device: torch.device) -> None:
     """A complete folder with random bf16 weights, in shards of 5 GB, and the demo's tokenizer."""
     write_config(shape, folder)
     read_tokenizer("demo").save_pretrained(folder)
-    model = build_on_meta(read_model_config(str(folder)), dtype=torch.bfloat16)
+    model = build_on_meta(read_model_config(str(folder), task=CAUSAL_LM), task=CAUSAL_LM, dtype=torch.bfloat16)
     weights = open_weights(model, str(folder), load_format="dummy", dtype=torch.bfloat16, device=device, seed=0)
     writer = StreamingWriter(folder, {name: (torch.bfloat16, weights.shape(name)) for name in weights.names()})
     for name in weights.names():
@@ -42,12 +46,12 @@ def timed_load(config, *, device: torch.device) -> float:
     """Seconds from the flags to a filled, sharded model, on the slowest process."""
     barrier()
     start = time.perf_counter()
-    mesh = processes.make_mesh(config.sharding_strategy, device) if processes.world_size() > 1 else None
-    load(plan(config, device=device), config, mesh=mesh, device=device)
+    prepared = load(plan(config, task=CAUSAL_LM, device=device), config, mesh=mesh_for(config, device), device=device)
     synchronize(device)
     barrier()
     took = time.perf_counter() - start
-    processes.stop_sharing()
+    prepared.close()
+    del prepared
     gc.collect()
     torch.cuda.empty_cache()
     return took
@@ -63,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    device = processes.pick_device("auto")
+    device = pick_device("auto")
     processes.start(device)
     folder = Path(args.folder)
     if is_main() and not (folder / "config.json").exists():
@@ -85,7 +89,7 @@ def main(args: argparse.Namespace) -> None:
         ("again", cached),
     ):
         took = timed_load(config, device=device)
-        rows.append(dict(what=what, seconds=round(took, 2), processes=processes.world_size(), shape=args.shape))
+        rows.append(dict(what=what, seconds=round(took, 2), processes=world_size(), shape=args.shape))
         say(f"{what:34} {took:7.2f} s   host memory {psutil.Process().memory_info().rss / 2**30:.1f} GiB")
     write_results(args.json, rows)
 

@@ -18,7 +18,8 @@ import torch
 from benchmarks.common import SHAPES, Run, make_config, write_config, write_results
 from benchmarks.throughput import parse_row
 from fsdp_utils.core import processes
-from fsdp_utils.core.processes import say
+from fsdp_utils.core.devices import pick_device
+from fsdp_utils.core.ranks import say
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -34,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    device = processes.pick_device("cuda")
+    device = pick_device("cuda")
     if args.cap_gib:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(args.cap_gib * 2**30 / total, device)

@@ -15,10 +15,10 @@ import datasets
 import numpy as np
 
 from benchmarks.common import SHAPES, Run, make_config, write_config, write_results
-from fsdp_utils.core.processes import synchronize
-from fsdp_utils.data.batches import epoch_rows, epoch_steps, padding_share
+from fsdp_utils.core.devices import synchronize
+from fsdp_utils.data.batches import IGNORED, Batches, epoch_rows, padding_share, predicting_tokens
 from fsdp_utils.data.tokens import TokenizedData
-from fsdp_utils.training.loss import label_tokens
+from fsdp_utils.training.task import CAUSAL_LM
 
 LENGTH = 2048
 
@@ -28,23 +28,20 @@ def samples(count: int, *, vocabulary: int) -> TokenizedData:
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(np.log(250), 0.6, count).astype(np.int64), 16, LENGTH)
     ids = [rng.integers(0, vocabulary, n).astype(np.int32) for n in lengths]
-    rows = datasets.Dataset.from_dict({"input_ids": ids, "labels": ids}).with_format("numpy")
+    labels = [np.concatenate([[IGNORED], row[1:]]) for row in ids]
+    rows = datasets.Dataset.from_dict({"input_ids": ids, "labels": labels}).with_format("numpy")
     return TokenizedData(dataset=rows, lengths=lengths, report=None, name="lognormal")
 
 
-def useful_speed(run: Run, data: TokenizedData, *, batch: int, packing: bool, steps: int, warmup: int = 6) -> float:
+def useful_speed(run: Run, batches: Batches, *, steps: int, warmup: int = 6) -> float:
     """Tokens of samples (not padding) per second."""
-    settings = dict(batch_size=batch, gradient_accumulation_steps=1, rank=0, world_size=1, seed=0, epoch=0)
     done, start = 0, None
-    settings.update(pad_token_id=0, context_length=LENGTH, packing=packing, pad_to_multiple_of=64)
-    for i, (inputs,) in enumerate(epoch_steps(data, **settings)):
+    for i, (micro_batch,) in enumerate(run.train_step.batches(batches).first(warmup + steps)):
         if i == warmup:
             synchronize(run.device)
             start = time.perf_counter()
-        if i == warmup + steps:
-            break
-        done += label_tokens(inputs) if i >= warmup else 0
-        run.step_on(inputs)
+        done += predicting_tokens(micro_batch) if i >= warmup else 0
+        run.step_on(micro_batch)
     synchronize(run.device)
     return done / (time.perf_counter() - start)
 
@@ -62,7 +59,8 @@ def main() -> None:
     # the same room for tokens in both: 4 rows of the longest against 4 full rows
     for packing, batch in ((False, 4), (False, 16), (True, 4)):
         run = Run(make_config(folder, train_type=args.train_type, packing=packing, context_length=LENGTH))
-        speed = useful_speed(run, data, batch=batch, packing=packing, steps=args.steps)
+        shape = dict(batch_size=batch, context_length=LENGTH, packing=packing)
+        speed = useful_speed(run, Batches(data, CAUSAL_LM.collate, **shape), steps=args.steps)
         rows, _ = epoch_rows(data.lengths, seed=0, epoch=0, context_length=LENGTH, packing=packing)
         left = padding_share(rows, data.lengths, capacity=LENGTH) if packing else None
         results.append(dict(packing=packing, batch=batch, useful_tokens_s=round(speed), padding=left))

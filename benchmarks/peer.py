@@ -13,11 +13,13 @@ import torch
 from torch import nn
 
 from benchmarks.common import median_step
-from fsdp_utils.core import processes
+from fsdp_utils.core.devices import pick_device
 from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.ranks import world_size
 from fsdp_utils.model.build import build_on_meta, read_model_config
 from fsdp_utils.model.weights import open_weights
-from fsdp_utils.training.optim import OPTIMIZERS
+from fsdp_utils.training.optim import stock_optimizer
+from fsdp_utils.training.task import CAUSAL_LM
 from methods import TRAIN_TYPES
 from methods.targets import adapter_targets, block_linears, replace_module
 
@@ -72,10 +74,10 @@ def parse_peers(text: str, *, device: torch.device) -> list[str]:
 
 def _error_of(name: str, device: torch.device) -> str | None:
     if name == ALONE:
-        return None if processes.world_size() > 1 else f"--peer {ALONE}: is for several processes; start torchrun"
+        return None if world_size() > 1 else f"--peer {ALONE}: is for several processes; start torchrun"
     if name not in PEERS:
         return f"--peer {name}: choose from {', '.join((*PEERS, ALONE))}"
-    if processes.world_size() > 1:
+    if world_size() > 1:
         return f"--peer {name}: trains in one process; start this without torchrun"
     if PEERS[name].needs_gpu and device.type != "cuda":
         return f"--peer {name}: its kernels need a GPU; leave it out"
@@ -111,7 +113,7 @@ def dummy_base(config, *, device: torch.device) -> nn.Module:
     It is filled tensor by tensor: no more than one matrix is in 16 bits beside the result.
     """
     settings = dict(dtype=torch.bfloat16, device=device, seed=config.seed)
-    model = build_on_meta(read_model_config(config.source), dtype=torch.bfloat16)
+    model = build_on_meta(read_model_config(config.source, task=CAUSAL_LM), task=CAUSAL_LM, dtype=torch.bfloat16)
     weights = open_weights(model, config.source, load_format="dummy", **settings)
     model.is_loaded_in_4bit = config.quantizer == "bnb"  # without it PEFT takes Linear4bit for a plain linear
     packed = block_linears(model) if model.is_loaded_in_4bit else {}
@@ -152,7 +154,7 @@ class PeerRun:
     """What `benchmarks.common.Run` is for us: the peer's model, which can take optimizer steps on random tokens."""
 
     def __init__(self, config, *, peer: str):
-        self.device = processes.pick_device(config.device)
+        self.device = pick_device(config.device)
         self.patches = ExitStack()
         start = time.perf_counter()
         base = dummy_base(config, device=self.device)
@@ -160,7 +162,7 @@ class PeerRun:
         self.model = with_adapters(base, config).train()
         self.load_s = time.perf_counter() - start
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = OPTIMIZERS[config.optimizer](trained, config.lr, config.wd)
+        self.optimizer = stock_optimizer(config, trained)
 
     def step(self, batch: int, length: int) -> None:
         """One optimizer step on `batch` rows of `length` random tokens, all of them in the loss."""

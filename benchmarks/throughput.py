@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.common import SHAPES, Run, floor_seconds, make_config, write_config, write_results
 from benchmarks.peer import ALONE, PEERS, PeerRun, has_peer, parse_peers
 from fsdp_utils.core import processes
-from fsdp_utils.core.processes import say, synchronize
+from fsdp_utils.core.devices import pick_device, synchronize
+from fsdp_utils.core.ranks import say, world_size
 
 
 def parse_row(text: str) -> tuple[int, int, bool]:
@@ -105,10 +106,10 @@ def main(args: argparse.Namespace) -> None:
     if args.layers:
         SHAPES[args.shape]["num_hidden_layers"] = args.layers
     extra = dict(pair.split("=") for pair in args.extra.split(",") if pair)
-    device = processes.pick_device(extra.get("device", "auto"))
+    device = pick_device(extra.get("device", "auto"))
     peers = parse_peers(args.peer, device=device)
     folder = write_config(args.shape, tempfile.mkdtemp())
-    common = dict(processes=processes.world_size(), extra=extra)
+    common = dict(processes=world_size(), extra=extra)
     results = []
     say(HEADER)
     for row in args.rows.split(","):

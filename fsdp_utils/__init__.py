@@ -1,1 +1,2 @@
-"""What every script shares: flags, processes, loading, sharding, data, optimizers, checkpoints and metrics."""
+"""The rooms behind the scripts, from the ground up: core, options and config, data, sharding, memory, model, training,
+folders, inference, export. See docs/architecture.md."""

@@ -5,13 +5,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from fsdp_utils.core.flags import boolean, flag, section
-from methods import TRAIN_TYPES, quantizer_of
+from fsdp_utils.options import OPTIMIZERS, POLICIES, PRECISIONS, SCHEDULES, STRATEGIES
+from methods import METHODS, QUANTIZERS, SCALINGS, STARTS, TRAIN_TYPES
 
-PRECISIONS = ("bf16", "fp32", "fp16_autocast", "bf16_autocast", "bf16_buffers_autocast")
-SHARDING_STRATEGIES = ("full_shard", "shard_grad_op", "ddp", "hybrid_full_shard", "hybrid_shard_grad_op")
-OPTIMIZERS = ("adamw", "adam", "sgd", "adadelta", "fused_adamw", "fused_adam", "adamw_8bit")
-ROUNDING_OPTIMIZERS = ("adamw", "fused_adamw")  # with bf16 weights both are fsdp_utils.optim.StochasticAdamW
-SCHEDULES = ("constant", "linear", "cosine")
 # Adam moves a weight by about the rate, and a bf16 number of 0.02 by 6e-5 or not at all: at 1e-5, weights of that size
 # went 8 % as far as in fp32, at 1e-4 65 %, at 1e-3 99 %
 ROUNDED_AWAY_LR = 1e-4
@@ -32,6 +28,12 @@ class TrainConfig:
         "all",
         "`all` (q,k,v,gate,up,down or their like), `all_linear`, `default` (PEFT's choice), or names: q_proj,v_proj",
     )
+    lora_init: str = flag(
+        "default",
+        "how adapters begin. default: A at random, B at zero",
+        choices=tuple(STARTS),
+    )
+    use_rslora: bool = flag(False, "scale adapters by alpha / sqrt(r) instead of alpha / r", choices=tuple(SCALINGS))
     n_bits: int = flag(4, "bits of the quantized base: 4 for bnb; 8, 4, 3, 2 or 1 for hqq")
     quant_type: str = flag("nf4", "4-bit code of bitsandbytes", choices=("nf4", "fp4"))
     quant_group_size: int = flag(64, "weights that share one scale", choices=(32, 64, 128, 256))
@@ -59,9 +61,9 @@ class TrainConfig:
     num_epochs: int = flag(1, "passes over the data", minimum=1)
     max_steps: int = flag(-1, "stop after this many optimizer steps; -1: at the end of the epochs", minimum=-1)
     lr: float = flag(1e-5, "peak learning rate", above=0.0)
-    lr_scheduler: str = flag("constant", "linear and cosine warm up first", choices=SCHEDULES)
+    lr_scheduler: str = flag("constant", "linear and cosine warm up first", choices=tuple(SCHEDULES))
     lr_warmup_ratio: float = flag(0.1, "share of the steps that warm up (linear, cosine)", minimum=0.0, maximum=1.0)
-    optimizer: str = flag("adamw", "adamw_8bit needs bitsandbytes", choices=OPTIMIZERS)
+    optimizer: str = flag("adamw", "adamw_8bit needs bitsandbytes", choices=tuple(OPTIMIZERS))
     stochastic_rounding: bool = flag(
         True,
         "adamw, fused_adamw: weights stored in bf16 are rounded at random after a step, so that on average they learn "
@@ -70,13 +72,13 @@ class TrainConfig:
     wd: float = flag(0.1, "weight decay", minimum=0.0)
     apply_gradient_clipping: bool = flag(False, "clip the global gradient norm")
     grad_norm: float = flag(0.3, "the norm clipped to", above=0.0)
-    precision: str = flag("bf16", "storage and compute precision", choices=PRECISIONS)
+    precision: str = flag("bf16", "storage and compute precision", choices=tuple(PRECISIONS))
     seed: int = flag(42, "seeds adapters, data order and dropout", minimum=0, maximum=2**63)
 
     _sharding: str = section("sharding and memory")
     world_size: int = flag(-1, "processes when started by plain `python`; -1: one per visible GPU", minimum=-1)
     device: str = flag("auto", "where to compute", choices=("auto", "cuda", "cpu"))
-    sharding_strategy: str = flag("full_shard", "what is sharded, over whom", choices=SHARDING_STRATEGIES)
+    sharding_strategy: str = flag("full_shard", "what is sharded, over whom", choices=tuple(STRATEGIES))
     peer_gather: bool | str = flag(
         "auto",
         "copy frozen weights out of the neighbours' memory, and keep adapters whole during a step, so that no block "
@@ -96,7 +98,7 @@ class TrainConfig:
         "what checkpointed blocks keep beside their input, each more than the one before. full: nothing; adapters: "
         "A x and the output of DoRA's down projection; narrow: attention and products no wider than their input; "
         "products: all matrix products",
-        choices=("full", "adapters", "narrow", "products"),
+        choices=tuple(POLICIES),
     )
     reentrant_checkpointing: bool = flag(False, "use re-entrant checkpointing")
     embedding_on_host: bool = flag(True, "keep a frozen embedding, whole, in the host memory of each process (GPUs)")
@@ -164,15 +166,18 @@ class TrainConfig:
     @property
     def stores_bf16(self) -> bool:
         """Whether weights that train are bf16 between steps."""
-        return self.precision in ("bf16", "bf16_buffers_autocast")
+        return PRECISIONS[self.precision].stored == "bfloat16"
 
     @property
     def rounds_stochastically(self) -> bool:
-        return self.stochastic_rounding and self.stores_bf16 and self.optimizer in ROUNDING_OPTIMIZERS
+        return self.stochastic_rounding and self.stores_bf16 and OPTIMIZERS[self.optimizer].rounds
 
     def errors(self) -> list[str]:
         """One line for each flag that cannot work beside the others."""
-        found = quantizer_of(self.train_type).flag_errors(self)
+        found = self._quantizer_errors()
+        if self.lora_init not in METHODS[self.method].starts:
+            able = [name for name, row in TRAIN_TYPES.items() if self.lora_init in METHODS[row.method].starts]
+            found.append(f"--lora_init {self.lora_init}: not with {self.train_type}; use one of {', '.join(able)}")
         if not self.output_dir:
             found.append("--output_dir: name a folder")
         if self.method == "llama_pro" and not self.llama_pro_path:
@@ -195,6 +200,28 @@ class TrainConfig:
             )
         return found
 
+    def _quantizer_errors(self) -> list[str]:
+        """One line for each flag whose value the quantizer does not take."""
+        row, found = QUANTIZERS[self.quantizer], []
+        if not row.bits:
+            given = "n_bits" in self.explicit_flags and self.n_bits != 4  # 4 is the default, and was often passed
+            return (
+                [f"--n_bits {self.n_bits}: {self.train_type} does not quantize{self._offering_bits()}"] if given else []
+            )
+        if self.n_bits not in row.bits:
+            offers = f"{self.quantizer} offers {', '.join(map(str, row.bits))}"
+            found.append(f"--n_bits {self.n_bits}: {offers}{self._offering_bits()}")
+        if self.quant_scales not in row.scales:
+            found.append(f"--quant_scales {self.quant_scales}: {self.quantizer} offers {', '.join(row.scales)}")
+        if not row.codes and "quant_type" in self.explicit_flags:
+            found.append(f"--quant_type {self.quant_type}: has no meaning for {self.quantizer}, which takes --n_bits")
+        return found
+
+    def _offering_bits(self) -> str:
+        """The way out for --n_bits: train types of another quantizer."""
+        names = [f"{name}_*" for name, row in QUANTIZERS.items() if self.n_bits in row.bits]
+        return f"; use an {' or '.join(names)} train type" if names else ""
+
     def _without_effect(self) -> list[tuple[str, str]]:
         """Flags that do nothing beside the others, and why."""
         table = (
@@ -206,22 +233,31 @@ class TrainConfig:
                 ("n_bits", "quant_type", "quant_group_size", "quant_scales", "quantized_cache"),
             ),
             (
+                not METHODS[self.method].adapts,
+                f"--train_type {self.train_type} adds no adapters",
+                ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora"),
+            ),
+            (
                 self.use_gradient_checkpointing is False,
                 "--use_gradient_checkpointing is false",
                 ("checkpoint_policy", "reentrant_checkpointing"),
             ),
             (self.method == "full", "--train_type full freezes nothing", ("peer_gather",)),
-            (self.sharding_strategy == "ddp", "--sharding_strategy ddp shards nothing", ("peer_gather",)),
+            (
+                STRATEGIES[self.sharding_strategy].copies == "processes",
+                "--sharding_strategy ddp shards nothing",
+                ("peer_gather",),
+            ),
             (not self.apply_gradient_clipping, "--apply_gradient_clipping is false", ("grad_norm",)),
             (not self.stores_bf16, f"--precision {self.precision} stores no bf16 weights", ("stochastic_rounding",)),
             (
-                self.stores_bf16 and self.optimizer not in ROUNDING_OPTIMIZERS,
+                self.stores_bf16 and not OPTIMIZERS[self.optimizer].rounds,
                 f"--optimizer {self.optimizer} rounds to the nearest",
                 ("stochastic_rounding",),
             ),
             (self.lr_scheduler == "constant", "--lr_scheduler is constant", ("lr_warmup_ratio",)),
             (
-                not self.sharding_strategy.startswith("hybrid"),
+                STRATEGIES[self.sharding_strategy].copies != "nodes",
                 f"--sharding_strategy is {self.sharding_strategy}",
                 ("hybrid_shard_size",),
             ),
@@ -238,7 +274,7 @@ class TrainConfig:
             said.append("--use_activation_cpu_offload with --compile false: only the inputs of blocks leave the GPU")
         nearest = self.stores_bf16 and not self.rounds_stochastically
         if nearest and self.lr <= ROUNDED_AWAY_LR:
-            ways = [] if self.optimizer in ROUNDING_OPTIMIZERS else ["--optimizer adamw"]
+            ways = [] if OPTIMIZERS[self.optimizer].rounds else ["--optimizer adamw"]
             ways += [] if self.stochastic_rounding else ["--stochastic_rounding true"]
             said.append(
                 f"--lr {self.lr:g} with --precision {self.precision}: bf16 weights round updates of this size away; "

@@ -1,7 +1,11 @@
-"""The table of train types: how the base is stored, and what is trained on it."""
+"""The tables of train types: how the base is stored, what is trained on it, and how an adapter begins.
 
-from importlib import import_module
+They name their classes, which are imported on use: --help and a wrong flag must not wait for torch.
+"""
+
 from typing import NamedTuple
+
+from fsdp_utils.core.classes import load_class
 
 
 class TrainType(NamedTuple):
@@ -14,9 +18,9 @@ TRAIN_TYPES = {
     "full": TrainType("none", "full", "every weight"),
     "lora": TrainType("none", "peft_lora", "PEFT's LoRA on the 16-bit base"),
     "qlora": TrainType("bnb", "peft_lora", "PEFT's LoRA on a 4-bit base"),
-    "custom_lora": TrainType("none", "lora", "our LoRA on the 16-bit base"),
-    "custom_qlora": TrainType("bnb", "lora", "our LoRA on a 4-bit base"),
-    "hqq_lora": TrainType("hqq", "lora", "our LoRA on an HQQ base of 1 to 8 bits"),
+    "custom_lora": TrainType("none", "lora", "LoRA, fused with the base's product, on the 16-bit base"),
+    "custom_qlora": TrainType("bnb", "lora", "LoRA, fused with the base's product, on a 4-bit base"),
+    "hqq_lora": TrainType("hqq", "lora", "LoRA, fused with the base's product, on an HQQ base of 1 to 8 bits"),
     "dora": TrainType("none", "dora", "DoRA on the 16-bit base"),
     "bnb_dora": TrainType("bnb", "dora", "DoRA on a 4-bit base (QDoRA)"),
     "hqq_dora": TrainType("hqq", "dora", "DoRA on an HQQ base"),
@@ -25,31 +29,60 @@ TRAIN_TYPES = {
     "hqq_llama_pro": TrainType("hqq", "llama_pro", "16-bit expanded blocks in an HQQ model"),
 }
 
-# imported on use: --help and flag errors must not wait for bitsandbytes or PEFT
-_QUANTIZERS = {
-    "none": "methods.quantizers.none:Unquantized",
-    "bnb": "methods.quantizers.bnb:Bnb4bit",
-    "hqq": "methods.quantizers.hqq:HQQ",
-}
-_METHODS = {
-    "full": "methods.full:Full",
-    "peft_lora": "methods.peft_lora:PeftLoRA",
-    "lora": "methods.lora:LoRA",
-    "dora": "methods.dora:DoRA",
-    "llama_pro": "methods.llama_pro:LlamaPro",
+
+class QuantizerRow(NamedTuple):
+    """A quantizer and the values of the flags that it takes; none of a flag that means nothing to it."""
+
+    target: str | None
+    bits: tuple[int, ...] = ()
+    scales: tuple[str, ...] = ()
+    codes: tuple[str, ...] = ()
+
+
+QUANTIZERS = {
+    "none": QuantizerRow(None),
+    "bnb": QuantizerRow(
+        "methods.quantizers.bnb:Bnb4bit", bits=(4,), scales=("auto", "bf16", "fp32", "double"), codes=("nf4", "fp4")
+    ),
+    "hqq": QuantizerRow("methods.quantizers.hqq:HQQ", bits=(8, 4, 3, 2, 1), scales=("auto", "bf16", "fp32")),
 }
 
 
-def _load(target: str):
-    module, name = target.split(":")
-    return getattr(import_module(module), name)
+class MethodRow(NamedTuple):
+    """A method; `adapts`: it adds adapters, which the flags lora_* describe; `starts`: the values of --lora_init."""
+
+    target: str
+    adapts: bool = False
+    starts: tuple[str, ...] = ("default",)
+
+
+# how A and B begin (--lora_init)
+STARTS = {
+    "default": "methods.adapter:Start",
+}
+# what B A is multiplied by (--use_rslora)
+SCALINGS = {False: "methods.adapter:Scaling"}
+METHODS = {
+    "full": MethodRow("methods.full:Full"),
+    "peft_lora": MethodRow("methods.peft_lora:PeftLoRA", adapts=True),
+    "lora": MethodRow("methods.lora:LoRA", adapts=True, starts=tuple(STARTS)),
+    "dora": MethodRow("methods.dora:DoRA", adapts=True, starts=tuple(STARTS)),
+    "llama_pro": MethodRow("methods.llama_pro:LlamaPro"),
+}
 
 
 def quantizer_of(train_type: str):
-    """The quantizer class of a train type."""
-    return _load(_QUANTIZERS[TRAIN_TYPES[train_type].quantizer])
+    """The quantizer class of a train type; None where the base stays as it is in the checkpoint."""
+    target = QUANTIZERS[TRAIN_TYPES[train_type].quantizer].target
+    return load_class(target) if target else None
 
 
 def method_of(train_type: str):
     """The method class of a train type."""
-    return _load(_METHODS[TRAIN_TYPES[train_type].method])
+    return load_class(METHODS[TRAIN_TYPES[train_type].method].target)
+
+
+def make_quantizer(train_type: str, config, *, checkpoint_dtype):
+    """The quantizer that the flags describe, or None: see `methods.packed.Quantizer`."""
+    cls = quantizer_of(train_type)
+    return cls.from_config(config, checkpoint_dtype=checkpoint_dtype) if cls else None

@@ -1,14 +1,15 @@
 """What a method is: it prepares the model on meta, fills what it added, and says which parameters train.
 
-Freezing, the optimizer, saving and resuming derive from that one answer (`requires_grad`).
+Freezing, the optimizer and saving derive from that one answer (`requires_grad`).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
+from methods.packed import Quantizer
 from methods.targets import block_linears
 
 
@@ -20,11 +21,19 @@ class Method(ABC):
     def __init__(self, config):
         self.config = config
 
-    def to_quantize(self, model: nn.Module) -> list[str]:
-        """Paths of the modules whose weights the quantizer packs."""
-        return list(block_linears(model)) + self.head_to_quantize(model)
+    def to_quantize(self, model: nn.Module, quantizer_for: Callable[[str], Quantizer]) -> dict[str, Quantizer]:
+        """Path of each module whose weight is packed, and how.
 
-    def head_to_quantize(self, model: nn.Module) -> list[str]:
+        Args:
+            quantizer_for: says how the module at a path is stored, if it is packed at all.
+        """
+        return {path: quantizer_for(path) for path in [*self.packed_in_blocks(model), *self._packed_ends(model)]}
+
+    def packed_in_blocks(self, model: nn.Module) -> list[str]:
+        """Paths of the linears of decoder blocks whose weights are packed."""
+        return list(block_linears(model))
+
+    def _packed_ends(self, model: nn.Module) -> list[str]:
         """Paths of embedding and head, if the user wants them packed too."""
         if not self.config.quantize_lm_head:
             return []
@@ -39,12 +48,25 @@ class Method(ABC):
             dtype: of the new trainable parameters.
         """
 
+    @property
+    def base_recipe(self) -> str:
+        """What tells the base that `base_rows` stores from the checkpoint's; empty where they are the same."""
+        return ""
+
+    def before_loading(self, read_whole: Callable[[str], torch.Tensor], *, device: torch.device) -> None:
+        """Works out what `base_rows` needs. Collective.
+
+        Args:
+            read_whole: the weight `[out, in]` of the linear at a path, as it is in the checkpoint.
+        """
+
+    def base_rows(self, path: str, rows: torch.Tensor, *, start: int) -> torch.Tensor:
+        """What is stored, packed or not, of rows `[start, start + n)` of the linear at `path`, `[n, in]`: the rows
+        themselves, unless a method moves a part of the weight elsewhere."""
+        return rows
+
     def initialize(self, model: nn.Module, *, device: torch.device) -> None:
         """Fills the parameters that `attach` added, once the base is loaded and sharded."""
 
     def after_step(self, model: nn.Module, *, device: torch.device) -> None:
         """Refreshes what depends on trained parameters, once per optimizer step."""
-
-    def adapter_tensors(self, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-        """What an adapter folder holds: `<module path>.<PEFT suffix>` and the (sharded) tensor."""
-        raise TypeError(f"{type(self).__name__} saves a model, not an adapter")

@@ -1,17 +1,20 @@
 """DoRA (arXiv:2402.09353) around any base linear: trained row magnitudes on top of LoRA.
 
-    V = W + alpha/r * B A      n = row norms of V (no gradient)      y = m / n * (V x) + bias
+    V = W + s B A      n = row norms of V (no gradient)      y = m / n * (V x) + bias
 
-The magnitude is kept as `m = weight_norm + magnitude_delta`. The delta starts at zero, so small steps are not rounded
-away in bf16 as they would be beside a norm near one, and weight decay pulls towards the base instead of towards zero.
+The magnitude is kept as `m = initial_magnitude + magnitude_delta`. The delta starts at zero, so small steps are not
+rounded away in bf16 as they would be beside a norm near one, and weight decay pulls towards the start instead of zero.
 `n` changes only when the optimizer steps; it is refreshed then, each process for its own rows.
 """
+
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from fsdp_utils.core.rows import fill, gather_each, local
+from fsdp_utils.core.rows import fill, gather_each, local, row_range
+from methods.adapter import MAGNITUDE, Stored
 from methods.kernels import norms, swiglu
 from methods.lora import LoRA, LoRALinear
 from methods.quantizers.linear import QuantizedLinear, weight_rows
@@ -20,25 +23,28 @@ STREAMS = 2  # for the refresh of norms; each may hold a dequantized weight
 
 
 class DoRALinear(LoRALinear):
-    """A LoRA layer with a magnitude per output row. `weight_norm` and `adapted_norm` are frozen fp32 `[out]`."""
+    """A LoRA layer with a magnitude per output row. `weight_norm`, of W, `adapted_norm`, of V, and
+    `initial_magnitude`, of V at the start, are frozen fp32 `[out]`."""
 
-    own_parameters = ("lora_A", "lora_B", "magnitude_delta", "weight_norm", "adapted_norm")
+    own_parameters = ("lora_A", "lora_B", "magnitude_delta", "initial_magnitude", "weight_norm", "adapted_norm")
 
     def __init__(self, base, *, dtype, **settings):
         super().__init__(base, dtype=dtype, **settings)
-        new = lambda dtype: torch.empty(self.out_features, dtype=dtype, device="meta")
-        self.magnitude_delta = nn.Parameter(new(dtype))
-        self.weight_norm = nn.Parameter(new(torch.float32), requires_grad=False)
-        self.adapted_norm = nn.Parameter(new(torch.float32), requires_grad=False)
+        new = lambda dtype, trains: nn.Parameter(torch.empty(self.out_features, dtype=dtype, device="meta"), trains)
+        self.magnitude_delta = new(dtype, True)
+        self.initial_magnitude, self.weight_norm, self.adapted_norm = (new(torch.float32, False) for _ in range(3))
+
+    def magnitude(self) -> torch.Tensor:
+        """m, fp32 `[out]`."""
+        return self.initial_magnitude + self.magnitude_delta.float()
 
     def row_factor(self) -> torch.Tensor:
-        """`m / n`, fp32 `[out]`; a row of zeros gives a finite value (peft#2049)."""
-        magnitude = self.weight_norm + self.magnitude_delta.float()
-        return magnitude / self.adapted_norm.clamp_min(torch.finfo(torch.float32).tiny)
+        return divided(self.magnitude(), self.adapted_norm)
 
-    def adapter_tensors(self):
-        magnitude = self.weight_norm.detach() + self.magnitude_delta.detach().float()
-        return {**super().adapter_tensors(), "lora_magnitude_vector": magnitude}
+
+def divided(magnitude: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    """`m / n`, fp32 `[out]`; a row of zeros gives a finite value (peft#2049)."""
+    return magnitude / norm.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def row_norms_dense(weight, lora_a, lora_b, scaling) -> torch.Tensor:
@@ -69,12 +75,58 @@ def refreshed_norms(layer: DoRALinear, lora_a: torch.Tensor, *, device: torch.de
     """`row_norms` of this process's rows of a layer, in the fastest way that its quantizer offers."""
     norm, b = local(layer.weight_norm).to(device), local(layer.lora_B).to(device)
     base, small = layer.base_layer, (norm, lora_a, b, layer.scaling)
-    if isinstance(base, QuantizedLinear) and hasattr(base.quantizer, "row_norms"):
+    if isinstance(base, QuantizedLinear):
         packed = tuple(local(p).to(device) for p in base.packed())
         found = base.quantizer.row_norms(packed, *small)
         if found is not None:
             return found
     return row_norms(weight_rows(base, local, dtype=layer.lora_A.dtype, device=device), *small)
+
+
+def refresh(layers: list[DoRALinear], wholes: Iterable[torch.Tensor], *, device: torch.device) -> None:
+    """Recomputes the norms of the adapted weight, this process's rows of each layer, of which A is given whole."""
+    for layer, lora_a in zip(layers, wholes, strict=True):
+        local(layer.adapted_norm).copy_(refreshed_norms(layer, lora_a, device=device))
+
+
+class NormRefresh:
+    """`refresh` of all layers after each optimizer step; on a GPU its thousand launches become one.
+
+    The first call launches them, since kernels are compiled and parameters may move before the first step. The second
+    one records them as a CUDA graph, into whose copies of A the later ones write. Rows in host memory are refreshed
+    layer by layer: a graph would read them where they are not.
+    """
+
+    def __init__(self, layers: list[DoRALinear], *, device: torch.device):
+        self.layers, self.device = layers, device  # walking the modules at every step costs the host milliseconds
+        self.called, self.graph, self.wholes = False, None, []
+
+    def __call__(self) -> None:
+        """Collective."""
+        lora_a = [layer.lora_A for layer in self.layers]
+        wholes = gather_each(lora_a, device=self.device)
+        if not self.called or local(lora_a[0]).device.type != "cuda":
+            self.called = True
+            refresh(self.layers, wholes, device=self.device)
+            return
+        wholes = list(wholes)
+        if self.graph is None:
+            self._record(wholes)
+        elif isinstance(lora_a[0], DTensor):  # else they are the parameters themselves
+            torch._foreach_copy_(self.wholes, wholes)
+        self.graph.replay()
+
+    def _record(self, wholes: list[torch.Tensor]) -> None:
+        self.graph, self.wholes = torch.cuda.CUDAGraph(), wholes
+        streams = [torch.cuda.Stream() for _ in range(STREAMS)]
+        with torch.cuda.graph(self.graph):
+            # some layers beside the others: most of their kernels are too small for a GPU
+            for first, stream in enumerate(streams):
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    refresh(self.layers[first::STREAMS], wholes[first::STREAMS], device=self.device)
+            for stream in streams:
+                torch.cuda.current_stream().wait_stream(stream)
 
 
 class DoRA(LoRA):
@@ -84,7 +136,7 @@ class DoRA(LoRA):
 
     def __init__(self, config):
         super().__init__(config)
-        self._adapted, self._wholes, self._graph = None, None, None
+        self._norms: NormRefresh | None = None
 
     def attach(self, model, *, dtype):
         super().attach(model, dtype=dtype)
@@ -94,46 +146,36 @@ class DoRA(LoRA):
     @torch.no_grad()
     def initialize(self, model, *, device):
         super().initialize(model, device=device)
-        for layer in self.layers(model).values():
+        layers = list(self.layers(model).values())
+        for layer in layers:
             # of the weight that forward uses: the 2024 script took the unquantized one and started off the base
             weight = weight_rows(layer.base_layer, local, dtype=layer.lora_A.dtype, device=device)
-            norm = weight.float().norm(dim=1)
+            local(layer.weight_norm).copy_(weight.float().norm(dim=1))
+        refresh(layers, gather_each([layer.lora_A for layer in layers], device=device), device=device)
+        for layer in layers:
+            local(layer.initial_magnitude).copy_(local(layer.adapted_norm))
             fill(layer.magnitude_delta, torch.zeros(layer.out_features))
-            local(layer.weight_norm).copy_(norm)
-            local(layer.adapted_norm).copy_(norm)
 
     @torch.no_grad()
     def after_step(self, model, *, device):
-        first = self._adapted is None
-        if first:  # walking the modules at every step costs the host milliseconds
-            self._adapted = list(self.layers(model).values())
-        lora_a = [layer.lora_A for layer in self._adapted]
-        wholes = gather_each(lora_a, device=device)
-        if first or local(lora_a[0]).device.type != "cuda":
-            self._refresh(self._adapted, wholes, device=device)
-            return
-        # rows on a GPU stay where they are: from the second step on, a thousand launches become one
-        wholes = list(wholes)
-        if self._graph is None:
-            self._graph, self._wholes = torch.cuda.CUDAGraph(), wholes
-            with torch.cuda.graph(self._graph):
-                self._refresh_on_streams(wholes, device=device)
-        elif isinstance(lora_a[0], DTensor):
-            torch._foreach_copy_(self._wholes, wholes)
-        self._graph.replay()
+        if self._norms is None:
+            self._norms = NormRefresh(list(self.layers(model).values()), device=device)
+        self._norms()
 
-    def _refresh_on_streams(self, wholes, *, device) -> None:
-        """`_refresh`, some layers beside the others: most of their kernels are too small for a GPU."""
-        streams = [torch.cuda.Stream() for _ in range(STREAMS)]
-        for first, stream in enumerate(streams):
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self._refresh(self._adapted[first::STREAMS], wholes[first::STREAMS], device=device)
-        for stream in streams:
-            torch.cuda.current_stream().wait_stream(stream)
+    def layer_tensors(self, layer):
+        return {**super().layer_tensors(layer), MAGNITUDE: Stored.of(layer.magnitude())}
 
-    @staticmethod
-    def _refresh(layers, wholes, *, device) -> None:
-        """Recomputes the norms of the adapted weight, this process's rows of each layer, of which A is given whole."""
-        for layer, lora_a in zip(layers, wholes, strict=True):
-            local(layer.adapted_norm).copy_(refreshed_norms(layer, lora_a, device=device))
+    def fill_layer(self, layer, tensors, *, device):
+        super().fill_layer(layer, tensors, device=device)
+        delta, initial = layer.magnitude_delta, local(layer.initial_magnitude)
+        start, stop = row_range(delta)
+        with torch.no_grad():
+            local(delta).copy_(tensors[MAGNITUDE][start:stop].to(initial.device) - initial)
+
+    def peft_config(self, model):
+        return super().peft_config(model) | {"use_dora": True}
+
+    def row_factor(self, weight, tensors):
+        a, b = self.start.trained(tensors)
+        norm = row_norms(weight, weight.float().norm(dim=1), a, b, self.scaling)
+        return divided(tensors[MAGNITUDE].float(), norm)

@@ -6,8 +6,8 @@ from methods.base import Method
 class Full(Method):
     saves = "model"
 
-    def to_quantize(self, model):
-        return []
+    def to_quantize(self, model, quantizer_for):
+        return {}
 
     def attach(self, model, *, dtype):
         model.requires_grad_(True)

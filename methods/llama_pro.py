@@ -51,10 +51,9 @@ class LlamaPro(Method):
         paths = list(blocks)
         return {paths[i]: blocks[paths[i]] for i in ids}
 
-    def to_quantize(self, model):
+    def packed_in_blocks(self, model):
         new = tuple(f"{path}." for path in self._new_blocks(model))
-        old = [path for path in block_linears(model) if not path.startswith(new)]
-        return old + self.head_to_quantize(model)
+        return [path for path in block_linears(model) if not path.startswith(new)]
 
     def attach(self, model, *, dtype):
         for block in self._new_blocks(model).values():

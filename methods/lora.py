@@ -1,14 +1,10 @@
-"""LoRA (arXiv:2106.09685) around any base linear: `y = W x + alpha/r * B A dropout(x)`."""
-
-import hashlib
-import math
+"""LoRA (arXiv:2106.09685) around any base linear: `y = W x + s B A dropout(x)`."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fsdp_utils.core.rows import fill
-from methods.base import Method
+from methods.adapter import Adapter, Pair
 from methods.kernels.adapted import adapted_linear
 from methods.quantizers.linear import add_bias, compute_dtype, matmul, packed_parts
 from methods.targets import adapter_targets, replace_module
@@ -19,18 +15,18 @@ class LoRALinear(nn.Module):
 
     own_parameters = ("lora_A", "lora_B")
 
-    def __init__(self, base: nn.Module, *, rank: int, alpha: float, dropout: float, dtype: torch.dtype, fused: bool):
+    def __init__(self, base: nn.Module, *, rank: int, scaling: float, dropout: float, dtype: torch.dtype, fused: bool):
         super().__init__()
         self.fused = fused
         self.base_layer = base
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.scaling = alpha / rank
+        self.scaling = scaling
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=dtype, device="meta"))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, dtype=dtype, device="meta"))
 
     def low_rank(self, x: torch.Tensor) -> torch.Tensor:
-        """`alpha/r * B A dropout(x)`, `[..., in] -> [..., out]`."""
+        """`s B A dropout(x)`, `[..., in] -> [..., out]`."""
         x = self.dropout(x)
         dtype = compute_dtype(x)
         hidden = F.linear(x.to(dtype), self.lora_A.to(dtype))  # [..., r]
@@ -56,44 +52,23 @@ class LoRALinear(nn.Module):
         y, factor = matmul(self.base_layer, x) + self.low_rank(x), self.row_factor()
         return y if factor is None else y * factor.to(y.dtype)
 
-    def adapter_tensors(self) -> dict[str, torch.Tensor]:
-        """PEFT's key suffixes and the (sharded) tensors saved under them."""
-        return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
 
-
-def initial_lora_a(shape, *, path: str, seed: int) -> torch.Tensor:
-    """PEFT's start of A, `U(-1/sqrt(in), 1/sqrt(in))`, fp32; the same for any number of processes and device."""
-    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    bound = 1 / math.sqrt(shape[1])
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-
-
-class LoRA(Method):
+class LoRA(Adapter):
     """Wraps every target in `layer`."""
 
-    saves = "adapter"
     layer = LoRALinear
 
     def attach(self, model, *, dtype):
         c = self.config
         for path in adapter_targets(model, c.lora_target_modules):
             base = model.get_submodule(path)
-            layer = self.layer(
-                base, rank=c.lora_rank, alpha=c.lora_alpha, dropout=c.lora_dropout, dtype=dtype, fused=c.fused_kernels
-            )
+            how = dict(rank=c.lora_rank, scaling=self.scaling, dropout=c.lora_dropout, fused=c.fused_kernels)
+            layer = self.layer(base, dtype=dtype, **how)
+            self.start.attach(path, layer, dtype=dtype)
             replace_module(model, path, layer)
 
-    def layers(self, model) -> dict[str, LoRALinear]:
-        """Path and module of every adapted layer."""
+    def layers(self, model):
         return {path: m for path, m in model.named_modules() if isinstance(m, self.layer)}
 
-    def adapter_tensors(self, model):
-        for path, layer in self.layers(model).items():
-            for suffix, tensor in layer.adapter_tensors().items():
-                yield f"{path}.{suffix}", tensor
-
-    def initialize(self, model, *, device):
-        for path, layer in self.layers(model).items():
-            fill(layer.lora_A, initial_lora_a(layer.lora_A.shape, path=path, seed=self.config.seed))
-            fill(layer.lora_B, torch.zeros(layer.lora_B.shape))
+    def pair(self, layer):
+        return Pair(layer.lora_A, layer.lora_B)

@@ -1,11 +1,13 @@
-"""What a packed weight is: bytes and scales laid out row by row, and the quantizer that reads them."""
+"""What a packed weight is: codes and scales laid out row by row, and the quantizer that reads them."""
 
-from dataclasses import astuple, fields
+import json
+from dataclasses import asdict
 from functools import lru_cache
-from importlib import import_module
 from typing import Protocol
 
 import torch
+
+from fsdp_utils.core.classes import load_class
 
 # fully_shard of torch 2.11 refuses frozen integer parameters, so bytes are stored under a 1-byte float dtype.
 # They are only ever viewed as uint8, copied and gathered; no arithmetic touches the float view.
@@ -13,18 +15,23 @@ STORED_BYTES = torch.float8_e4m3fn
 
 
 class Quantizer(Protocol):
-    """What a backend provides. `packed` is a tuple of tensors in the order of `layout`."""
+    """What a backend provides: a frozen dataclass whose fields are JSON values, and a row of `methods.QUANTIZERS`.
+
+    `packed` is a tuple of two or three tensors in the order of `layout`, each with a row for each row of the weight.
+
+    Attributes:
+        bits: of a code.
+        group_size: weights of a row that share a scale; it divides the row.
+    """
 
     bits: int
-
-    @staticmethod
-    def flag_errors(config) -> list[str]: ...
+    group_size: int
 
     @classmethod
     def from_config(cls, config, *, checkpoint_dtype: torch.dtype) -> "Quantizer": ...
 
-    def layout(self, out_features: int, in_features: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Name, shape and dtype of each parameter; dim 0 is always `out_features`."""
+    def layout(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name, shape and dtype of each parameter; dim 0 is always `rows`."""
 
     def quantize(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """`[n, in]` in any float dtype to packed tensors with n rows. Rows must not influence one another."""
@@ -38,22 +45,24 @@ class Quantizer(Protocol):
             out: where to write, `[n, in_features]` with any row stride, or None for a new tensor.
         """
 
+    def row_norms(self, packed, weight_norm, lora_a, lora_b, scaling: float) -> torch.Tensor | None:
+        """`methods.dora.row_norms` straight from packed rows, or None where there is no such way: the default."""
+        return None
+
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The uint8 view of stored bytes."""
     return tensor.view(torch.uint8)
 
 
+def spec_of(quantizer: Quantizer) -> str:
+    """A quantizer as JSON: its class, then its fields. An operator of torch takes strings, but no such objects."""
+    cls = type(quantizer)
+    return json.dumps({"quantizer": f"{cls.__module__}:{cls.__name__}", **asdict(quantizer)})
+
+
 @lru_cache
 def parse_quantizer(spec: str) -> Quantizer:
-    """The quantizer that `Quantizer.spec` wrote: its module and class, then its fields."""
-    target, *values = spec.split(":")
-    module, name = target.rsplit(".", 1)
-    cls = getattr(import_module(module), name)
-    return cls(*(field.type(value) for field, value in zip(fields(cls), values, strict=True)))
-
-
-def spec_of(quantizer: Quantizer) -> str:
-    """Inverse of `parse_quantizer`."""
-    cls = type(quantizer)
-    return ":".join([f"{cls.__module__}.{cls.__name__}", *(str(v) for v in astuple(quantizer))])
+    """Inverse of `spec_of`."""
+    fields = json.loads(spec)
+    return load_class(fields.pop("quantizer"))(**fields)

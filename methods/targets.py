@@ -63,10 +63,10 @@ def refuse_experts(model: nn.Module) -> None:
 
 
 def refuse_in_place(model: nn.Module) -> None:
-    """Raises UserError for a family that adds to results of linears in place, where they are ours: autograd needs them
-    as they were."""
-    ours = any(isinstance(m, QuantizedLinear) or hasattr(m, "plain_forward") for m in model.modules())
-    if ours and model.config.model_type == "falcon":
+    """Raises UserError for a family that adds to results of linears in place, where these were packed or adapted:
+    their gradients need the results as they were."""
+    replaced = any(isinstance(m, QuantizedLinear) or hasattr(m, "plain_forward") for m in model.modules())
+    if replaced and model.config.model_type == "falcon":
         raise UserError("falcon models change results of linears in place; use --train_type full or lora")
 
 

@@ -7,27 +7,13 @@ A new block is a copy of the one before it whose attention output and MLP down p
 residual branches add nothing (LLaMA Pro, arXiv:2401.02415). Tensors are copied one at a time.
 """
 
-import json
-import shutil
 import sys
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
-import torch
-from torch import nn
-from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from fsdp_utils.core.errors import UserError
-from fsdp_utils.core.flags import flag, parse
+from fsdp_utils.core.flags import flag, parse_or_fail
 from fsdp_utils.core.folders import TEMPLATES, model_folder, new_folder, parse_size, size_errors
-from fsdp_utils.core.processes import fail
-from fsdp_utils.core.safetensors_io import INDEX_NAME, CheckpointReader, StreamingWriter
-
-LAYERS_NAME = "expanded_layers.json"
-OF_THE_SOURCE = (INDEX_NAME, LAYERS_NAME, "run.json", "fidelity.json")
 
 
 @dataclass
@@ -42,6 +28,26 @@ class Expansion:
     def errors(self):
         missing = [f"--{name}: required" for name in ("model_name", "output_dir") if not getattr(self, name)]
         return missing + size_errors(self.max_shard_size, flag="max_shard_size")
+
+
+if __name__ == "__main__":  # before the libraries, which take seconds: --help and a wrong flag are answered at once
+    CONFIG = parse_or_fail(Expansion, prog="block_expansion.py", description=__doc__)
+
+import json
+import shutil
+from itertools import chain
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.ranks import fail
+from fsdp_utils.core.safetensors_io import INDEX_NAME, CheckpointReader, StreamingWriter
+
+LAYERS_NAME = "expanded_layers.json"
+OF_THE_SOURCE = (INDEX_NAME, LAYERS_NAME, "run.json", "fidelity.json")
 
 
 def expanded_layout(depth, n_new):
@@ -174,6 +180,6 @@ def expand(args):
 
 if __name__ == "__main__":
     try:
-        expand(parse(Expansion, prog="block_expansion.py", description=__doc__))
+        expand(CONFIG)
     except UserError as error:
         fail(error)

@@ -78,7 +78,7 @@ def flags(tiny, tiny_data, tmp_path_factory):
 @pytest.fixture(scope="session")
 def one_process():
     """`first_step` in this process, made once for the same flags: most tests compare with the same few."""
-    from runs import first_step
+    from real_run import first_step
 
     made = {}
 
@@ -94,7 +94,7 @@ def one_process():
 @pytest.fixture(scope="session")
 def save_run(tmp_path_factory, tiny_data):
     """`save_run(base, train_type)`: folder of a run with changed weights, and the model it had in memory; made once."""
-    from runs import make_config, save_trained
+    from real_run import make_config, save_trained
 
     made = {}
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from runs import make_config, prepared
+from real_run import make_config, prepared
 from test_kernels import DEVICES, KERNEL_DEVICES, relative
 
 from fsdp_utils.training.optim import LocalParameters, StochasticAdamW, make_optimizer
@@ -138,7 +138,7 @@ def test_kernel_equals_plain(device, aligned, monkeypatch):
 
 def test_places_of_parameters(tiny):
     """Every trained parameter has a number of its own, its place in the whole model."""
-    model, *_ = prepared(make_config(model_name=tiny("llama"), train_type="bnb_dora", precision="bf16"))
+    model = prepared(make_config(model_name=tiny("llama"), train_type="bnb_dora", precision="bf16")).model
     trained = LocalParameters(model)
     numbers = [number for number, _ in trained.places]
     assert len(set(numbers)) == len(trained.plain) and all(first == 0 for _, first in trained.places)
@@ -150,7 +150,7 @@ def test_places_of_parameters(tiny):
 def test_every_train_type(flags, train_type):
     """All that trains with --precision bf16 is bf16."""
     config = make_config(**flags(train_type=train_type, precision="bf16"))
-    model, *_ = prepared(config)
+    model = prepared(config).model
     assert isinstance(make_optimizer(config, LocalParameters(model)), StochasticAdamW)
 
 
@@ -176,7 +176,7 @@ def test_what_it_does_not_take(wrong):
 def test_where_it_is_used(tiny, settings, ours):
     """Where AdamW trains bf16 weights, unless refused."""
     config = make_config(model_name=tiny("llama"), train_type="bnb_dora", **{"precision": "bf16", **settings})
-    model, *_ = prepared(config)
+    model = prepared(config).model
     trained = LocalParameters(model)
     assert isinstance(make_optimizer(config, trained), StochasticAdamW) is ours
     assert {p.dtype for p in trained.plain} == {torch.bfloat16 if config.stores_bf16 else torch.float32}

@@ -2,16 +2,23 @@
 
 import pytest
 import torch
-from runs import first_step, make_config, prepared
+from real_run import first_step, make_config, prepared
 from tiny import FAMILIES
 
 import train
 from fsdp_utils.core.errors import UserError
-from fsdp_utils.data.batches import collate_packed, collate_padded, epoch_rows
+from fsdp_utils.data.batches import (
+    BOUNDARIES_MULTIPLE,
+    boundaries,
+    collate_packed,
+    collate_padded,
+    epoch_rows,
+    with_targets,
+)
 from fsdp_utils.data.tokens import prepare_dataset
 from fsdp_utils.model import attention
 from fsdp_utils.model.build import read_tokenizer
-from fsdp_utils.training.loss import CausalLMLoss, check_packing, with_targets
+from fsdp_utils.training.loss import CausalLMLoss, check_packing
 
 
 def samples(count=5):
@@ -23,8 +30,9 @@ def samples(count=5):
 
 def losses_of(config, *, packed):
     """The loss sum of the samples, packed in two rows or padded one by one."""
-    model, *_ = prepared(config)
-    loss, shape = CausalLMLoss(model, fused=True), dict(pad_token_id=0, multiple=1, context_length=64)
+    run = prepared(config)
+    model = run.model
+    loss, shape = CausalLMLoss(model, fused=run.fused_loss), dict(pad_token_id=0, multiple=1, context_length=64)
     device = next(model.parameters()).device
     rows = samples()
     batches = (
@@ -68,15 +76,15 @@ def test_packed_training_equals_padded(pair, tiny, tiny_data):
 
 def checked(flags: dict) -> None:
     """`check_packing` of a loaded model."""
-    model, _, _, device = prepared(make_config(**flags))
-    check_packing(model, device=device, autocast=None)
+    run = prepared(make_config(**flags))
+    check_packing(run.model, device=run.device, autocast=None)
 
 
 def test_boundaries():
     """Starts of samples and of padding, then the end, repeated."""
-    ends = attention.boundaries(torch.tensor([[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]]))
+    ends = boundaries(torch.tensor([[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]]))
     assert ends[:5].tolist() == [0, 3, 5, 7, 10]
-    assert len(ends) == attention.BOUNDARIES_MULTIPLE
+    assert len(ends) == BOUNDARIES_MULTIPLE
     assert set(ends[4:].tolist()) == {10}
 
 
@@ -105,6 +113,6 @@ def test_varlen_equals_masks(tiny):
     flags = dict(model_name=tiny("llama"), train_type="bnb_dora", precision="bf16", device="cuda", compile=False)
     masked = losses_of(make_config(**flags, packing=True, attn_implementation="sdpa"), packed=True)
     config = make_config(**flags, packing=True)
-    model, *_ = prepared(config)
+    model = prepared(config).model
     assert model.config._attn_implementation == attention.NAME
     assert losses_of(config, packed=True) == pytest.approx(masked, rel=1e-2)

@@ -57,7 +57,7 @@ def test_peer_is_the_same_model(tmp_path, train_type):
     folder = write_config("tiny", tmp_path, num_hidden_layers=1)
     config = make_config(folder, train_type=train_type, device="cpu")
     ours, peer = Run(config), PeerRun(config, peer="peft")
-    mine = {f"base_model.model.{name}": t.shape for name, t in ours.plan.method.adapter_tensors(ours.model)}
+    mine = {f"base_model.model.{name}": t.shape for name, t in ours.plan.method.tensors(ours.model)}
     assert {name: t.shape for name, t in get_peft_model_state_dict(peer.model).items()} == mine
     assert {p.dtype for p in peer.model.parameters() if p.requires_grad} == {torch.bfloat16}
     ids = torch.arange(16).view(1, 16)

@@ -5,20 +5,23 @@ import io
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from commands import TRAIN, error_lines, free_port, start, torchrun
 from safetensors.torch import load_file, save_file
-from test_launch import TRAIN, free_port, start
 from tiny import SHAPE, byte_tokenizer
 from transformers import GraniteMoeConfig, MixtralConfig, Qwen3MoeConfig
 
 import train
-from fsdp_utils.core import processes
+from fsdp_utils.config import TrainConfig
+from fsdp_utils.core import ranks
+from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.flags import parse_or_fail
+from fsdp_utils.core.processes import launch
 from fsdp_utils.model import assemble
 
 
@@ -41,22 +44,17 @@ def refused(argv: list[str], gpus: int | None = None) -> tuple[int, str, bool]:
 
         replace(os, "_exit", leave)
         replace(sys, "argv", ["train.py", *argv])
-        replace(processes, "FAIL_GRACE_SECONDS", 0)
+        replace(ranks, "FAIL_GRACE_SECONDS", 0)
         replace(assemble, "load_weights", lambda *args, **kwargs: read.append(True))
         if gpus is not None:
             replace(torch.cuda, "is_available", lambda: True)
             replace(torch.cuda, "device_count", lambda: gpus)
         stack.enter_context(contextlib.redirect_stderr(errors))
         try:
-            train.cli()
+            launch(train.main, parse_or_fail(TrainConfig, prog="train.py"))
         except Exit as end:
             return end.args[0], errors.getvalue(), bool(read)
     return 0, errors.getvalue(), bool(read)
-
-
-def error_lines(stderr: str) -> list[str]:
-    """What our program said; progress bars stand on the same stream."""
-    return [line for line in stderr.splitlines() if line.startswith("error:")]
 
 
 @pytest.fixture
@@ -251,18 +249,12 @@ def test_more_processes_than_gpus(refuse, pair):
 
 def test_bf16_without_hardware(tiny, monkeypatch):
     """--precision bf16 on a GPU that has none is refused, with the way out."""
-    from runs import make_config
+    from real_run import make_config, plan
 
     monkeypatch.setattr(assemble, "_has_bf16", lambda: False)
     for precision in ("bf16", "bf16_autocast", "bf16_buffers_autocast"):
-        with pytest.raises(assemble.UserError, match=f"--precision {precision}: this GPU has no bf16; use fp16"):
-            assemble.plan(make_config(model_name=tiny(), precision=precision), device=torch.device("cuda"))
-
-
-def torchrun(*words) -> subprocess.CompletedProcess:
-    """Two processes of the real command."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    return start([*command, *words])
+        with pytest.raises(UserError, match=f"--precision {precision}: this GPU has no bf16; use fp16"):
+            plan(make_config(model_name=tiny(), precision=precision), device=torch.device("cuda"))
 
 
 def test_torchrun_says_it_once(tmp_path):
@@ -288,14 +280,17 @@ def test_a_process_that_raises_ends_the_run(tiny, tiny_data, tmp_path):
     script = tmp_path / "broken.py"
     script.write_text(
         "import train\n"
+        "from fsdp_utils.core.flags import parse_or_fail\n"
+        "from fsdp_utils.core.ranks import rank\n"
+        "from fsdp_utils.training.step import TrainStep\n"
         "from fsdp_utils.core import processes\n"
-        "steps, backward = iter(range(9)), train.backward\n"
+        "steps, backward = iter(range(9)), TrainStep.backward\n"
         "def failing(*args, **kwargs):\n"
-        "    if next(steps) == 1 and processes.rank() == 1:\n"
+        "    if next(steps) == 1 and rank() == 1:\n"
         "        raise RuntimeError('planted in process 1')\n"
         "    return backward(*args, **kwargs)\n"
-        "train.backward = failing\n"
-        "train.cli()\n"
+        "TrainStep.backward = failing\n"
+        "processes.launch(train.main, parse_or_fail(train.TrainConfig, prog='train.py'))\n"
     )
     flags = dict(model_name=tiny(), dataset=tiny_data, device="cpu", precision="fp32", output_dir=tmp_path / "out")
     begun = time.perf_counter()

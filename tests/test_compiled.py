@@ -5,11 +5,14 @@ from functools import partial
 
 import pytest
 import torch
-from runs import make_config, perturb
+from real_run import make_config, off_zero, plan
 
-from fsdp_utils.model.assemble import load, plan
-from fsdp_utils.sharding import fsdp
-from fsdp_utils.training.loss import CausalLMLoss, with_targets
+from fsdp_utils.data.batches import with_targets
+from fsdp_utils.model import assemble
+from fsdp_utils.model.assemble import load
+from fsdp_utils.options import POLICIES
+from fsdp_utils.sharding import offload
+from fsdp_utils.training.loss import CausalLMLoss
 
 CPU, BLOCKS, TOKENS = torch.device("cpu"), 3, 24
 as_compiled = partial(torch.compile, backend="aot_eager_decomp_partition")
@@ -18,11 +21,9 @@ as_compiled = partial(torch.compile, backend="aot_eager_decomp_partition")
 def gradients(flags: dict, *, compile_block) -> list[torch.Tensor]:
     """Of every trained parameter, over two micro-batches."""
     config = make_config(**flags)
-    planned = plan(config, device=CPU)
-    model = load(planned, config, mesh=None, device=CPU, compile_block=compile_block)
-    perturb(model)
-    planned.method.after_step(model, device=CPU)
-    loss, generator = CausalLMLoss(model.train(), fused=True), torch.Generator().manual_seed(0)
+    ready = off_zero(load(plan(config), config, mesh=None, device=CPU, compile_block=compile_block))
+    model = ready.model
+    loss, generator = CausalLMLoss(model.train(), fused=ready.fused_loss), torch.Generator().manual_seed(0)
     for _ in range(2):
         ids = torch.randint(0, 250, (2, TOKENS), generator=generator)
         loss(with_targets(dict(input_ids=ids, labels=ids))).backward()
@@ -36,7 +37,7 @@ def base(tiny):
 
 
 # not every train type under every policy: tracing takes seconds a case
-CASES = [("bnb_dora", None), *(("bnb_dora", policy) for policy in fsdp.POLICIES), ("custom_qlora", "narrow")]
+CASES = [("bnb_dora", None), *(("bnb_dora", policy) for policy in POLICIES), ("custom_qlora", "narrow")]
 
 
 @pytest.mark.parametrize(("train_type", "policy"), CASES)
@@ -46,8 +47,8 @@ def test_compiled_blocks_equal_plain_ones(base, hostly, monkeypatch, train_type,
     torch._dynamo.reset()
     flags = dict(model_name=base, train_type=train_type)
     plain = gradients({**flags, "use_gradient_checkpointing": False}, compile_block=None)
-    monkeypatch.setattr(fsdp, "InputOffloader", lambda: hostly)
-    monkeypatch.setattr(fsdp, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(offload, "InputOffloader", lambda: hostly)
+    monkeypatch.setattr(assemble, "offloads", lambda config, device: config.use_activation_cpu_offload)
     how = dict(checkpoint_policy=policy, use_activation_cpu_offload=True)
     how = how if policy else dict(use_gradient_checkpointing=False)
     ours = gradients({**flags, **how}, compile_block=as_compiled)
@@ -72,11 +73,9 @@ def test_dropout_in_compiled_blocks(tiny, device, compile_block, train_type, pol
     base = tiny("llama", hidden_size=256, num_hidden_layers=BLOCKS, intermediate_size=768)
     how = dict(checkpoint_policy=policy) if policy else dict(use_gradient_checkpointing=False)
     config, device = make_config(model_name=base, train_type=train_type, lora_dropout=0.4, **how), torch.device(device)
-    planned = plan(config, device=device)
-    model = load(planned, config, mesh=None, device=device, compile_block=compile_block)
-    perturb(model)
-    planned.method.after_step(model, device=device)
-    loss_of = CausalLMLoss(model.train(), fused=True)
+    ready = off_zero(load(plan(config, device=device), config, mesh=None, device=device, compile_block=compile_block))
+    model = ready.model
+    loss_of = CausalLMLoss(model.train(), fused=ready.fused_loss)
     batch = with_targets(dict.fromkeys(("input_ids", "labels"), torch.arange(96, device=device).view(4, 24)))
     trained = [p for p in model.parameters() if p.requires_grad]
 

@@ -14,14 +14,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from fsdp_utils.data import sources as data_module
 from fsdp_utils.data import tokens as tokens_module
 from fsdp_utils.data.batches import (
+    Batches,
+    collate,
     collate_packed,
     collate_padded,
     deal,
     epoch_rows,
-    epoch_steps,
     pack,
     padding_share,
-    steps_per_epoch,
 )
 from fsdp_utils.data.sources import (
     DATASETS,
@@ -31,7 +31,7 @@ from fsdp_utils.data.sources import (
     load_examples,
     validation_examples,
 )
-from fsdp_utils.data.tokens import TokenizedData, check_global_batch, prepare_dataset
+from fsdp_utils.data.tokens import TokenizedData, prepare_dataset
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -331,16 +331,13 @@ def test_eos_label_is_kept_where_pad_is_eos(tmp_path, tokenizer):
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     path = write_jsonl(tmp_path / "rows.jsonl", [*questions(1), {"question": "q", "answer": "a longer answer " * 3}])
     prepared = prepare_dataset(make_config(path), tokenizer)
-    steps = epoch_steps(
-        prepared, batch_size=2, gradient_accumulation_steps=1, rank=0, world_size=1, seed=0, epoch=0,
-        pad_token_id=tokenizer.pad_token_id, context_length=256,
-    )  # fmt: skip
-    (batch,) = next(steps)
-    ends = batch["attention_mask"].sum(1) - 1
-    for row, end in enumerate(ends.tolist()):
-        assert batch["labels"][row, end] == tokenizer.eos_token_id
-        assert (batch["labels"][row, end + 1 :] == -100).all()
-    assert ends[0] != ends[1]
+    batches = Batches(prepared, collate, batch_size=2, pad_token_id=tokenizer.pad_token_id, context_length=256)
+    (batch,) = next(batches.steps(0))
+    labels, lengths = labels_of(batch), sorted(prepared.lengths.tolist(), reverse=True)
+    for row, end in enumerate(length - 1 for length in lengths):
+        assert labels[row, end] == tokenizer.eos_token_id
+        assert (labels[row, end + 1 :] == -100).all()
+    assert lengths[0] != lengths[1]
 
 
 def test_truncation_and_drops_are_counted(tmp_path, tokenizer):
@@ -514,10 +511,23 @@ def test_chat_errors_name_the_row(tmp_path, tokenizer):
 # --- order, sharding, padding
 
 
-def all_steps(data, *, world_size, **changes):
+def batches_of(data, *, batch_size, gradient_accumulation_steps=1, **changes):
+    settings = {"seed": 1, "context_length": 64} | changes
+    return Batches(data, collate, batch_size=batch_size, accumulation=gradient_accumulation_steps, **settings)
+
+
+def all_steps(data, *, world_size, epoch=0, start_step=0, **changes):
     """[rank][step] -> micro-batches."""
-    settings = {"seed": 1, "epoch": 0, "pad_token_id": 0, "context_length": 64} | changes
-    return [list(epoch_steps(data, rank=rank, world_size=world_size, **settings)) for rank in range(world_size)]
+    ranks = [batches_of(data, world_size=world_size, rank=rank, **changes) for rank in range(world_size)]
+    return [list(batches.steps(epoch, start=start_step)) for batches in ranks]
+
+
+def labels_of(batch):
+    """What each token of a micro-batch is learned as, int64 `[b, L]`; -100 where it is not predicted."""
+    labels = torch.full(batch["input_ids"].shape, -100)
+    predicting = batch["targets"] != -100
+    labels.view(-1)[batch["positions"][predicting] + 1] = batch["targets"][predicting]
+    return labels
 
 
 LENGTHS = np.random.default_rng(0).integers(2, 60, size=44).tolist()
@@ -543,11 +553,8 @@ def test_global_batch_does_not_depend_on_the_split(packing):
             for steps in zip(*ranks, strict=True)
         ]
         seen.append(together)
-        count = steps_per_epoch(
-            data, batch_size=batch_size, gradient_accumulation_steps=accumulation, world_size=world_size, seed=1,
-            context_length=64, packing=packing,
-        )  # fmt: skip
-        assert count == len(ranks[0])
+        split = dict(batch_size=batch_size, gradient_accumulation_steps=accumulation, world_size=world_size)
+        assert batches_of(data, packing=packing, **split).count(0) == len(ranks[0])
     assert all(steps == seen[0] for steps in seen)
     assert sorted(s for step in seen[0] for s in step) == list(range(len(LENGTHS)))
 
@@ -561,8 +568,7 @@ def test_last_batch_keeps_every_rank_busy():
     for batch in last:
         if not samples_of(batch):
             assert batch["input_ids"].shape == (1, 1)
-            assert (batch["labels"] == -100).all()
-            assert batch["attention_mask"].all()
+            assert not len(batch["targets"])
 
 
 def test_resume_continues_the_epoch():
@@ -592,32 +598,30 @@ def test_ranks_of_a_micro_step_have_similar_lengths():
 
 
 def test_padded_micro_batch():
-    """Rows are padded on the right to a multiple, with a mask from their lengths; types are int64."""
+    """Rows are padded on the right to a multiple, and padding predicts nothing; types are int64."""
     ranks = all_steps(
         fake_data([3, 5]),
         world_size=1,
         batch_size=2,
         gradient_accumulation_steps=1,
-        pad_to_multiple_of=4,
-        pad_token_id=None,
+        multiple=4,
     )
     batch = ranks[0][0][0]
-    assert set(batch) == {"input_ids", "labels", "attention_mask"}
-    assert all(value.dtype == torch.int64 and value.shape == (2, 8) for value in batch.values())
-    assert batch["attention_mask"].sum(1).tolist() == [5, 3]
+    assert set(batch) == {"input_ids", "positions", "targets"}
+    assert all(value.dtype == torch.int64 for value in batch.values())
+    assert batch["input_ids"].shape == (2, 8) and batch["positions"].shape == batch["targets"].shape == (4 + 2,)
     assert batch["input_ids"][1].tolist() == [1000, 1001, 1002, 0, 0, 0, 0, 0]
-    assert batch["labels"][1].tolist() == [-100, 1001, 1002, -100, -100, -100, -100, -100]
+    assert labels_of(batch)[1].tolist() == [-100, 1001, 1002, -100, -100, -100, -100, -100]
 
 
 def test_small_dataset_is_refused():
     """Fewer samples than one global batch is an error that names both numbers."""
-    config = make_config(batch_size=2, gradient_accumulation_steps=2)
+    shape = dict(batch_size=2, gradient_accumulation_steps=2, world_size=2, context_length=256)
     with pytest.raises(DataError, match=r"fake: 7 samples do not fill one global batch of 8 .*2 processes"):
-        check_global_batch(fake_data([3] * 7), config, world_size=2)
-    check_global_batch(fake_data([3] * 8), config, world_size=2)
-    config.packing = True
+        batches_of(fake_data([3] * 7), **shape).check()
+    batches_of(fake_data([3] * 8), **shape).check()
     with pytest.raises(DataError, match="1 packs of 256 tokens do not fill"):
-        check_global_batch(fake_data([3] * 8), config, world_size=2)
+        batches_of(fake_data([3] * 8), packing=True, **shape).check()
 
 
 # --- packing
@@ -629,11 +633,9 @@ def test_packed_rows_equal_their_samples():
     found = []
     for step in all_steps(data, world_size=1, batch_size=2, gradient_accumulation_steps=2, packing=True)[0]:
         for batch in step:
-            assert set(batch) == {"input_ids", "labels", "position_ids"}
+            assert set(batch) == {"input_ids", "position_ids", "cu_seq_lens_q", "positions", "targets"}
             assert batch["input_ids"].shape[1] <= 64
-            for ids, labels, positions in zip(
-                *(batch[k] for k in ("input_ids", "labels", "position_ids")), strict=True
-            ):
+            for ids, labels, positions in zip(batch["input_ids"], labels_of(batch), batch["position_ids"], strict=True):
                 starts = [*torch.where(positions == 0)[0].tolist(), len(positions)]
                 for start, end in itertools.pairwise(starts):
                     assert positions[start:end].tolist() == list(range(end - start))

@@ -4,11 +4,12 @@ import copy
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from runs import logits, make_config, set_json
+from real_run import logits, make_config, plan, set_json
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -21,8 +22,10 @@ from fsdp_utils.folders.describe import describe, tokenizer_of
 from fsdp_utils.inference import generation
 from fsdp_utils.inference.load import check_eval_type, load_for_inference
 from fsdp_utils.model import attention
-from fsdp_utils.model.assemble import plan
 from fsdp_utils.model.build import read_model_config, read_tokenizer
+from fsdp_utils.training.task import CAUSAL_LM
+from methods import method_of
+from methods.dora import DoRALinear
 from methods.lora import LoRALinear
 from methods.quantizers.linear import QuantizedLinear, weight_rows
 from methods.targets import replace_module
@@ -56,9 +59,8 @@ def merged(model):
             weight = weight_rows(base, local, dtype=torch.float32)
             if isinstance(module, LoRALinear):
                 weight = weight + module.scaling * (module.lora_B.double() @ module.lora_A.double()).float()
-                magnitude = module.adapter_tensors().get("lora_magnitude_vector")
-                if magnitude is not None:
-                    weight = weight * (magnitude / weight.norm(dim=1)).unsqueeze(1)
+                if isinstance(module, DoRALinear):
+                    weight = weight * (module.magnitude() / weight.norm(dim=1)).unsqueeze(1)
             linear = torch.nn.Linear(base.in_features, base.out_features, bias=base.bias is not None)
             linear.weight.copy_(weight)
             if base.bias is not None:
@@ -73,7 +75,8 @@ def test_adapter_is_what_was_trained(save_run, tiny, train_type):
     folder, trained = save_run(tiny("qwen2"), train_type)
     expected = logits(trained)
     run = describe(folder)
-    assert (run.kind, run.train_type, run.rank, run.scaling) == ("adapter", train_type, 4, 4.0)
+    assert (run.kind, run.train_type, run.rank) == ("adapter", train_type, 4)
+    assert method_of(train_type)(run.config).scaling == 4.0
     assert run.dora == train_type.endswith("dora")
     model = opened(folder)
     assert not any(p.requires_grad for p in model.parameters())
@@ -175,7 +178,7 @@ def test_damaged_folders(broken, message):
 @pytest.mark.parametrize("name", ["/nowhere/model", "./nowhere", "../nowhere", "some/where/else"])
 def test_missing_folders(name):
     """A name that can only be a folder is said to be missing, not looked for on the hub."""
-    for read in (describe, read_model_config, read_tokenizer):
+    for read in (describe, partial(read_model_config, task=CAUSAL_LM), read_tokenizer):
         with pytest.raises(UserError, match=f"^{name}: no such folder$"):
             read(name)
 
@@ -188,7 +191,7 @@ def test_attention_of_training_is_left_behind(broken, monkeypatch):
     monkeypatch.setattr(attention, "supported", lambda *args, **kwargs: True)  # as on CUDA
     names = ("model_name", "train_type")
     config = make_config(**{name: trained_with[name] for name in names})
-    assert plan(config, device=CPU).model.config._attn_implementation == attention.NAME
+    assert plan(config).model.config._attn_implementation == attention.NAME
     assert opened(broken).config._attn_implementation == "sdpa"
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from runs import logits, make_config, prepared
+from real_run import logits, make_config, prepared
 from transformers import AutoModelForCausalLM
 
 from fsdp_utils.core.errors import UserError

@@ -4,16 +4,16 @@ import gc
 
 import pytest
 import torch
-from runs import first_step, make_config, perturb, prepared
+from closeness import assert_close
+from commands import TRAIN, losses, torchrun
+from real_run import first_step, make_config, perturb, prepared
 from safetensors.torch import load_file
-from test_cli import TRAIN, torchrun
-from test_launch import losses
-from test_parity import assert_close
 
 import train
+from fsdp_utils.data.batches import with_targets
 from fsdp_utils.model.weights import check_loaded
-from fsdp_utils.training.loss import with_targets
-from fsdp_utils.training.step import micro_step
+from fsdp_utils.training.step import TrainStep
+from fsdp_utils.training.task import CAUSAL_LM
 from methods import TRAIN_TYPES
 
 pytestmark = pytest.mark.gpu
@@ -65,18 +65,24 @@ def test_memory_options_change_nothing(flags, more, compiled):
 @pytest.mark.parametrize("optimizer", ["adamw", "fused_adamw", "adamw_8bit", "sgd"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16_autocast"])
 def test_whole_run(flags, tmp_path, optimizer, precision):
-    """train.main runs, saves and logs on the GPU."""
-    more = dict(train_type="bnb_dora", optimizer=optimizer, precision=precision, max_steps=3, save_model=True)
-    config = make_config(**flags(**more), output_dir=tmp_path / "out", log_to="stdout")
-    train.main(config)
-    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    """A run on the GPU learns what the same run in fp32 learns on a CPU, and saves what it learned."""
+    more = dict(train_type="bnb_dora", optimizer=optimizer, max_steps=6, save_model=True, log_to="stdout", lr=0.01)
+    reference = flags(**more) | dict(device="cpu", output_dir=tmp_path / "cpu")
+    train.main(make_config(**reference))
+    train.main(make_config(**flags(**more), precision=precision, output_dir=tmp_path / "gpu"))
+    wanted, got = losses(tmp_path / "cpu"), losses(tmp_path / "gpu")
+    assert len(got) == 6 and got == pytest.approx(wanted, rel=2e-2)
+    assert wanted[0] - wanted[-1] > 10 * max(abs(a - b) for a, b in zip(got, wanted, strict=True)) or optimizer == "sgd"
+    saved, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("gpu", "cpu"))
+    assert saved.keys() == expected.keys()
+    assert all(tensor.isfinite().all() and tensor.any() for tensor in saved.values())
 
 
 def test_dummy_weights_need_no_files(flags, tiny):
     """Dummy weights fill every parameter."""
-    model, *_ = prepared(
+    model = prepared(
         make_config(model_name=tiny("llama"), load_format="dummy", train_type="bnb_dora", device="cuda")
-    )
+    ).model
     check_loaded(model)
     assert all(torch.isfinite(p.float()).all() for p in model.parameters() if p.dtype != torch.float8_e4m3fn)
 
@@ -89,9 +95,10 @@ def test_cuda_graphs_change_nothing(flags, train_type, compiled):
     def seen(graphs):
         more = flags(train_type=train_type, precision="bf16", cuda_graphs=graphs)
         config = make_config(**more | {"compile": compiled})
-        model, _, mesh, device = prepared(config)
+        ready = prepared(config)
+        model = ready.model
         perturb(model)
-        run = micro_step(model.train(), config, mesh=mesh, device=device)
+        run = TrainStep(ready, config, task=CAUSAL_LM).micro_step
         generator, losses = torch.Generator().manual_seed(0), []
         for length in (64, 128, 64, 128) * 2:
             ids = torch.randint(0, 250, (2, length), generator=generator)
@@ -113,9 +120,10 @@ def test_offload_of_many_large_states(tiny, policy):
     def gradients(offload):
         flags = dict(model_name=tiny("llama", num_hidden_layers=8), train_type="bnb_dora", device="cuda", compile=True)
         config = make_config(**flags, checkpoint_policy=policy, use_activation_cpu_offload=offload, cuda_graphs=False)
-        model, _, mesh, device = prepared(config)
+        ready = prepared(config)
+        model = ready.model
         perturb(model)
-        run = micro_step(model.train(), config, mesh=mesh, device=device)
+        run = TrainStep(ready, config, task=CAUSAL_LM).micro_step
         generator = torch.Generator().manual_seed(0)
         for _ in range(3):
             ids = torch.randint(0, 250, (8, 4096), generator=generator)
@@ -133,7 +141,7 @@ def test_offloaded_activations_leave_the_gpu(tiny):
     def held(offload):
         flags = dict(model_name=tiny("llama", num_hidden_layers=blocks), train_type="custom_qlora", device="cuda")
         config = make_config(**flags, compile=False, use_activation_cpu_offload=offload)
-        model, *_ = prepared(config)
+        model = prepared(config).model
         ids = torch.randint(0, 250, (1, tokens), device="cuda")
         before = torch.cuda.memory_allocated()
         output = model(input_ids=ids, use_cache=False).logits
@@ -151,7 +159,7 @@ def test_embedding_on_host_changes_nothing_but_memory(flags, packed):
         more = flags(train_type="bnb_dora", embedding_on_host=on_host, quantize_lm_head=packed)
         gc.collect()  # else what earlier models held is freed meanwhile
         before = torch.cuda.memory_allocated()
-        model, *_ = prepared(make_config(**more))
+        model = prepared(make_config(**more)).model
         held = torch.cuda.memory_allocated() - before
         nbytes = sum(p.nbytes for p in model.get_input_embeddings().parameters())
         del model

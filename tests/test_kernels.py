@@ -52,12 +52,12 @@ def base_linear(quantizer, device, dtype, *, out=OUT):
 
 def adapter(kind, base, device, dtype, *, fused, dropout=0.0):
     """An adapter of rank 8 off its start."""
-    layer = kind(base, rank=8, alpha=16, dropout=dropout, dtype=dtype, fused=fused)
+    layer = kind(base, rank=8, scaling=2.0, dropout=dropout, dtype=dtype, fused=fused)
     generator = torch.Generator().manual_seed(1)
     for name in kind.own_parameters:
         parameter = getattr(layer, name)
         value = torch.randn(parameter.shape, generator=generator) * 0.05
-        value = value.abs() + 0.5 if name.endswith("_norm") else value
+        value = value.abs() + 0.5 if name.endswith(("_norm", "initial_magnitude")) else value
         new = nn.Parameter(value.to(device, parameter.dtype), requires_grad=parameter.requires_grad)
         setattr(layer, name, new)
     return layer
@@ -130,7 +130,7 @@ def test_swiglu_between_dora_projections(device, dtype, tolerance):
     """Output and all gradients are those of the MLP as it came, the magnitudes' from the output's backward included."""
     module = mlp(DoRALinear, device, dtype)
     with torch.no_grad():
-        module.up_proj.weight_norm[3] = -module.up_proj.magnitude_delta[3].float()  # a row factor of zero
+        module.up_proj.initial_magnitude[3] = -module.up_proj.magnitude_delta[3].float()  # a row factor of zero
     x = torch.randn(3, 17, IN, generator=torch.Generator().manual_seed(2)).to(device, dtype)
     results = []
     for joined in (False, True):

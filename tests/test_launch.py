@@ -1,51 +1,24 @@
 """Starting: plain python, torchrun and SLURM give the same run, and a wrong start ends on every process."""
 
-import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from runs import make_config
+from commands import REPOSITORY, TRAIN, clean_environment, free_port, losses, start
+from real_run import make_config
 
 import train
 from fsdp_utils.core import processes
+from fsdp_utils.core.devices import pick_device
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.flags import as_dict
-
-REPOSITORY = Path(__file__).parent.parent
-TRAIN = str(REPOSITORY / "train.py")
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
-
-
-def clean_environment(**environment) -> dict[str, str]:
-    """Without torchrun's variables, which this test process may have set."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TORCHELASTIC_"))}
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        clean.pop(name, None)
-    return clean | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", **environment)
-
-
-def start(command: list, **environment) -> subprocess.CompletedProcess:
-    """A command in a clean environment, to its end."""
-    settings = dict(text=True, env=clean_environment(**environment), timeout=120, cwd=REPOSITORY)
-    return subprocess.run([str(word) for word in command], capture_output=True, **settings)
-
-
-def losses(folder) -> list[float]:
-    return [json.loads(line)["loss"] for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+from fsdp_utils.core.ranks import fail, first_host, local_rank, rank, read_slurm_environment, world_size
 
 
 def test_plain_python_starts_processes(tiny, tiny_data, tmp_path):
@@ -85,7 +58,7 @@ def test_help():
 )
 def test_first_host(nodes, first):
     """The first host of every way in which SLURM writes lists."""
-    assert processes.first_host(nodes) == first
+    assert first_host(nodes) == first
 
 
 @pytest.fixture
@@ -107,8 +80,8 @@ def test_slurm_environment(environment):
     """srun's variables become torchrun's: two nodes of four tasks, this one the sixth."""
     environment(SLURM_PROCID="5", SLURM_NTASKS="8", SLURM_LOCALID="1", SLURM_TASKS_PER_NODE="4(x2)")
     environment(SLURM_JOB_NODELIST="gpu[03-04]")
-    processes.read_slurm_environment("localhost", "12355")
-    assert (processes.rank(), processes.world_size(), processes.local_rank()) == (5, 8, 1)
+    read_slurm_environment("localhost", "12355")
+    assert (rank(), world_size(), local_rank()) == (5, 8, 1)
     assert os.environ["LOCAL_WORLD_SIZE"] == "4"
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("gpu03", "12355")
 
@@ -117,7 +90,7 @@ def test_slurm_respects_flags(environment):
     """--master_addr wins over the node list; --ntasks-per-node over its summary."""
     environment(SLURM_PROCID="0", SLURM_NTASKS="2", SLURM_NTASKS_PER_NODE="2", SLURM_TASKS_PER_NODE="1(x2)")
     environment(SLURM_STEP_NODELIST="a1", SLURM_JOB_NODELIST="b1")
-    processes.read_slurm_environment("10.0.0.7", "555")
+    read_slurm_environment("10.0.0.7", "555")
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("10.0.0.7", "555")
     assert os.environ["LOCAL_WORLD_SIZE"] == "2"
 
@@ -149,7 +122,7 @@ def test_slurm_is_left_alone(environment, variables):
     if variables:
         environment(**{"SLURM_PROCID": "0", "SLURM_NTASKS": "4", **variables})
     before = dict(os.environ)
-    processes.read_slurm_environment("localhost", "12355")
+    read_slurm_environment("localhost", "12355")
     assert dict(os.environ) == before
 
 
@@ -160,25 +133,25 @@ def test_more_processes_than_gpus(environment, monkeypatch, local_rank):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     environment(RANK=f"{local_rank}", LOCAL_RANK=f"{local_rank}", WORLD_SIZE="3", LOCAL_WORLD_SIZE="3")
     with pytest.raises(UserError, match=r"3 processes but 2 visible GPU"):
-        processes.pick_device("auto")
-    assert processes.pick_device("cpu").type == "cpu"
+        pick_device("auto")
+    assert pick_device("cpu").type == "cpu"
 
 
 def test_device_that_is_not_there(monkeypatch):
     """--device cuda without CUDA is named."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="--device cuda: no CUDA device"):
-        processes.pick_device("cuda")
+        pick_device("cuda")
 
 
 @pytest.mark.parametrize("local_rank", [0, 1])
 def test_failing_waits_for_process_0(environment, monkeypatch, capsys, local_rank):
     """Process 0 speaks at once; another only after it had the time to, because the first to exit ends all."""
     events = []
-    monkeypatch.setattr(processes.time, "sleep", lambda seconds: events.append(("sleep", capsys.readouterr().err)))
+    monkeypatch.setattr(time, "sleep", lambda seconds: events.append(("sleep", capsys.readouterr().err)))
     monkeypatch.setattr(os, "_exit", lambda code: events.append((code, capsys.readouterr().err)))
     environment(LOCAL_RANK=f"{local_rank}")
-    processes.fail(UserError("--lr nan: wrong"))
+    fail(UserError("--lr nan: wrong"))
     waited = [("sleep", "")] if local_rank else []
     assert events == [*waited, (2, "error: --lr nan: wrong\n")]
 

@@ -5,37 +5,16 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from runs import first_step, packed_bytes
+from closeness import assert_close, assert_close_norm, assert_learns
+from real_run import first_step, packed_bytes
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES
 
-from fsdp_utils.core import processes
+from fsdp_utils.core import ranks
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.folders import new_folder
 from fsdp_utils.sharding import offload
 from methods import TRAIN_TYPES
-
-
-def assert_close(got, want, *, relative):
-    """Loss and every gradient agree, relative to the largest entry of each."""
-    assert got[0] == pytest.approx(want[0], rel=relative)
-    assert got[1].keys() == want[1].keys() and want[1]
-    for name, gradient in want[1].items():
-        scale = gradient.abs().max().clamp_min(1e-12)
-        assert (got[1][name] - gradient).abs().max() / scale < relative, name
-
-
-def assert_close_norm(got, want, *, relative):
-    """Loss and every gradient agree in norm, as 16-bit numbers can: single entries near zero are mostly rounding."""
-    assert got[0] == pytest.approx(want[0], rel=relative)
-    for name, gradient in want[1].items():
-        difference = (got[1][name].float() - gradient.float()).norm()
-        assert difference / gradient.float().norm().clamp_min(1e-12) < relative, name
-
-
-def assert_learns(step):
-    """A parity of zeros would prove nothing."""
-    assert all(gradient.abs().max() > 0 for gradient in step[1].values())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -195,7 +174,7 @@ def test_quantized_cache_gives_the_same_bytes(pair, tiny, tmp_path, train_type):
 
 def own_disk(flags: dict) -> dict[str, torch.Tensor]:
     """`packed_bytes` where every process has a cache folder of its own."""
-    return packed_bytes({**flags, "quantized_cache": f"{flags['quantized_cache']}/{processes.rank()}"})
+    return packed_bytes({**flags, "quantized_cache": f"{flags['quantized_cache']}/{ranks.rank()}"})
 
 
 def test_quantized_cache_that_not_all_processes_see(pair, tiny, tmp_path):

@@ -1,28 +1,30 @@
 """Frozen weights copied out of the neighbours' memory: what FSDP2 would gather, when, and where it falls back."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
-from runs import first_step, make_config, packed_bytes, prepared
+from closeness import assert_close, assert_learns
+from commands import losses
+from real_run import first_step, make_config, packed_bytes, plan, prepared
 from safetensors.torch import load_file
-from test_launch import losses
-from test_parity import assert_close, assert_learns
 from torch.distributed.tensor import DTensor
 from workers import Workers
 
 import train
 from fsdp_utils.core import processes
 from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.ranks import rank
 from fsdp_utils.core.rows import local
-from fsdp_utils.memory.budget import breakdown, remedies
-from fsdp_utils.memory.recompute import resident
-from fsdp_utils.model.assemble import plan
+from fsdp_utils.data.batches import with_targets
+from fsdp_utils.memory.budget import remedies, resident
 from fsdp_utils.sharding import peer_gather
-from fsdp_utils.training.loss import with_targets
-from fsdp_utils.training.step import micro_step
+from fsdp_utils.sharding.mesh import mesh_for
+from fsdp_utils.training.step import TrainStep
+from fsdp_utils.training.task import CAUSAL_LM
 from methods import TRAIN_TYPES
 from methods.targets import decoder_blocks
 
@@ -141,8 +143,8 @@ def gathers(flags: dict) -> list[int]:
         counts.append(0)
         return backward(*args, **kwargs)
 
-    backward = train.backward
-    with patch.object(groups, "foreach_all_gather", counted), patch.object(train, "backward", begin):
+    backward = TrainStep.backward
+    with patch.object(groups, "foreach_all_gather", counted), patch.object(TrainStep, "backward", begin):
         train.main(make_config(**flags))
     return counts
 
@@ -159,19 +161,19 @@ def fetches(flags: dict, steps: int) -> tuple[list[list[int]], bool, bool]:
     config, fetched, fetch = make_config(**flags), [], peer_gather.PeerGather._fetch
 
     def counted(self, number):
-        if self.slots[number % self.count].holds != number:
+        if self._slot(number).holds != number:
             fetched[-1].append(number)
         fetch(self, number)
 
     with patch.object(peer_gather.PeerGather, "_fetch", counted):
-        model, _, mesh, device = prepared(config)
-        run = micro_step(model, config, mesh=mesh, device=device)
+        ready = prepared(config)
+        run = TrainStep(ready, config, task=CAUSAL_LM).micro_step
         ids = torch.arange(8)[None]
         for _ in range(steps):
             fetched.append([])
             run(with_targets(dict(input_ids=ids, labels=ids)), 1.0)
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    return fetched, all(isinstance(p, DTensor) for p in frozen), model.trained_together
+    frozen = [p for p in ready.model.parameters() if not p.requires_grad]
+    return fetched, all(isinstance(p, DTensor) for p in frozen), ready.gathered_with_root
 
 
 def test_what_is_fetched_when(pair, tiny, flags):
@@ -205,8 +207,8 @@ def cannot(flags: dict, where: int) -> tuple[str, str]:
     """Why not, and what `true` says, when one process cannot map the others' memory."""
     fails = patch.object(peer_gather, "mapped", side_effect=RuntimeError("peer access is not supported"))
     config = make_config(**flags)
-    mesh = processes.mesh_for(config, CPU)
-    if processes.rank() == where:
+    mesh = mesh_for(config, CPU)
+    if rank() == where:
         fails.start()
     try:
         why = peer_gather.unreachable(mesh, CPU)
@@ -230,7 +232,7 @@ def test_memory_out_of_reach(pair, flags, where):
 def what_auto_does(flags: dict) -> tuple[str | None, bool]:
     """Why memory cannot be reached (it can), and whether `auto` makes anything of that on a CPU."""
     config = make_config(**flags | dict(peer_gather="auto"))
-    mesh, blocks = processes.mesh_for(config, CPU), decoder_blocks(plan(config, device=CPU).model)
+    mesh, blocks = mesh_for(config, CPU), decoder_blocks(plan(config).model)
     chosen = peer_gather.choose(blocks, config, mesh=mesh, device=CPU)
     return peer_gather.unreachable(mesh, CPU), chosen is not None
 
@@ -248,11 +250,12 @@ def estimates(flags: dict) -> tuple[list[int], int]:
     """`recompute.resident` before and after the frozen weights are sharded here, and with adapters whole; and what
     adapters of the blocks take whole: themselves, gradients, and the fp32 buffer these are reduced in."""
     config = make_config(**flags)
-    planned = plan(config, device=CPU)
-    mesh, blocks = processes.mesh_for(config, CPU), decoder_blocks(planned.model)
-    found = [resident(planned.model, blocks, config, mesh=mesh)]
-    peer_gather.PeerGather(blocks, mesh=mesh, reshard=True)
-    found += [resident(planned.model, blocks, config, mesh=mesh, together=on) for on in (False, True)]
+    planned = plan(config)
+    mesh, blocks = mesh_for(config, CPU), decoder_blocks(planned.model)
+    total = lambda **more: sum(resident(planned.model, blocks, config, mesh=mesh, on_host={}, **more))
+    found = [total()]
+    shards = peer_gather.PeerShards(blocks, mesh=mesh, resharded=True)
+    found += [total(gathered_with_root=on, slot_bytes=sum(shards.slot_sizes)) for on in (False, True)]
     trained = [p for block in blocks.values() for p in block.parameters() if p.requires_grad]
     return found, sum(p.numel() * (2 * p.element_size() + 4) for p in trained)
 
@@ -263,39 +266,27 @@ def test_estimate_for_auto(pair, flags):
         assert before == sharded and together - sharded == whole > 0
 
 
-def test_memory_is_freed_when_nobody_maps_it(monkeypatch):
-    """At the end of a run every process lets go of the others' memory before any gives its own back."""
-    events = []
-
-    class Sharing:
-        def disconnect(self):
-            events.append("disconnect")
-
-        def free(self):
-            events.append("free")
-
-    monkeypatch.setattr(processes, "SHARING", [Sharing(), Sharing()])
-    monkeypatch.setattr(processes, "barrier", lambda: events.append("barrier"))
-    for _ in range(2):
-        processes.stop_sharing()
-    assert events == ["disconnect", "disconnect", "barrier", "free", "free"]
-
-
-def left_of_sharing(flags: dict) -> tuple[int, int, int]:
-    """Copies that a model makes; hooks on its blocks, and copies and models that share, after sharing has ended."""
-    prepared(make_config(**flags))
-    (sharing,) = processes.SHARING
-    copies = sum(map(len, sharing.copies))
-    processes.stop_sharing()
-    hooks = sum(len(block._forward_pre_hooks) + len(block._forward_hooks) for block in sharing.blocks)
-    return copies, hooks, len(sharing.copies) + len(processes.SHARING)
+def left_of_sharing(flags: dict) -> tuple[list[str], int, int]:
+    """What closing does in which order; copies that a model makes; hooks on its blocks and copies after it."""
+    events, ready = [], prepared(make_config(**flags))
+    copies = sum(map(len, ready.peers.copies))
+    names = ("_disconnect", "_free")
+    told = {name: partial(lambda name, original: (events.append(name), original()), name, getattr(ready.peers, name))
+            for name in names}  # fmt: skip
+    with patch.multiple(ready.peers, **told), patch.object(peer_gather, "barrier", lambda: events.append("barrier")):
+        for _ in range(2):
+            ready.close()
+    hooks = sum(len(block._forward_pre_hooks) + len(block._forward_hooks) for block in ready.peers.blocks)
+    return events, copies, hooks + len(ready.peers.copies)
 
 
 def test_sharing_ends(pair, flags):
-    """No mapping, hook or model stays."""
+    """At the end of a run every process lets go of the others' memory before any gives its own back, once; no mapping
+    and no hook stays."""
     settings = flags(train_type="lora", peer_gather=True)
-    for copies, hooks, left in pair.run(with_little, TOGETHER, left_of_sharing, settings):
-        assert copies > 10 and hooks == left == 0
+    for events, copies, left in pair.run(with_little, TOGETHER, left_of_sharing, settings):
+        assert events == ["_disconnect", "barrier", "_free"]
+        assert copies > 10 and left == 0
 
 
 def test_two_by_two(flags):
@@ -312,26 +303,27 @@ def test_two_by_two(flags):
         assert_close(got, want, relative=1e-5)
 
 
-def sizes_and_bytes(flags: dict) -> tuple[dict[str, float], dict[str, int]]:
-    """`memory.budget.breakdown`, and the bytes that are there."""
+def sizes_and_bytes(flags: dict) -> tuple[dict[str, int], dict[str, int]]:
+    """What memory is said to go to, and the bytes that are there."""
     config = make_config(**flags)
-    model, *_ = prepared(config)
+    ready = prepared(config)
+    model = ready.model
     rows = lambda trains: sum(local(p).nbytes for p in model.parameters() if p.requires_grad is trains)
     whole = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    slots = sum(slot.memory.nbytes for slot in processes.SHARING[0].slots)
+    slots = sum(slot.memory.nbytes for slot in ready.peers.slots)
     found = dict(frozen=rows(False), trained=rows(True), whole=whole, slots=slots)
-    return breakdown(model, config), found
+    return ready.sizes, found
 
 
 def test_what_it_takes_is_counted(pair, flags):
     """The out-of-memory message counts two whole blocks, and adapters and gradients whole."""
     settings = flags(train_type="bnb_dora", peer_gather=True)
     for sizes, found in pair.run(with_little, TOGETHER, sizes_and_bytes, settings):
-        assert sizes["base"] * 2**30 == pytest.approx(found["frozen"] + found["slots"]) and found["slots"]
-        assert sizes["adapters and gradients"] * 2**30 == pytest.approx(found["trained"] + 2 * found["whole"])
+        assert sizes["base"] == pytest.approx(found["frozen"] + found["slots"]) and found["slots"]
+        assert sizes["adapters and gradients"] == pytest.approx(found["trained"] + 2 * found["whole"])
 
 
 def test_out_of_memory_offers_to_leave_it():
     """Adapters that stay whole are what it costs."""
     for whole in (False, True):
-        assert ("--peer_gather false" in remedies(make_config(), together=whole)) is whole
+        assert ("--peer_gather false" in remedies(make_config(), gathered_with_root=whole)) is whole

@@ -5,15 +5,14 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from commands import losses
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-from runs import dequantized, make_config, perturb, prepared
-from test_launch import losses
+from real_run import batches_of, dequantized, make_config, off_zero, plan, prepared
 from transformers import AutoModelForCausalLM
 
 import train
-from fsdp_utils.model.assemble import plan
-from fsdp_utils.model.build import read_tokenizer
-from fsdp_utils.training.step import micro_step
+from fsdp_utils.training.step import TrainStep
+from fsdp_utils.training.task import CAUSAL_LM
 
 STEPS = 200
 PARTS = {"lora_A.default.weight": "lora_A", "lora_B.default.weight": "lora_B"}
@@ -32,10 +31,8 @@ def peft_twin(model, method, config, *, magnitudes: bool):
     """PEFT's adapter on transformers' model with the dequantized base of `model`, and the same A and B."""
     stock = AutoModelForCausalLM.from_pretrained(config.source, dtype=torch.float32)
     assert not stock.load_state_dict(dequantized(model), strict=False).unexpected_keys
-    names = sorted({path.split(".")[-1] for path in method.layers(model)})
-    settings = dict(r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=0.0)
-    twin = get_peft_model(stock, LoraConfig(target_modules=names, use_dora=config.method == "dora", **settings))
-    start = {f"base_model.model.{name}": t.detach().clone() for name, t in method.adapter_tensors(model)}
+    twin = get_peft_model(stock, LoraConfig(**method.peft_config(model) | dict(lora_dropout=0.0, inference_mode=False)))
+    start = {f"base_model.model.{name}": stored.whole().clone() for name, stored in method.tensors(model)}
     if not magnitudes:
         start = {name: tensor for name, tensor in start.items() if "magnitude" not in name}
     set_peft_model_state_dict(twin, start)
@@ -44,35 +41,26 @@ def peft_twin(model, method, config, *, magnitudes: bool):
 
 def twin_loss(twin, batch) -> torch.Tensor:
     """Mean cross entropy over the label tokens of a batch, written down without our code."""
-    logits = twin(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
-
-
-def data_of(config, model):
-    """`(tokenized, tokenizer, the batch of every step)` of a run."""
-    tokenizer = read_tokenizer(config.source)
-    tokenized = train.prepare_data(config, tokenizer, model.config)
-    batches = [batch for (batch,) in train.steps_of(config, tokenized, tokenizer, total=STEPS)]
-    return tokenized, tokenizer, batches
+    logits = twin(input_ids=batch["input_ids"]).logits.flatten(0, 1)  # padding is on the right: no mask is needed
+    return F.cross_entropy(logits[batch["positions"]], batch["targets"])
 
 
 def test_peft_layers_attach_in_silence(tiny):
     """qlora puts PEFT's own layers on our packed linears, as PEFT's hook allows; its doubts are no news to the user."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        plan(make_config(model_name=tiny(), train_type="qlora"), device=torch.device("cpu"))
+        plan(make_config(model_name=tiny(), train_type="qlora"))
 
 
 def test_gradients(config):
     """Of A, B and the magnitude, at the same point with B off zero: within 1e-4 of the largest entry."""
-    model, planned, mesh, device = prepared(config)
-    perturb(model)
-    planned.method.after_step(model, device=device)
-    twin = peft_twin(model, planned.method, config, magnitudes=True)
-    *_, batches = data_of(config, model)
-    run = micro_step(model.train(), config, mesh=mesh, device=device)
-    loss = train.mean_loss(*train.backward(model, run, batches[:1], config, device=device, scale=1.0))
-    wanted = twin_loss(twin, batches[0])
+    run = off_zero(prepared(config))
+    model = run.model
+    twin = peft_twin(model, run.method, config, magnitudes=True)
+    (batch,) = next(batches_of(config, run).first(1))
+    step = TrainStep(run, config, task=CAUSAL_LM)
+    loss = step.mean_loss(*step.backward([batch]))
+    wanted = twin_loss(twin, batch)
     wanted.backward()
     assert loss == pytest.approx(wanted.item(), rel=1e-5)
     gradients = {name: p.grad for name, p in twin.named_parameters() if p.requires_grad}
@@ -86,15 +74,15 @@ def test_gradients(config):
 
 def test_loss_curves(config, tmp_path):
     """Of 200 steps with AdamW in fp32: less than 1e-4 apart everywhere, while the loss falls by much more."""
-    model, planned, mesh, device = prepared(config)
-    twin = peft_twin(model, planned.method, config, magnitudes=False)  # PEFT's own start of the magnitude
-    tokenized, tokenizer, batches = data_of(config, model)
-    train.train(model, planned.method, tokenized, tokenizer, config, mesh=mesh, device=device)
+    run = prepared(config)
+    twin = peft_twin(run.model, run.method, config, magnitudes=False)  # PEFT's own start of the magnitude
+    batches = batches_of(config, run)
+    train.train(run, batches, config, task=CAUSAL_LM)
     ours = losses(tmp_path)
     trained = [p for p in twin.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.wd)
     wanted = []
-    for batch in batches:
+    for (batch,) in batches.first(STEPS):
         loss = twin_loss(twin, batch)
         loss.backward()
         optimizer.step()

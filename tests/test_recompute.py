@@ -5,20 +5,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import first_step, make_config, prepared
+from real_run import first_step, make_config, plan, prepared
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 from fsdp_utils.config import TrainConfig
-from fsdp_utils.core import processes
 from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.ranks import rank
 from fsdp_utils.core.rows import local
+from fsdp_utils.data.batches import with_targets
 from fsdp_utils.memory import recompute
-from fsdp_utils.memory.budget import breakdown, optimizer_bytes, remedies
-from fsdp_utils.memory.recompute import blocks_to_recompute, choose, free_memory, measure, peak_activations, resident
-from fsdp_utils.model import assemble, attention
-from fsdp_utils.sharding import fsdp
-from fsdp_utils.training.loss import CausalLMLoss, with_targets
+from fsdp_utils.memory.activations import measure
+from fsdp_utils.memory.budget import Resident, at_loss, optimizer_bytes, peak_activations, remedies, resident
+from fsdp_utils.memory.recompute import blocks_to_recompute, free_memory, lay_out
+from fsdp_utils.model import attention
+from fsdp_utils.sharding import offload, wrapping
+from fsdp_utils.sharding.mesh import mesh_for
+from fsdp_utils.training.loss import CausalLMLoss
 from methods.targets import decoder_blocks
 
 CPU = torch.device("cpu")
@@ -62,10 +65,10 @@ def test_peak(recomputed, at_loss):
 
 
 def planned_and_kept(config, *, attention_name=None):
-    planned = assemble.plan(config, device=CPU)
+    planned = plan(config)
     if attention_name:
         planned.model.config.get_text_config()._attn_implementation = attention_name
-    dtypes = dict(dtype=planned.dtype, autocast=assemble.PRECISIONS[config.precision][1])
+    dtypes = dict(dtype=planned.dtypes.stored, autocast=planned.dtypes.autocast)
     return planned, measure(planned.model, decoder_blocks(planned.model), config, **dtypes)
 
 
@@ -74,8 +77,8 @@ def kept_by_real_blocks(config) -> tuple[int, int]:
 
     Neither parameters nor what is there once for all blocks (masks, rotary tables) count.
     """
-    loaded, *_ = prepared(config)
-    loaded.train()
+    run = prepared(config)
+    loaded = run.model.train()
     shared = {p.untyped_storage().data_ptr() for p in loaded.parameters()}
     totals, inputs = [], []
 
@@ -105,9 +108,10 @@ def kept_by_real_blocks(config) -> tuple[int, int]:
     batch = dict(input_ids=ids, labels=ids)
     if config.packing:
         batch["position_ids"] = (torch.arange(length) % 20).repeat(rows, 1)
-    autocast = assemble.PRECISIONS[config.precision][1]
-    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
-        CausalLMLoss(loaded, fused=True)(with_targets(batch))  # the graph stays alive: no storage is used twice
+    with torch.autocast("cpu", run.autocast or torch.bfloat16, enabled=run.autocast is not None):
+        CausalLMLoss(loaded, fused=run.fused_loss)(
+            with_targets(batch)
+        )  # the graph stays alive: no storage is used twice
     return max(totals), max(inputs)
 
 
@@ -184,13 +188,13 @@ def test_an_embedding_on_the_host_takes_no_room(tiny, packed):
     for on_host in (True, False):
         flags = dict(train_type="bnb_dora", embedding_on_host=on_host, quantize_lm_head=packed)
         config = make_config(model_name=tiny("llama"), **flags)
-        planned = assemble.plan(config, device=CPU)
-        held.append(recompute.resident(planned.model, decoder_blocks(planned.model), config, mesh=None))
+        planned = plan(config)
+        held.append(held_by(planned, config, on_host=offload.embedding_for_host(planned.model, config)))
     assert held[1] - held[0] == embedding(planned) > 0
     config = make_config(model_name=tiny("llama"), train_type="full")
-    planned = assemble.plan(config, device=CPU)
+    planned = plan(config)
     total = sum(p.nbytes for p in planned.model.parameters())
-    assert recompute.resident(planned.model, decoder_blocks(planned.model), config, mesh=None) >= 2 * total
+    assert held_by(planned, config) >= 2 * total
 
 
 def test_families_that_change_logits_hold_all_of_them(tiny):
@@ -199,7 +203,7 @@ def test_families_that_change_logits_hold_all_of_them(tiny):
         config = make_config(model_name=tiny(family), train_type="bnb_dora", batch_size=2)
         planned, kept = planned_and_kept(config)
         assert kept.fused_loss is fused
-        needed = recompute.at_loss(planned.model, config, kept, dtype=torch.float32, autocast=None)
+        needed = at_loss(planned.model, config, kept, dtype=torch.float32, autocast=None)
         assert fused or needed > 128 * 300 * 4 * 3  # logits, probabilities, gradient
 
 
@@ -212,21 +216,31 @@ def test_measuring_leaves_the_model_as_it_was(tiny):
 
 
 def test_a_model_that_cannot_be_measured(tiny, monkeypatch):
-    """One line names the flag, the reason and the way out; with true or false nothing is measured."""
+    """One line names the flag, the reason and the way out; with true or false the run goes on without an estimate."""
     monkeypatch.setattr(recompute, "free_memory", lambda device: 2**40)
-    planned = assemble.plan(make_config(model_name=tiny("llama")), device=CPU)
+    planned = plan(make_config(model_name=tiny("llama")))
 
     def looks_at_values(*args, inputs_embeds, **kwargs):
         return bool(inputs_embeds.sum() > 0)
 
     planned.model.forward = looks_at_values
-    settings = dict(mesh=None, device=CPU, dtype=torch.float32, autocast=None)
+    settings = dict(mesh=None, device=CPU, dtype=torch.float32, autocast=None, compiled=False)
     blocks = decoder_blocks(planned.model)
+    decide = lambda value: lay_out(
+        planned.model, blocks, make_config(use_gradient_checkpointing=value), Resident(1, 2, 3, 0), **settings
+    )
     with pytest.raises(UserError) as error:
-        choose(planned.model, blocks, make_config(use_gradient_checkpointing="auto"), **settings)
+        decide("auto")
     assert "--use_gradient_checkpointing auto" in str(error.value) and len(str(error.value).splitlines()) == 1
     for value, expected in ((True, 2), (False, 0)):
-        assert choose(planned.model, blocks, make_config(use_gradient_checkpointing=value), **settings) == expected
+        found = decide(value)
+        assert found.recomputed == expected and not found.fused_loss and "activations" not in found.sizes
+
+
+def held_by(planned, config, *, mesh=None, on_host=None) -> int:
+    """All bytes of `budget.resident`."""
+    blocks = decoder_blocks(planned.model)
+    return sum(resident(planned.model, blocks, config, mesh=mesh, on_host=on_host or {}))
 
 
 @pytest.mark.parametrize("train_type", ["bnb_dora", "full"])
@@ -234,9 +248,9 @@ def test_a_model_that_cannot_be_measured(tiny, monkeypatch):
 def test_resident_bytes(tiny, train_type, optimizer):
     """From the model on meta: the loaded parameters, a gradient of each that trains, the optimizer's numbers."""
     config = make_config(model_name=tiny("qwen2"), train_type=train_type, optimizer=optimizer)
-    planned = assemble.plan(config, device=CPU)
-    expected = resident(planned.model, decoder_blocks(planned.model), config, mesh=None)
-    loaded, *_ = prepared(config)
+    planned = plan(config)
+    expected = held_by(planned, config)
+    loaded = prepared(config).model
     trained = [p for p in loaded.parameters() if p.requires_grad]
     states = {"adamw": 8, "sgd": 0, "adamw_8bit": 2}[optimizer] * sum(p.numel() for p in trained)
     assert expected == sum(p.nbytes for p in loaded.parameters()) + sum(p.nbytes for p in trained) + states
@@ -245,13 +259,12 @@ def test_resident_bytes(tiny, train_type, optimizer):
 def resident_and_real(flags: dict) -> tuple[int, int, int]:
     """`resident`, what of it FSDP2 gathers, and the bytes of the real rows, their gradients and states."""
     config = make_config(**flags)
-    planned = assemble.plan(config, device=CPU)
-    mesh = processes.mesh_for(config, CPU)
-    blocks = decoder_blocks(planned.model)
-    expected = resident(planned.model, blocks, config, mesh=mesh)
+    planned = plan(config)
+    mesh = mesh_for(config, CPU)
+    expected = held_by(planned, config, mesh=mesh)
     offloaded = make_config(**{**flags, "use_cpu_offload": True})
-    gathered = resident(planned.model, blocks, offloaded, mesh=mesh)
-    loaded, *_ = prepared(config)
+    gathered = held_by(planned, offloaded, mesh=mesh)
+    loaded = prepared(config).model
     rows = [(local(p), p.requires_grad) for p in loaded.parameters()]
     states = sum(optimizer_bytes(config.optimizer, p.numel(), p.element_size()) for p, trains in rows if trains)
     return expected, gathered, sum(p.nbytes * (1 + trains) for p, trains in rows) + states
@@ -286,8 +299,7 @@ def test_auto_says_what_it_does(tiny, monkeypatch, capsys, free, recomputed):
     monkeypatch.setattr(recompute, "free_memory", lambda device: free)
     folder = tiny("llama", num_hidden_layers=BLOCKS)
     config = make_config(model_name=folder, train_type="bnb_dora", use_gradient_checkpointing="auto", batch_size=4)
-    loaded, *_ = prepared(config)
-    assert [getattr(b, "recomputes", False) for b in decoder_blocks(loaded).values()] == [recomputed > 0] * BLOCKS
+    assert prepared(config).recomputed == recomputed
     (line,) = [s for s in capsys.readouterr().out.splitlines() if s.startswith("activation checkpointing")]
     assert f"{recomputed} of {BLOCKS} blocks recompute" in line
     assert ("CPU" in line) if free is None else ("4 x 64 tokens" in line and "GiB free" in line)
@@ -312,12 +324,11 @@ def test_graphs_leave_less(tiny, monkeypatch):
 def decided(flags: dict, free: list[int]) -> int:
     """How many blocks recompute in this process when process i has `free[i]` bytes."""
     original = recompute.free_memory
-    recompute.free_memory = lambda device: free[processes.rank()]
+    recompute.free_memory = lambda device: free[rank()]
     try:
-        loaded, *_ = prepared(make_config(**flags))
+        return prepared(make_config(**flags)).recomputed
     finally:
         recompute.free_memory = original
-    return sum(getattr(m, "recomputes", False) for m in loaded.modules())
 
 
 def test_processes_decide_alike(pair, tiny):
@@ -391,12 +402,12 @@ def test_dropped_attention_is_not_kept(tiny):
     cuda = torch.device("cuda")
     for rate, policy in ((0.3, "narrow"), (0.3, "products"), (0.3, "full"), (0, "narrow")):
         config = make_config(model_name=tiny("llama", attention_dropout=rate), checkpoint_policy=policy)
-        planned = assemble.plan(config, device=CPU).model
+        planned = plan(config).model
         if rate and policy != "full":
             with pytest.raises(UserError, match=f"--checkpoint_policy {policy}: .*attention_dropout"):
-                fsdp.check_policy(planned, config, device=cuda)
+                wrapping.check_policy(planned, config, device=cuda)
         else:
-            fsdp.check_policy(planned, config, device=cuda)
+            wrapping.check_policy(planned, config, device=cuda)
 
 
 @pytest.mark.parametrize("recomputed", range(BLOCKS + 1))
@@ -405,7 +416,7 @@ def test_the_first_blocks_recompute(tiny, monkeypatch, recomputed):
     monkeypatch.setattr(recompute, "free_memory", lambda device: 2**40)
     monkeypatch.setattr(recompute, "blocks_to_recompute", lambda **sizes: recomputed)
     folder = tiny("llama", num_hidden_layers=BLOCKS)
-    loaded, *_ = prepared(make_config(model_name=folder, train_type="bnb_dora", use_gradient_checkpointing="auto"))
+    loaded = prepared(make_config(model_name=folder, train_type="bnb_dora", use_gradient_checkpointing="auto")).model
     calls = [0] * BLOCKS
 
     def count(number):
@@ -421,20 +432,18 @@ def test_the_first_blocks_recompute(tiny, monkeypatch, recomputed):
     assert calls == [2] * recomputed + [1] * (BLOCKS - recomputed)
 
 
-def test_only_inputs_of_recomputed_blocks_are_offloaded(tiny, monkeypatch):
+def test_only_inputs_of_recomputed_blocks_are_offloaded(tiny):
     """A block that keeps everything keeps it on the GPU."""
     wrapped = []
     offloader = SimpleNamespace(wrap=lambda forward: wrapped.append(forward) or forward)
-    monkeypatch.setattr(fsdp, "InputOffloader", lambda: offloader)
-    monkeypatch.setattr(fsdp, "pick_device", lambda name: torch.device("cuda"))
     config = make_config(
         model_name=tiny("llama", num_hidden_layers=BLOCKS),
         use_activation_cpu_offload=True,
         use_gradient_checkpointing="auto",
     )
-    planned = assemble.plan(config, device=CPU)
+    planned = plan(config)
     blocks = decoder_blocks(planned.model)
-    fsdp.prepare_blocks(planned.model, blocks, config, recomputed=2, compile_block=None)
+    wrapping.wrap_blocks(planned.model, blocks, config, recomputed=2, compiled=None, offloader=offloader)
     assert len(wrapped) == 2
 
 
@@ -447,7 +456,7 @@ def test_out_of_memory_with_auto(tiny, monkeypatch):
     activations = {}
     for value in (True, False, "auto"):
         config = make_config(**flags, use_gradient_checkpointing=value)
-        activations[value] = breakdown(prepared(config)[0], config)["activations"]
+        activations[value] = prepared(config).sizes["activations"]
     assert activations["auto"] == activations[False] > activations[True]
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import PeftModel
-from runs import dequantized, make_config, perturb, prepared
+from real_run import dequantized, make_config, off_zero, planned_and_prepared
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
@@ -18,6 +18,7 @@ from fsdp_utils.core.safetensors_io import CheckpointReader, StreamingWriter
 from fsdp_utils.folders import saving
 from fsdp_utils.model.build import build_on_meta, read_model_config, read_tokenizer
 from fsdp_utils.model.weights import fingerprint
+from fsdp_utils.training.task import CAUSAL_LM
 from methods.llama_pro import EXPANDED_LAYERS_FILE
 from methods.targets import adapter_targets
 
@@ -33,12 +34,11 @@ def logits_of(model) -> torch.Tensor:
 def saved(flags: dict):
     """Saves a model whose trained parameters are off their start; returns its logits and its dequantized weights."""
     config = make_config(save_model=True, **flags)
-    model, planned, _, device = prepared(config)
-    perturb(model)
-    planned.method.after_step(model, device=device)
+    planned, run = planned_and_prepared(config)
+    model = off_zero(run).model
     tokenizer = read_tokenizer(config.source)
     saving.write_run(config, base_fingerprint=planned.base_fingerprint, quantizer=planned.quantizer, finished=False)
-    saving.save(model, tokenizer, planned.method, config)
+    saving.save(model, tokenizer, planned, config)
     return logits_of(model), dequantized(model)
 
 
@@ -373,7 +373,7 @@ TARGETS = {
 @pytest.mark.parametrize(("family", "spec"), TARGETS, ids=str)
 def test_targets(tiny, family, spec):
     """Each choice of --lora_target_modules adapts exactly these linears, in every block and never the head."""
-    model = build_on_meta(read_model_config(tiny(family)), dtype=torch.float32)
+    model = build_on_meta(read_model_config(tiny(family), task=CAUSAL_LM), task=CAUSAL_LM, dtype=torch.float32)
     paths = adapter_targets(model, spec)
     assert {path.split(".")[-1] for path in paths} == TARGETS[family, spec]
     assert len(paths) == len(set(paths)) == 2 * len(TARGETS[family, spec])
@@ -391,7 +391,7 @@ def test_one_layer_as_target(tiny, tmp_path):
 
 def test_no_default_targets(tiny):
     """A family that PEFT has no default for is told so."""
-    model = build_on_meta(read_model_config(tiny("phi3")), dtype=torch.float32)
+    model = build_on_meta(read_model_config(tiny("phi3"), task=CAUSAL_LM), task=CAUSAL_LM, dtype=torch.float32)
     with pytest.raises(UserError, match="--lora_target_modules default: PEFT has no default for phi3"):
         adapter_targets(model, "default")
 
@@ -399,7 +399,7 @@ def test_no_default_targets(tiny):
 @pytest.mark.parametrize("spec", ["q_proj,lin", "lm_head", "self_attn", ","])
 def test_target_that_matches_nothing(tiny, spec):
     """Named, with what there is, as an error."""
-    model = build_on_meta(read_model_config(tiny()), dtype=torch.float32)
+    model = build_on_meta(read_model_config(tiny(), task=CAUSAL_LM), task=CAUSAL_LM, dtype=torch.float32)
     with pytest.raises(UserError, match=r"--lora_target_modules .*: .*q_proj") as error:
         adapter_targets(model, spec)
     assert len(str(error.value).splitlines()) == 1

@@ -1,17 +1,20 @@
 """The loop: steps, optimizers, clipping, scaling, schedules, packing, what is logged, and what loading costs."""
 
+import copy
 import gzip
 import json
 import math
 import threading
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
-from runs import first_step, make_config, perturb, prepared
-from test_parity import assert_close
+from closeness import assert_close
+from real_run import batches_of, first_step, make_config, off_zero, perturb, prepared, tokenized
 from tiny import FAMILIES, byte_tokenizer
 
 import train
@@ -19,40 +22,41 @@ from fsdp_utils.core import processes
 from fsdp_utils.core.errors import Diverged, UserError
 from fsdp_utils.core.rows import gather, local
 from fsdp_utils.core.safetensors_io import StreamingWriter
-from fsdp_utils.data.batches import IGNORED, collate_packed, epoch_rows
-from fsdp_utils.model.build import read_model_config, read_tokenizer
+from fsdp_utils.data.batches import IGNORED, collate_packed, epoch_rows, with_targets
+from fsdp_utils.model.build import read_tokenizer
+from fsdp_utils.options import OPTIMIZERS, SCHEDULES
+from fsdp_utils.sharding.mesh import shard_group
 from fsdp_utils.training import metrics
-from fsdp_utils.training.loss import CausalLMLoss, with_targets
-from fsdp_utils.training.optim import OPTIMIZERS, SCHEDULES, LocalParameters, LossScaler, global_norm, schedule_factor
-from fsdp_utils.training.step import micro_step
+from fsdp_utils.training import step as training_step
+from fsdp_utils.training.loss import CausalLMLoss
+from fsdp_utils.training.optim import LocalParameters, LossScaler, global_norm, schedule_factor, stock_optimizer
+from fsdp_utils.training.step import TrainStep
+from fsdp_utils.training.task import CAUSAL_LM
 
 
 def run(flags: dict, *, ends=None, **patches) -> tuple[list[dict], dict[str, torch.Tensor]]:
     """A whole run in this process: the rows of metrics.jsonl, and the trained parameters before and after.
 
-    `ends` is the context that expects its error, or None.
+    `ends` is the context that expects its error, or None; `patches` are of `training.step`, or of its TrainStep.
     """
-    config, found = make_config(**flags), {}
-    original = {name: getattr(train, name) for name in ("train", *patches)}
+    config, found, loop = make_config(**flags), {}, train.train
 
     def snapshot(model):
         return {name: gather(p.detach()).clone() for name, p in model.named_parameters() if p.requires_grad}
 
-    def observed(model, *args, **kwargs):
-        found["before"] = snapshot(model)
+    def observed(prepared, *args, **kwargs):
+        found["before"] = snapshot(prepared.model)
         try:
-            original["train"](model, *args, **kwargs)
+            loop(prepared, *args, **kwargs)
         finally:
-            found["after"] = snapshot(model)
+            found["after"] = snapshot(prepared.model)
 
-    for name, value in {"train": observed, **patches}.items():
-        setattr(train, name, value)
-    try:
-        with ends or nullcontext():
-            train.main(config)
-    finally:
-        for name, value in original.items():
-            setattr(train, name, value)
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(train, "train", observed))
+        for name, value in patches.items():
+            stack.enter_context(patch.object(training_step if hasattr(training_step, name) else TrainStep, name, value))
+        stack.enter_context(ends or nullcontext())
+        train.main(config)
     processes.barrier()  # process 0 has written its last line
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines], found
@@ -83,13 +87,14 @@ def test_number_of_steps(flags, settings, steps):
 def test_steps_of_packed_epochs(flags, tiny_data):
     """With packing an epoch is over when its packs are: every sample of every epoch is in a step."""
     config = make_config(**flags(packing=True, num_epochs=6, batch_size=1, context_length=80))
-    tokenized = train.prepare_data(config, read_tokenizer(config.source), read_model_config(config.source))
+    samples = tokenized(config)
     rows = dict(seed=config.seed, context_length=80, packing=True)
-    packs = [len(epoch_rows(tokenized.lengths, epoch=epoch, **rows)[0]) for epoch in range(6)]
-    assert train.steps_of_epochs(config, tokenized) == sum(packs)
-    steps = train.steps_of(config, tokenized, read_tokenizer(config.source), total=sum(packs))
-    labels = sum(len(with_targets(batch)["targets"]) for micro_batches in steps for batch in micro_batches)
-    assert labels == 6 * tokenized.report.label_tokens
+    packs = [len(epoch_rows(samples.lengths, epoch=epoch, **rows)[0]) for epoch in range(6)]
+    batches = train.make_batches(config, samples, read_tokenizer(config.source), task=CAUSAL_LM)
+    assert [batches.count(epoch) for epoch in range(6)] == packs
+    steps = batches.first(sum(packs))
+    labels = sum(len(batch["targets"]) for micro_batches in steps for batch in micro_batches)
+    assert labels == 6 * samples.report.label_tokens
 
 
 def test_metrics(flags):
@@ -99,8 +104,7 @@ def test_metrics(flags):
     assert [list(row) for row in rows] == [fields] * 4
     assert all(isinstance(v, (int, float)) and math.isfinite(v) for row in rows for v in row.values())
     config = make_config(**flags())
-    data = train.prepare_data(config, byte_tokenizer(), read_model_config(config.source))
-    assert sum(column(rows, "tokens")) == data.report.label_tokens
+    assert sum(column(rows, "tokens")) == tokenized(config).report.label_tokens
     assert 0.05 < rows[0]["resident_gib"] <= rows[0]["memory_gib"] * 1.01
 
 
@@ -150,39 +154,36 @@ def test_fewer_rows_than_processes(pair, flags):
 def test_optimizer_is_torchs(flags):
     """AdamW on the parameters' local rows is torch's own AdamW on the parameters."""
     config = make_config(**flags())
-    model, _, _, _ = prepared(config)
+    model = prepared(config).model
     perturb(model)
     trained = LocalParameters(model)
     reference = [p.detach().clone().requires_grad_() for p in trained.plain]
-    optimizers = [OPTIMIZERS["adamw"](trained.plain, 0.01, 0.1), torch.optim.AdamW(reference, 0.01, weight_decay=0.1)]
+    flags_of_torch = SimpleNamespace(optimizer="adamw", lr=0.01, wd=0.1)
+    optimizers = [stock_optimizer(flags_of_torch, trained.plain), torch.optim.AdamW(reference, 0.01, weight_decay=0.1)]
     for _ in range(3):
-        for sharded, copy in zip(trained.sharded, reference, strict=True):
-            sharded.grad = torch.sin(copy.detach() * 100)
-            copy.grad = sharded.grad.clone()
+        for sharded, twin in zip(trained.sharded, reference, strict=True):
+            sharded.grad = torch.sin(twin.detach() * 100)
+            twin.grad = sharded.grad.clone()
         trained.collect_gradients()
         for optimizer in optimizers:
             optimizer.step()
         trained.zero_grad()
-    for sharded, copy in zip(trained.sharded, reference, strict=True):
-        assert torch.equal(local(sharded), copy)
+    for sharded, twin in zip(trained.sharded, reference, strict=True):
+        assert torch.equal(local(sharded), twin)
 
 
 def clipped_against_torch(flags: dict) -> tuple[float, float]:
     """Norms of this step's gradients: ours over the processes, torch's over the gathered gradients."""
     config = make_config(**flags)
-    model, planned, mesh, device = prepared(config)
-    perturb(model)
-    planned.method.after_step(model, device=device)
-    tokenizer = read_tokenizer(config.source)
-    tokenized = train.prepare_data(config, tokenizer, model.config)
-    steps = train.steps_of(config, tokenized, tokenizer, total=1)
-    run = micro_step(model, config, mesh=mesh, device=device)
-    train.backward(model, run, next(steps), config, device=device, scale=1.0)
+    ready = off_zero(prepared(config))
+    model, mesh, device = ready.model, ready.mesh, ready.device
+    step = TrainStep(ready, config, task=CAUSAL_LM)
+    step.backward(next(batches_of(config, ready).first(1)))
     whole = [p for p in model.parameters() if p.requires_grad]
     gathered = [torch.nn.Parameter(torch.empty(p.shape)) for p in whole]
-    for copy, p in zip(gathered, whole, strict=True):
-        copy.grad = gather(p.grad).clone()
-    group = processes.shard_group(mesh) if mesh is not None else None
+    for twin, p in zip(gathered, whole, strict=True):
+        twin.grad = gather(p.grad).clone()
+    group = shard_group(mesh) if mesh is not None else None
     ours = global_norm(LocalParameters(model).collect_gradients(), group=group, device=device)
     return ours.item(), torch.nn.utils.clip_grad_norm_(gathered, 1.0).item()
 
@@ -367,9 +368,7 @@ def test_packing_isolates_samples(flags, family, attention):
     if (family, attention) == ("gemma2", "sdpa"):
         pytest.skip("transformers offers eager and flex for capped attention")
     config = make_config(**flags(family=family, attn_implementation=attention, packing=True, batch_size=1))
-    model, planned, _, device = prepared(config)
-    perturb(model)
-    planned.method.after_step(model, device=device)
+    model = off_zero(prepared(config)).model
     generator = torch.Generator().manual_seed(0)
     samples = [torch.randint(0, 256, (n,), generator=generator).numpy() for n in (9, 1, 23, 14)]
     loss_of = CausalLMLoss(model, fused=False)
@@ -390,7 +389,7 @@ def test_packed_step_equals_padded_step(flags, train_type):
     """A global batch of all samples gives the same loss and gradients packed and padded."""
     padded = flags(train_type=train_type, batch_size=16, context_length=96)
     config = make_config(**padded)
-    data = train.prepare_data(config, byte_tokenizer(), read_model_config(config.source))
+    data = tokenized(config)
     packs, _ = epoch_rows(data.lengths, seed=config.seed, epoch=0, context_length=96, packing=True)
     assert len(packs) < 16
     packed = first_step({**padded, "packing": True, "batch_size": len(packs)})
@@ -407,14 +406,90 @@ def test_fused_loss_in_a_model(pair, flags, family):
     assert_close(both[1], plain, relative=1e-5)
 
 
-def test_fallback_of_the_fused_loss_keeps_no_graph(flags):
-    """The first forward of a family that caps its logits is not kept alive by what the head remembers."""
-    model, *_ = prepared(make_config(**flags(family="gemma2")))
+def test_fused_loss_keeps_no_graph(flags):
+    """The forward is not kept alive by what the head remembers; a family that caps its logits is refused, not trained
+    on what became of the loss."""
+    model = prepared(make_config(**flags())).model
     loss_of = CausalLMLoss(model, fused=True)
     ids = torch.arange(8).view(1, 8)
-    loss_of(with_targets(dict(input_ids=ids, labels=ids)))
-    assert not loss_of.fused
-    assert loss_of.pending.loss is None
+    batch = with_targets(dict(input_ids=ids, labels=ids))
+    loss_of(batch)
+    assert loss_of.head.loss is None and loss_of.head.targets is None
+    capped = prepared(make_config(**flags(family="gemma2")))
+    assert not capped.fused_loss
+    with pytest.raises(RuntimeError, match="changes what its head returns"):
+        CausalLMLoss(capped.model, fused=True)(batch)
+
+
+def trained_rows(prepared_run) -> dict[str, torch.Tensor]:
+    return {name: local(p).detach().clone() for name, p in prepared_run.model.named_parameters() if p.requires_grad}
+
+
+def go_on(flags: dict, *, interrupted: bool) -> tuple[list, dict[str, torch.Tensor]]:
+    """Four steps on the same data, and the trained rows after them; or two, and two more by another TrainStep that was
+    given the state of the first."""
+    config = make_config(**flags)
+    ready = off_zero(prepared(config))
+    step = TrainStep(ready, config, task=CAUSAL_LM)
+    steps = list(batches_of(config, ready).first(4))
+    results = [step(micro_batches, lr=0.01) for micro_batches in steps[:2]]
+    if interrupted:
+        state, rows = copy.deepcopy(step.state_dict()), trained_rows(ready)
+        step.close()
+        ready = prepared(config)
+        for name, p in ready.model.named_parameters():
+            if p.requires_grad:
+                local(p).data.copy_(rows[name])
+        ready.method.after_step(ready.model, device=ready.device)
+        step = TrainStep(ready, config, task=CAUSAL_LM)
+        step.load_state_dict(state)
+    results += [step(micro_batches, lr=0.01) for micro_batches in steps[2:]]
+    step.close()
+    return results, trained_rows(ready)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(train_type="bnb_dora", precision="bf16"),  # random rounding draws by the number of the step
+        dict(train_type="custom_lora", precision="fp16_autocast"),
+        dict(train_type="full", optimizer="adamw_8bit"),
+        dict(train_type="custom_qlora", optimizer="sgd"),
+    ],
+    ids=str,
+)
+def test_state_of_a_step(pair, flags, how):
+    """A TrainStep that takes another one's state goes on as that one would have, bit for bit, on 1 and 2 processes."""
+    settings = flags(**how, batch_size=2)
+    for run_here in (lambda *args, **kwargs: [go_on(*args, **kwargs)], partial(pair.run, go_on)):
+        whole, resumed = run_here(settings, interrupted=False), run_here(settings, interrupted=True)
+        for (results, rows), (again, same) in zip(whole, resumed, strict=True):
+            assert again == results and all(result.stepped for result in results)
+            assert rows.keys() == same.keys() and all(torch.equal(same[name], row) for name, row in rows.items())
+
+
+def losses_beside(flags: dict) -> tuple[float, float, float]:
+    """The loss of a batch by `TrainStep.loss`, that of the step which then learns from it, and `loss` again after."""
+    config = make_config(**flags)
+    ready = off_zero(prepared(config))
+    step = TrainStep(ready, config, task=CAUSAL_LM)
+    (micro_batch,) = next(batches_of(config, ready).first(1))
+    before = step.loss(micro_batch)
+    result = step([micro_batch], lr=0.01)
+    assert before.tokens == result.tokens and not any(p.grad is not None for p in ready.model.parameters())
+    after = step.loss(micro_batch)
+    step.close()
+    return before.mean, result.loss, after.mean
+
+
+@pytest.mark.parametrize("train_type", ["bnb_dora", "full"])
+def test_loss_without_learning(pair, flags, train_type):
+    """Looking at a batch tells the loss that the step on it has, changes nothing, and sees what was learned."""
+    alone = losses_beside(flags(train_type=train_type))
+    both = pair.run(losses_beside, flags(train_type=train_type, batch_size=2))
+    for before, learned, after in (alone, *both):
+        assert before == pytest.approx(learned, rel=1e-6) and after < before
+        assert (before, after) == pytest.approx((alone[0], alone[2]), rel=1e-5)
 
 
 def test_padding_id_beyond_the_embedding(flags, tiny, tmp_path):
@@ -475,7 +550,7 @@ def loading_growth(flags: dict) -> tuple[int, int]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    model, *_ = prepared(config)
+    model = prepared(config).model
     done.set()
     watcher.join()
     return peak[0] - before, sum(local(p).nbytes for p in model.parameters())

@@ -8,8 +8,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from fsdp_utils.core import processes
-
 
 def _serve(rank, size, port, jobs, results):
     torch.set_num_threads(1)
@@ -20,7 +18,6 @@ def _serve(rank, size, port, jobs, results):
         function, args, kwargs = job
         try:
             results.put((rank, True, function(*args, **kwargs)))
-            processes.SHARING.clear()  # models of earlier cases
         except BaseException:
             results.put((rank, False, traceback.format_exc()))
 

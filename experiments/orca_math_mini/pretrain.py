@@ -27,10 +27,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from experiments.orca_math_mini.problems import pretraining_texts, problems, splits
+from fsdp_utils.core.devices import pick_device
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.flags import flag, parse
 from fsdp_utils.core.folders import new_folder
-from fsdp_utils.core.processes import fail, pick_device
+from fsdp_utils.core.ranks import fail
 from fsdp_utils.core.safetensors_io import CheckpointReader
 from fsdp_utils.model.weights import fingerprint
 from scripts.make_demo import PROMPT, make_tokenizer, packed_batches, pretrain, write_jsonl

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from experiments.orca_math_mini.run import ALPHA, METHODS, OWNERS, RANK, RANKED_METHODS, RANKS, best_rate, read_rows
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.flags import flag, parse
-from fsdp_utils.core.processes import fail
+from fsdp_utils.core.ranks import fail
 from fsdp_utils.inference.scoring import wilson_interval
 
 

@@ -29,17 +29,19 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import evaluate
 import train
-from fsdp_utils.config import PRECISIONS, TrainConfig
+from fsdp_utils.config import TrainConfig
+from fsdp_utils.core.devices import peak_memory_gib, pick_device
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.flags import flag, parse
-from fsdp_utils.core.processes import fail, pick_device
+from fsdp_utils.core.ranks import fail
 from fsdp_utils.core.safetensors_io import CheckpointReader
 from fsdp_utils.folders.describe import describe
 from fsdp_utils.inference.load import load_for_inference
 from fsdp_utils.inference.scoring import wilson_interval
 from fsdp_utils.model.assemble import plan
 from fsdp_utils.model.weights import fingerprint
-from fsdp_utils.training.metrics import peak_memory_gib
+from fsdp_utils.options import PRECISIONS
+from fsdp_utils.training.task import CAUSAL_LM
 from methods.dora import DoRALinear
 from scripts.block_expansion import Expansion, expand
 from scripts.make_demo import write_jsonl
@@ -298,7 +300,7 @@ def forget(device: torch.device) -> None:
 
 def trained_parameters(flags: TrainConfig) -> dict:
     """How many parameters train, and their share of the base's; built on meta."""
-    planned = plan(flags, device=torch.device("cpu"))
+    planned = plan(flags, task=CAUSAL_LM, device=torch.device("cpu"))
     trained = sum(p.numel() for p in planned.model.parameters() if p.requires_grad)
     base = sum(prod(planned.weights.shape(name)) for name in planned.weights.names())
     return dict(trained=trained, trained_share=trained / base)
@@ -338,7 +340,8 @@ def magnitude_change(folder: Path, device: torch.device) -> dict:
     model = load_for_inference(describe(folder), device=device)
     layers = [module for module in model.modules() if isinstance(module, DoRALinear)]
     # a row of zeros has no direction to scale
-    moved = torch.cat([(m.magnitude_delta.float() / m.weight_norm)[m.weight_norm > 0].abs() for m in layers])
+    starts, deltas = ([getattr(m, name).float() for m in layers] for name in ("initial_magnitude", "magnitude_delta"))
+    moved = torch.cat([(delta / start)[start > 0].abs() for start, delta in zip(starts, deltas, strict=True)])
     return dict(magnitude_change=dict(mean=moved.mean().item(), largest=moved.max().item(), rows=len(moved)))
 
 

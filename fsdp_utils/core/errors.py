@@ -22,3 +22,7 @@ def naming(flag: str):
 
 class CheckpointError(UserError):
     """A model folder that cannot be read, said in one line that names the file."""
+
+
+class DataError(UserError):
+    """Bad data. The message is one line: the flag or file, the value, the way out."""

@@ -7,6 +7,7 @@ import sys
 from dataclasses import field, fields
 
 from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.ranks import fail
 
 
 class ConfigError(UserError):
@@ -135,3 +136,11 @@ def parse(config, argv: list[str] | None = None, *, prog: str, description: str 
     if errors:
         raise ConfigError("\n".join(errors))
     return parsed
+
+
+def parse_or_fail(config, **options):
+    """`core.flags.parse`, where a wrong flag ends every process with one line and exit code 2."""
+    try:
+        return parse(config, **options)
+    except UserError as error:
+        fail(error)

@@ -1,12 +1,18 @@
 """From token rows to micro-batches: orders and packs samples, deals global batches to the ranks, pads."""
 
+import itertools
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+
+from fsdp_utils.core.errors import DataError
 
 IGNORED = -100  # the label that every cross entropy here skips
+BOUNDARIES_MULTIPLE = 32  # of the boundaries of packed samples, so that compiled code sees few shapes
 WINDOW = 16_384  # samples packed together: enough for tight packs, few enough to mix differently every epoch
 
 
@@ -89,13 +95,14 @@ def _width(longest: int, *, multiple: int, context_length: int) -> int:
 
 
 def collate_padded(rows: list, *, pad_token_id: int, multiple: int, context_length: int) -> dict[str, torch.Tensor]:
-    """One micro-batch of samples, padded on the right.
+    """One micro-batch of samples, padded on the right. A causal model needs no mask for that, and without one attention
+    takes its fast kernels.
 
     Args:
         rows: (input_ids, labels) of each sample, int arrays [tokens]; none at all gives one row without labels.
 
     Returns:
-        `input_ids`, `labels`, `attention_mask`: int64 [rows, longest].
+        `input_ids`, `labels`: int64 [rows, longest].
     """
     # a rank without rows still has to take part in every all-gather of the forward pass
     rows = rows or [(np.array([pad_token_id]), np.array([IGNORED]))]
@@ -103,13 +110,10 @@ def collate_padded(rows: list, *, pad_token_id: int, multiple: int, context_leng
     batch = {
         "input_ids": torch.full((len(rows), width), pad_token_id),
         "labels": torch.full((len(rows), width), IGNORED),
-        "attention_mask": torch.zeros((len(rows), width), dtype=torch.int64),
     }
     for i, (ids, labels) in enumerate(rows):
         batch["input_ids"][i, : len(ids)] = torch.tensor(ids)
         batch["labels"][i, : len(ids)] = torch.tensor(labels)
-        # from the length: the end-of-sequence token may be the padding token too (trl#1623)
-        batch["attention_mask"][i, : len(ids)] = 1
     return batch
 
 
@@ -120,7 +124,7 @@ def collate_packed(packs: list, *, pad_token_id: int, multiple: int, context_len
 
     Returns:
         `input_ids`, `labels`, `position_ids`: int64 [packs, longest]; positions restart at 0 at every sample and at
-        the padding, and the first label of every sample is masked.
+        the padding.
     """
     packs = packs or [[(np.array([pad_token_id]), np.array([IGNORED]))]]
     longest = max(sum(len(ids) for ids, _ in samples) for samples in packs)
@@ -135,8 +139,7 @@ def collate_packed(packs: list, *, pad_token_id: int, multiple: int, context_len
         for ids, labels in samples:
             end = start + len(ids)
             batch["input_ids"][i, start:end] = torch.tensor(ids)
-            # the first token of a sample would be predicted from the last of its neighbour
-            batch["labels"][i, start + 1 : end] = torch.tensor(labels[1:])
+            batch["labels"][i, start:end] = torch.tensor(labels)
             batch["position_ids"][i, start:end] = torch.arange(end - start)
             start = end
         batch["position_ids"][i, start:] = torch.arange(width - start)
@@ -155,73 +158,162 @@ def epoch_rows(
     return packs, np.array([lengths[samples].sum() for samples in packs], dtype=np.int64)
 
 
-def steps_per_epoch(
-    data,
-    *,
-    batch_size: int,
-    gradient_accumulation_steps: int,
-    world_size: int,
-    seed: int = 0,
-    epoch: int = 0,
-    context_length: int = 0,
-    packing: bool = False,
-) -> int:
-    """Optimizer steps of an epoch, its incomplete last one included.
+def with_targets(batch: dict[str, torch.Tensor], *, multiple: int = 1) -> dict[str, torch.Tensor]:
+    """Replaces `labels` `[b, L]` by `positions` and `targets` `[n]`: the flat places that predict, and what.
 
-    With packing, epochs may differ by a step or so: the number of packs depends on `seed` and `epoch`, which then
-    have to be those of `epoch_steps`, as `context_length` has.
-    """
-    _, tokens = epoch_rows(data.lengths, seed=seed, epoch=epoch, context_length=context_length, packing=packing)
-    return -(-len(tokens) // (batch_size * gradient_accumulation_steps * world_size))
-
-
-def epoch_steps(
-    data,
-    *,
-    batch_size: int,
-    gradient_accumulation_steps: int,
-    rank: int,
-    world_size: int,
-    seed: int,
-    epoch: int,
-    pad_token_id: int | None,
-    context_length: int,
-    packing: bool = False,
-    pad_to_multiple_of: int = 1,
-    start_step: int = 0,
-) -> Iterator[list[dict[str, torch.Tensor]]]:
-    """This rank's micro-batches of each optimizer step of an epoch.
-
-    Step k of an epoch holds the same rows whatever `rank`, `world_size` and the way the global batch is split, and
-    needs nothing but its number, so a resume passes `start_step`. Every row is in exactly one step. Every rank gets
-    `gradient_accumulation_steps` micro-batches at every step: where the last one has too few rows, some hold a single
-    row without labels.
+    Runs on the CPU, before the batch moves: finding the places on a GPU would make the host wait for it. A place
+    predicts the token after it, if that is of the same sample: nothing predicts the first one.
 
     Args:
-        data: TokenizedData.
-        pad_token_id: any id of the vocabulary; None for 0. Padding is never told by its id.
-        packing: rows of several samples, see `collate_packed`; otherwise of one, see `collate_padded`.
-        pad_to_multiple_of: micro-batches are so wide, unless that is past `context_length`.
+        multiple: n is brought to a multiple of it by places that predict nothing, so that few shapes occur.
     """
-    rows, tokens = epoch_rows(data.lengths, seed=seed, epoch=epoch, context_length=context_length, packing=packing)
-    shape = {"pad_token_id": pad_token_id or 0, "multiple": pad_to_multiple_of, "context_length": context_length}
-    global_batch = batch_size * gradient_accumulation_steps * world_size
-    for start in range(start_step * global_batch, len(tokens), global_batch):
-        shares = deal(
-            tokens[start : start + global_batch],
-            micro_batches=gradient_accumulation_steps,
-            rank=rank,
-            world_size=world_size,
+    labels = batch["labels"]
+    if "position_ids" in batch:
+        labels = labels.masked_fill(batch["position_ids"] == 0, IGNORED)
+    after = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].flatten()
+    positions = (after != IGNORED).nonzero()[:, 0]
+    inputs = {name: t for name, t in batch.items() if name != "labels"}
+    if "position_ids" in batch:
+        inputs["cu_seq_lens_q"] = boundaries(batch["position_ids"])
+    missing = -len(positions) % multiple
+    targets = F.pad(after[positions], (0, missing), value=IGNORED)
+    return {**inputs, "positions": F.pad(positions, (0, missing)), "targets": targets}
+
+
+def predicting_tokens(batch: dict[str, torch.Tensor]) -> int:
+    """How many places of a batch are in the loss."""
+    return int((batch["targets"] != IGNORED).sum())
+
+
+def boundaries(position_ids: torch.Tensor) -> torch.Tensor:
+    """Where each sample begins in the flattened rows, and the end; int32 `[n]`, the end repeated to a multiple.
+
+    Args:
+        position_ids: `[b, L]`, zero at the first token of each sample (and of the padding).
+    """
+    starts = (position_ids.flatten() == 0).nonzero()[:, 0]
+    length = -(-(len(starts) + 1) // BOUNDARIES_MULTIPLE) * BOUNDARIES_MULTIPLE
+    ends = torch.full((length,), position_ids.numel(), dtype=torch.int32)
+    ends[: len(starts)] = starts
+    return ends
+
+
+def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | int]:
+    """What of a micro-batch the model is called with."""
+    inputs = {name: t for name, t in batch.items() if name not in ("positions", "targets")}
+    if "cu_seq_lens_q" in inputs:
+        # the row length bounds every sample; the true maximum would differ from batch to batch and recompile
+        length = inputs["position_ids"].shape[1]
+        inputs.update(cu_seq_lens_k=inputs["cu_seq_lens_q"], max_length_q=length, max_length_k=length)
+    return inputs
+
+
+def packed_inputs(rows: int, length: int) -> dict[str, torch.Tensor | int]:
+    """What the model is called with besides the tokens, of packed rows of two samples each."""
+    position_ids = (torch.arange(length) % max(length // 2, 1)).repeat(rows, 1)
+    return model_inputs(dict(position_ids=position_ids, cu_seq_lens_q=boundaries(position_ids)))
+
+
+def collate(rows: list, *, packing: bool, targets_multiple: int, **shape) -> dict[str, torch.Tensor]:
+    """One micro-batch of a causal language model: `collate_packed` or `collate_padded`, `with_targets`."""
+    padded = collate_packed if packing else collate_padded
+    return with_targets(padded(rows, **shape), multiple=targets_multiple)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """How samples become the micro-batches of this process: a pure function of seed, epoch and step.
+
+    Step k of an epoch holds the same rows whatever `rank`, `world_size` and the way the global batch is split, and
+    needs nothing but its number, so a resume passes `start`. Every row is in exactly one step. Every process gets
+    `accumulation` micro-batches at every step: where the last one has too few rows, some hold a single row without
+    labels.
+
+    Args:
+        data: the samples.
+        collate: of the task: `collate`.
+        batch_size: rows of a micro-batch.
+        accumulation: micro-batches of a process in a step.
+        packing: rows of several samples, up to `context_length` tokens; otherwise of one.
+        pad_token_id: any id of the vocabulary. Padding is never told by its id.
+        multiple: micro-batches are so wide, unless that is past `context_length`.
+        targets_multiple: so many places predict, some of them nothing.
+    """
+
+    data: object
+    collate: Callable
+    batch_size: int
+    accumulation: int = 1
+    rank: int = 0
+    world_size: int = 1
+    seed: int = 0
+    context_length: int = 0
+    packing: bool = False
+    pad_token_id: int = 0
+    multiple: int = 1
+    targets_multiple: int = 1
+
+    @classmethod
+    def of(cls, config, data, *, collate: Callable, **more) -> "Batches":
+        """Those of a run."""
+        flags = {name: getattr(config, name) for name in ("batch_size", "seed", "context_length", "packing")}
+        return cls(data, collate, accumulation=config.gradient_accumulation_steps, **flags, **more)
+
+    @property
+    def rows_per_step(self) -> int:
+        """Of the global batch."""
+        return self.batch_size * self.accumulation * self.world_size
+
+    def _rows(self, epoch: int):
+        return epoch_rows(
+            self.data.lengths,
+            seed=self.seed,
+            epoch=epoch,
+            context_length=self.context_length,
+            packing=self.packing,
         )
-        yield [_micro_batch(data, [rows[start + i] for i in share], packing=packing, shape=shape) for share in shares]
 
+    def count(self, epoch: int) -> int:
+        """Optimizer steps of an epoch, its incomplete last one included. With packing, epochs may differ by one."""
+        return -(-len(self._rows(epoch)[1]) // self.rows_per_step)
 
-def _micro_batch(data, rows: list[Sequence[int]], *, packing: bool, shape: dict) -> dict[str, torch.Tensor]:
-    """Reads the samples of `rows` and pads them."""
-    indices = [int(sample) for samples in rows for sample in samples]
-    read = data.dataset[indices] if indices else {"input_ids": [], "labels": []}
-    samples = list(zip(read["input_ids"], read["labels"], strict=True))
-    if not packing:
-        return collate_padded(samples, **shape)
-    ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
-    return collate_packed([samples[end - len(row) : end] for row, end in zip(rows, ends, strict=True)], **shape)
+    def check(self) -> None:
+        """Raises DataError where the samples do not fill one global batch."""
+        rows, needed = len(self._rows(0)[0]), self.rows_per_step
+        if rows < needed:
+            kind = f"packs of {self.context_length} tokens" if self.packing else "samples"
+            raise DataError(
+                f"--dataset {self.data.name}: {rows} {kind} do not fill one global batch of {needed} (batch_size "
+                f"{self.batch_size} x gradient_accumulation_steps {self.accumulation} x {self.world_size} "
+                "processes); lower one of these or give more data"
+            )
+
+    def steps(self, epoch: int, *, start: int = 0) -> Iterator[list[dict[str, torch.Tensor]]]:
+        """The micro-batches of each optimizer step of an epoch, from step `start` on."""
+        rows, tokens = self._rows(epoch)
+        split = dict(micro_batches=self.accumulation, rank=self.rank, world_size=self.world_size)
+        for first in range(start * self.rows_per_step, len(tokens), self.rows_per_step):
+            shares = deal(tokens[first : first + self.rows_per_step], **split)
+            yield [self._micro_batch([rows[first + i] for i in share]) for share in shares]
+
+    def first(self, total: int) -> Iterator[list[dict[str, torch.Tensor]]]:
+        """Exactly so many steps, epoch after epoch."""
+        endless = (step for epoch in itertools.count() for step in self.steps(epoch))
+        return itertools.islice(endless, total)
+
+    def _micro_batch(self, rows: list[Sequence[int]]) -> dict[str, torch.Tensor]:
+        """Reads the samples of `rows` and pads them."""
+        indices = [int(sample) for samples in rows for sample in samples]
+        read = self.data.dataset[indices] if indices else {"input_ids": [], "labels": []}
+        samples = list(zip(read["input_ids"], read["labels"], strict=True))
+        if self.packing:
+            ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
+            samples = [samples[end - len(row) : end] for row, end in zip(rows, ends, strict=True)]
+        return self.collate(
+            samples,
+            packing=self.packing,
+            targets_multiple=self.targets_multiple,
+            pad_token_id=self.pad_token_id,
+            multiple=self.multiple,
+            context_length=self.context_length,
+        )

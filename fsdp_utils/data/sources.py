@@ -14,15 +14,11 @@ import datasets
 from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
 
-from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.errors import DataError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # part of every cache key: rows read by an older version of the code are not taken back
 CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
-
-
-class DataError(UserError):
-    """Bad data. The message is one line: the flag or file, the value, the way out."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,9 +14,10 @@ import torch
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 
-from fsdp_utils.data.batches import IGNORED, epoch_rows
+from fsdp_utils.core.errors import DataError
+from fsdp_utils.data.batches import IGNORED
 from fsdp_utils.data.sources import CODE as DATA_CODE
-from fsdp_utils.data.sources import LAYOUTS, DataError, layout_of, load_examples, one_line, pick_fields
+from fsdp_utils.data.sources import LAYOUTS, layout_of, load_examples, one_line, pick_fields
 
 # part of every cache key: rows tokenized by an older version of the code are not taken back
 CODE = hashlib.sha256(Path(__file__).read_bytes() + DATA_CODE.encode()).hexdigest()[:16]
@@ -69,7 +70,8 @@ class TokenizedData:
     """Token rows, ready to batch.
 
     Args:
-        dataset: columns `input_ids` and `labels`, int32 [tokens] a row; label -100 where there is no loss.
+        dataset: columns `input_ids` and `labels`, int32 [tokens] a row; label -100 where there is no loss, as of the
+            first token, which nothing predicts.
         lengths: tokens of each row, int64 [samples].
         report: what became of the raw rows.
         name: the value of --dataset, for messages.
@@ -101,6 +103,51 @@ def _tokenize(texts: list[str], tokenizer) -> dict[str, list[int]]:
     return dict(zip(distinct, encoded["input_ids"], strict=True))
 
 
+class _Renders:
+    """What a tokenizer's chat template writes of the first messages of a chat."""
+
+    def __init__(self, messages: list[dict], tokenizer):
+        self.messages, self.tokenizer = messages, tokenizer
+        self.full = self.upto(len(messages))
+
+    def upto(self, count: int, *, header: bool = False) -> str:
+        """The first `count` messages, with the header that asks for an answer or without."""
+        return self.tokenizer.apply_chat_template(self.messages[:count], tokenize=False, add_generation_prompt=header)
+
+    def before(self, i: int) -> str:
+        """What stands before the answer that is message i, its header included."""
+        if i:
+            return self.upto(i, header=True)
+        # no header asks for a first message; its own text may also be in what stands before it
+        unlikely = [{**self.messages[0], "content": UNLIKELY}]
+        rendered = self.tokenizer.apply_chat_template(unlikely, tokenize=False)
+        return rendered[: max(0, rendered.find(UNLIKELY))]
+
+    def turn(self, i: int) -> tuple[int, int]:
+        """Where in `full` the answer that is message i begins and ends, its end-of-turn token included.
+
+        Raises:
+            ValueError: the template writes it differently once others follow, so its place cannot be told.
+        """
+        before, after = self.before(i), self.upto(i + 1)
+        if not self.full.startswith(before) or not after.startswith(before):
+            raise ValueError(f"it rewrites what stands before message {i + 1}")
+        end = len(after.rstrip())
+        if self.full.startswith(after[:end]):
+            return len(before), end
+        return len(before), self._rewritten_end(i, after, start=len(before))
+
+    def _rewritten_end(self, i: int, after: str, *, start: int) -> int:
+        """Qwen3 drops the empty thoughts of all turns but the last: the content is then looked for."""
+        content = self.messages[i]["content"].strip()
+        found = self.full.find(content, start)
+        tail = after[after.find(content, start) + len(content) :].rstrip()  # the end of the turn
+        end = found + len(content) + len(tail)
+        if found < 0 or self.full[end - len(tail) : end] != tail:
+            raise ValueError(f"it rewrites message {i + 1}")
+        return end
+
+
 def _chat_segments(messages: list[dict], *, tokenizer) -> list[tuple[str, bool]]:
     """The chat as the template writes it, cut into (text, is the assistant's) for a template without generation marks.
 
@@ -108,38 +155,20 @@ def _chat_segments(messages: list[dict], *, tokenizer) -> list[tuple[str, bool]]
     end-of-turn token is learned and the header is not.
 
     Raises:
-        ValueError: the template writes a turn differently once others follow, so its place cannot be told.
+        ValueError: the place of a turn cannot be told.
     """
-
-    def render(upto: int, *, header: bool = False) -> str:
-        return tokenizer.apply_chat_template(messages[:upto], tokenize=False, add_generation_prompt=header)
-
-    def opening(message) -> str:
-        """What stands before the content of a first message: its own text may also be in the header."""
-        rendered = tokenizer.apply_chat_template([{**message, "content": UNLIKELY}], tokenize=False)
-        return rendered[: max(0, rendered.find(UNLIKELY))]
-
-    full, segments, cursor = render(len(messages)), [], 0
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        content = message["content"].strip()
-        before = render(i, header=True) if i else opening(message)
-        after = render(i + 1)
-        if not full.startswith(before) or not after.startswith(before):
-            raise ValueError(f"it rewrites what stands before message {i + 1}")
-        end = len(after.rstrip())
-        if not full.startswith(after[:end]):  # Qwen3 drops the empty thoughts of all turns but the last
-            start = full.find(content, len(before))
-            tail = after[after.find(content, len(before)) + len(content) :].rstrip()
-            end = start + len(content) + len(tail)
-            if start < 0 or full[end - len(tail) : end] != tail:
-                raise ValueError(f"it rewrites message {i + 1}")
-        segments += [(full[cursor : len(before)], False), (full[len(before) : end], True)]
+    renders, segments, cursor = _Renders(messages, tokenizer), [], 0
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    for i in answers:
+        start, end = renders.turn(i)
+        segments += [(renders.full[cursor:start], False), (renders.full[start:end], True)]
         cursor = end
-    if segments and not full[cursor:].strip() and content and full[:cursor].endswith(content) and tokenizer.eos_token:
-        return [*segments, (tokenizer.eos_token, True)]  # a template without end-of-turn would never teach to stop
-    return [*segments, (full[cursor:], False)]
+    rest = renders.full[cursor:]
+    if answers and not rest.strip() and tokenizer.eos_token:
+        content = messages[answers[-1]]["content"].strip()
+        if content and renders.full[:cursor].endswith(content):
+            return [*segments, (tokenizer.eos_token, True)]  # without an end of turn, stopping would not be learned
+    return [*segments, (rest, False)]
 
 
 def _encode_chats(picked: list[dict], *, tokenizer, where: list[str]) -> list[tuple[list[int], list[bool]]]:
@@ -238,14 +267,14 @@ def main_process_first():
 
     Its failure lets the others go on too, so that each raises the same error instead of waiting for it.
     """
-    together = torch.distributed.is_available() and torch.distributed.is_initialized()
-    first = int(os.environ.get("LOCAL_RANK", torch.distributed.get_rank() if together else 0)) == 0
-    if together and not first:
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    first = int(os.environ.get("LOCAL_RANK", torch.distributed.get_rank() if several else 0)) == 0
+    if several and not first:
         torch.distributed.barrier()
     try:
         yield
     finally:
-        if together and first:
+        if several and first:
             torch.distributed.barrier()
 
 
@@ -327,18 +356,3 @@ def _without_unlabelled(tokenized: Dataset, config, *, has_eos: bool) -> Tokeniz
     kept = tokenized if keep.all() else tokenized.select(np.flatnonzero(keep))
     columns = kept.select_columns(["input_ids", "labels"]).with_format("numpy")
     return TokenizedData(dataset=columns, lengths=lengths[keep], report=report, name=config.dataset)
-
-
-def check_global_batch(data: TokenizedData, config, *, world_size: int) -> None:
-    """Raises DataError where `data` does not fill one global batch."""
-    rows, _ = epoch_rows(
-        data.lengths, seed=config.seed, epoch=0, context_length=config.context_length, packing=config.packing
-    )
-    needed = config.batch_size * config.gradient_accumulation_steps * world_size
-    if len(rows) < needed:
-        kind = f"packs of {config.context_length} tokens" if config.packing else "samples"
-        raise DataError(
-            f"--dataset {data.name}: {len(rows)} {kind} do not fill one global batch of {needed} (batch_size "
-            f"{config.batch_size} x gradient_accumulation_steps {config.gradient_accumulation_steps} x {world_size} "
-            "processes); lower one of these or give more data"
-        )

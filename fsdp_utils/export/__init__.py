@@ -1,6 +1,6 @@
 """Formats that a trained model can be written in; a new one is one class and one row here."""
 
-from importlib import import_module
+from fsdp_utils.core.classes import load_class
 
 _BNB_NF4 = "fsdp_utils.export.bnb:BnbNF4"
 _MERGED = "fsdp_utils.export.formats:Merged"
@@ -18,5 +18,4 @@ INFER_TYPES = {
 
 def format_of(infer_type: str):
     """The class of an --infer_type: see `fsdp_utils.export.formats.Format`."""
-    module, name = INFER_TYPES[infer_type].split(":")
-    return getattr(import_module(module), name)
+    return load_class(INFER_TYPES[infer_type])

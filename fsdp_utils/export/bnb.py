@@ -9,9 +9,10 @@ from safetensors.torch import save_file
 
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.folders import write_json
-from fsdp_utils.core.processes import say
+from fsdp_utils.core.ranks import say
 from fsdp_utils.export.formats import Format
-from fsdp_utils.folders.names import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, KEY_PREFIX
+from fsdp_utils.folders.names import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS
+from methods.adapter import KEY_PREFIX, LORA_A, LORA_B
 from methods.packed import as_bytes
 from methods.quantizers.bnb import Bnb4bit
 
@@ -120,10 +121,14 @@ class BnbDoRA(Bnb):
         for path in self.trained.adapted():
             a, b = self.trained.low_rank(path)
             # fp32: rounding B after scaling would be the only error of this format
-            tensors[f"{KEY_PREFIX}{path}.lora_A.weight"] = a.float().cpu().contiguous()
-            tensors[f"{KEY_PREFIX}{path}.lora_B.weight"] = (b.float() * self._factors[path].unsqueeze(1)).cpu()
+            tensors[f"{KEY_PREFIX}{path}.{LORA_A}"] = a.float().cpu().contiguous()
+            tensors[f"{KEY_PREFIX}{path}.{LORA_B}"] = (b.float() * self._factors[path].unsqueeze(1)).cpu()
         adapter = folder / ADAPTER_FOLDER
         adapter.mkdir()
         save_file(tensors, adapter / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        named = dict(base_model_name_or_path=str(target), use_dora=False, inference_mode=True)
-        write_json(adapter / ADAPTER_CONFIG, self.trained.run.adapter | named)
+        method, named = (
+            self.trained.method,
+            dict(base_model_name_or_path=str(target), use_dora=False, inference_mode=True),
+        )
+        rank = method.peft_rank(method.config.lora_rank)  # not that of what the run saved, which may hold more
+        write_json(adapter / ADAPTER_CONFIG, self.trained.run.adapter | rank | named)

@@ -23,6 +23,7 @@ from fsdp_utils.folders.describe import Run, describe
 from fsdp_utils.inference.load import default_dtype, load_for_inference, load_stock
 from fsdp_utils.model.build import resolve_model
 from fsdp_utils.model.weights import fingerprint
+from fsdp_utils.training.task import CAUSAL_LM
 
 MOST_TOKENS = 4096  # their log-probabilities go to disk: 2 GB with a vocabulary of 128k
 CONTEXT = 2048
@@ -152,10 +153,11 @@ class _Reference:
     def __init__(self, path: Path, rows):
         self.path, self.tokens, self.stored = path, sum(int((labels != IGNORED).sum()) for _, labels in rows), None
 
+    @torch.no_grad()
     def score(self, model: nn.Module, rows, *, device: torch.device, name: str) -> dict:
         first, start, loss, divergence, agreed = self.stored is None, 0, 0.0, 0.0, 0
         for row in tqdm(rows, desc=f"scoring {name}", unit="text", leave=False):
-            found, targets = log_probs(model, *(tensor.to(device) for tensor in row))  # [n, vocabulary], [n]
+            found, targets = CAUSAL_LM.predictions(model, *(tensor.to(device) for tensor in row))  # [n, vocabulary]
             if self.stored is None:
                 self._create(found.shape[1])
             stop = start + len(targets)
@@ -179,14 +181,6 @@ class _Reference:
             )
         flat = torch.from_file(str(self.path), shared=True, size=self.tokens * vocabulary, dtype=torch.float32)
         self.stored = flat.view(self.tokens, vocabulary)
-
-
-@torch.no_grad()
-def log_probs(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities fp32 `[n, vocabulary]` where a label asks for them, and the labels `[n]`."""
-    logits = model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, :-1]  # [tokens - 1, vocabulary]
-    asked = labels[1:] != IGNORED
-    return logits[asked].float().log_softmax(-1), labels[1:][asked]
 
 
 def table(scores: dict) -> str:

@@ -15,9 +15,9 @@ from fsdp_utils.core.safetensors_io import StreamingWriter
 from fsdp_utils.export.trained import TrainedWeights
 from fsdp_utils.folders.describe import Run
 from fsdp_utils.model.build import read_model_config
+from fsdp_utils.options import DTYPES
+from fsdp_utils.training.task import CAUSAL_LM
 from methods.llama_pro import EXPANDED_LAYERS_FILE
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
 
@@ -39,7 +39,7 @@ class Format:
     reader: str | None = None
 
     def __init__(self, trained: TrainedWeights, options):
-        self.trained, self.options, self.dtype = trained, options, DTYPES[options.dtype]
+        self.trained, self.options, self.dtype = trained, options, getattr(torch, DTYPES[options.dtype])
         self.packed = set(self.to_pack())
 
     def to_pack(self) -> list[str]:
@@ -140,4 +140,4 @@ def _write_generation_config(run: Run, folder: Path) -> None:
     if source.exists():
         shutil.copyfile(source, folder / source.name)
         return
-    GenerationConfig.from_model_config(read_model_config(str(run.base))).save_pretrained(folder)
+    GenerationConfig.from_model_config(read_model_config(str(run.base), task=CAUSAL_LM)).save_pretrained(folder)

@@ -6,13 +6,14 @@ from transformers.pytorch_utils import Conv1D
 
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.safetensors_io import CheckpointReader
-from fsdp_utils.folders.describe import Run, quantizer_object
-from fsdp_utils.folders.names import MAGNITUDE
+from fsdp_utils.folders.describe import Run
 from fsdp_utils.inference.load import default_dtype, plan_adapter
 from fsdp_utils.model.build import build_on_meta, read_model_config
 from fsdp_utils.model.quantized_cache import packed_modules
 from fsdp_utils.model.weights import plan_reads
-from methods.dora import row_norms
+from fsdp_utils.training.task import CAUSAL_LM
+from methods import quantizer_of
+from methods.adapter import Pair, by_layer
 from methods.llama_pro import expanded_layers
 from methods.targets import block_linears, decoder_blocks
 
@@ -34,7 +35,7 @@ class TrainedWeights:
         quantizer: of the base under the adapter, or of the frozen blocks of a Llama-Pro model; None for a dense one.
 
     Raises:
-        UserError: an export of ours, dummy weights, another base than in training, tensors that do not fit.
+        UserError: a folder that was exported, dummy weights, another base than in training, tensors that do not fit.
     """
 
     def __init__(self, run: Run, *, device: torch.device):
@@ -43,14 +44,16 @@ class TrainedWeights:
         if run.config and run.config.load_format == "dummy":
             raise UserError(f"--model {run.folder}: was trained on random weights (--load_format dummy)")
         self.run, self.device = run, device
-        self.quantizer, self._trained_dtype, self._adapter = quantizer_object(run), None, {}
-        self._last, self._quantized = {}, set()
+        self.quantizer = quantizer_of(run.train_type)(**run.quantizer) if run.quantizer else None
+        self.method, self._trained_dtype, self._adapter, self._packed, self._last = None, None, {}, {}, {}
         if run.kind == "adapter":
             self._trained_dtype = default_dtype(run)
-            planned, self._adapter, _ = plan_adapter(run, device=device, dtype=self._trained_dtype)
-            self._quantized = set(packed_modules(planned.model))
+            planned, stored, _ = plan_adapter(run, device=device, dtype=self._trained_dtype)
+            self.method, self._adapter = planned.method, by_layer(stored)
+            self._packed = packed_modules(planned.model)
         self.reader = CheckpointReader(run.base)
-        built = build_on_meta(read_model_config(str(run.base)), dtype=torch.float32)
+        model_config = read_model_config(str(run.base), task=CAUSAL_LM)
+        built = build_on_meta(model_config, task=CAUSAL_LM, dtype=torch.float32)
         self._stored = {read.name: read.stored for read in plan_reads(built, self.reader)}
         self.shapes = {name: self.reader.shape(stored) for name, stored in self._stored.items()}
         self.linears = {path: m for path, m in built.named_modules() if isinstance(m, nn.Linear)}
@@ -69,49 +72,48 @@ class TrainedWeights:
     @property
     def nbytes(self) -> int:
         """Bytes of what is read: the base or model, and the adapter."""
-        return sum(map(self.reader.nbytes, self._stored.values())) + sum(t.nbytes for t in self._adapter.values())
+        adapter = sum(t.nbytes for tensors in self._adapter.values() for t in tensors.values())
+        return sum(map(self.reader.nbytes, self._stored.values())) + adapter
 
     def adapted(self) -> list[str]:
         """Paths of the linears that have an adapter."""
-        return [name.removesuffix(".lora_A.weight") for name in self._adapter if name.endswith(".lora_A.weight")]
+        return list(self._adapter)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A parameter that no adapter changes, in the dtype it was trained in; dequantized if it was quantized."""
+        """A parameter of the model under the adapters, in the dtype it was trained in; dequantized if it was
+        quantized."""
         path = name.removesuffix(".weight")
-        if path not in self._quantized:
+        if path not in self._packed:
             return self._read(name).to(self._trained_dtype)
-        width = self.shapes[name][1]
-        return self.quantizer.dequantize(self.packed(path), in_features=width, dtype=self._trained_dtype)
+        module = self._packed[path]
+        return module.quantizer.dequantize(self.packed(path), in_features=module.in_features, dtype=self._trained_dtype)
 
     def packed(self, path: str) -> tuple[torch.Tensor, ...]:
         """The packed weight under the adapters, quantized again exactly as in training."""
         if path not in self._last:  # asked for up to three times in a row; HQQ's solver takes the time of an export
-            self._last = {path: self.quantizer.quantize(self._read(f"{path}.weight"))}
+            self._last = {path: self._packed[path].quantizer.quantize(self._read(f"{path}.weight"))}
         return self._last[path]
 
     def merged(self, path: str) -> torch.Tensor:
         """The weight of a linear with its adapter folded into the base it was trained on, fp32 `[out, in]`."""
         weight = self.tensor(f"{path}.weight")
-        if f"{path}.lora_A.weight" not in self._adapter:
-            return weight.float()
-        a, b = self.low_rank(path)
-        merged = torch.addmm(weight.float(), b.float(), a.float(), alpha=self.run.scaling)
-        return merged * self._factor(path, weight).unsqueeze(1)
+        return self.method.merge(weight, self._tensors(path)) if path in self._adapter else weight.float()
 
-    def low_rank(self, path: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def low_rank(self, path: str) -> Pair:
         """A `[r, in]` and B `[out, r]` of an adapted linear."""
-        return tuple(self._adapter[f"{path}.{name}.weight"].to(self.device) for name in ("lora_A", "lora_B"))
+        return self.method.start.trained(self._tensors(path))
 
     def row_factor(self, path: str) -> torch.Tensor:
         """What training multiplies each output row by, fp32 `[out]`: DoRA's m / n, ones elsewhere."""
-        return self._factor(path, self.tensor(f"{path}.weight") if self.run.dora else None)
+        factor = None
+        if path in self._adapter and self.run.dora:
+            factor = self.method.row_factor(self.tensor(f"{path}.weight"), self._tensors(path))
+        return torch.ones(self.linears[path].out_features, device=self.device) if factor is None else factor
 
-    def _factor(self, path, weight):
-        magnitude = self._adapter.get(f"{path}.{MAGNITUDE}")
-        if magnitude is None:
-            return torch.ones(self.linears[path].out_features, device=self.device)
-        norm = row_norms(weight, weight.float().norm(dim=1), *self.low_rank(path), self.run.scaling)
-        return magnitude.to(self.device).float() / norm.clamp_min(torch.finfo(torch.float32).tiny)
+    def _tensors(self, path: str) -> dict[str, torch.Tensor]:
+        return {suffix: tensor.to(self.device) for suffix, tensor in self._adapter[path].items()}
 
-    def _read(self, name):
-        return self.reader.tensor(self._stored[name]).to(self.device)
+    def _read(self, name: str) -> torch.Tensor:
+        rows = self.reader.tensor(self._stored[name]).to(self.device)
+        path = name.removesuffix(".weight")
+        return self.method.base_rows(path, rows, start=0) if self.method else rows

@@ -1,4 +1,4 @@
-"""What a folder is (base, model, adapter, Llama-Pro, stock-quantized), and how to open it for inference or export."""
+"""What a folder is: base, model, adapter, Llama-Pro, or quantized for stock software."""
 
 import json
 from dataclasses import dataclass, replace
@@ -12,9 +12,10 @@ from fsdp_utils.core.errors import CheckpointError, UserError
 from fsdp_utils.core.flags import flags
 from fsdp_utils.core.folders import model_folder
 from fsdp_utils.core.safetensors_io import read_header
-from fsdp_utils.folders.names import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, KEY_PREFIX, MAGNITUDE, RUN_FILE
+from fsdp_utils.folders.names import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, RUN_FILE
 from fsdp_utils.model.build import read_tokenizer, resolve_model
-from methods import TRAIN_TYPES, quantizer_of
+from methods import TRAIN_TYPES
+from methods.adapter import KEY_PREFIX, LORA_A, LORA_B, MAGNITUDE, peft_scaling_keys
 from methods.llama_pro import EXPANDED_LAYERS_FILE
 
 TITLES = {
@@ -25,7 +26,7 @@ TITLES = {
     "stock": "quantized model",
     "stock_adapter": "quantized model with adapter",
 }
-# the settings of a PEFT adapter that our layers compute, or that only matter while it trains
+# the settings of a PEFT adapter that the layers here compute, or that only matter while it trains
 PEFT_READ = {
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
@@ -70,11 +71,6 @@ class Run:
     @property
     def rank(self) -> int:
         return self.adapter["r"]
-
-    @property
-    def scaling(self) -> float:
-        """alpha / r, the factor of `B A`."""
-        return self.adapter["lora_alpha"] / self.adapter["r"]
 
     @property
     def dora(self) -> bool:
@@ -173,7 +169,7 @@ def _read_adapter_config(folder: Path) -> dict:
     """
     path = folder / ADAPTER_CONFIG
     config = _read_json(path)
-    if not (folder / RUN_FILE).exists():  # not ours
+    if not (folder / RUN_FILE).exists():  # trained elsewhere
         _refuse_peft_features(path, config)
     if not config.get("r") or "lora_alpha" not in config:
         raise UserError(f"{path}: names no r and lora_alpha; the file is damaged")
@@ -181,12 +177,12 @@ def _read_adapter_config(folder: Path) -> dict:
         raise UserError(f"{folder}: {ADAPTER_CONFIG} without {ADAPTER_WEIGHTS}; the folder is incomplete")
     header = read_header(folder / ADAPTER_WEIGHTS)
     for name, entry in header.items():
-        ranks = {"lora_A.weight": entry["shape"][:1], "lora_B.weight": entry["shape"][-1:]}
+        ranks = {LORA_A: entry["shape"][:1], LORA_B: entry["shape"][-1:]}
         for suffix, found in ranks.items():
             if name.endswith(suffix) and found != [config["r"]]:
                 says = f"{ADAPTER_CONFIG} says r = {config['r']}"
                 raise UserError(f"{folder}: {name} has shape {entry['shape']}, but {says}")
-    if not any(name.endswith("lora_A.weight") for name in header):
+    if not any(name.endswith(LORA_A) for name in header):
         raise UserError(f"{folder / ADAPTER_WEIGHTS}: holds no LoRA weights")
     if any(name.endswith(MAGNITUDE) for name in header) != bool(config.get("use_dora")):
         raise UserError(f"{folder}: use_dora {config.get('use_dora', False)} does not fit its tensors")
@@ -194,12 +190,12 @@ def _read_adapter_config(folder: Path) -> dict:
 
 
 def _refuse_peft_features(path: Path, config: dict) -> None:
-    """Raises UserError for a setting that makes the adapter compute something else than our layers do."""
+    """Raises UserError for a setting that makes the adapter compute something else than the layers here do."""
     from peft import LoraConfig
 
     plain = LoraConfig().to_dict()
     for key, value in config.items():
-        if key in PEFT_READ or (key == "init_lora_weights" and value in PEFT_STARTS):
+        if key in PEFT_READ | peft_scaling_keys() or (key == "init_lora_weights" and value in PEFT_STARTS):
             continue
         if (value or None) != (plain.get(key) or None):
             raise UserError(f"{path}: {key} {value} is not supported; load and merge it with PEFT")
@@ -228,11 +224,6 @@ def _find_base(folder: Path, adapter: dict, record: dict | None) -> Path:
 # ---------------------------------------------------------------------------------------------------------------------
 # For export: the pieces of a run
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def quantizer_object(run: Run):
-    """The quantizer that the base was trained under, exactly as it was; None for an unquantized base."""
-    return quantizer_of(run.train_type)(**run.quantizer) if run.quantizer else None
 
 
 def adapter_tensors(run: Run) -> dict[str, torch.Tensor]:

@@ -4,14 +4,13 @@ from fsdp_utils.core.folders import TEMPLATES
 from methods.llama_pro import EXPANDED_LAYERS_FILE
 
 RUN_FILE = "run.json"
-PACKAGES = ("torch", "transformers", "bitsandbytes", "hqq", "peft", "accelerate", "datasets", "safetensors")
-DESCRIPTIONS = (EXPANDED_LAYERS_FILE, "generation_config.json", "config.json", "adapter_config.json")
-ADAPTER_FOLDER = "adapter"  # where an exported model folder keeps the adapter that belongs to it
-OF_AN_EXPORT = ("fidelity.json", "chat_template.jinja")
-OWN_FILES = {RUN_FILE, "metrics.jsonl"}  # what a run without --save_model leaves behind
-MARKS = {RUN_FILE, "adapter_config.json", "config.json"}  # of a folder that may be overwritten
-FOLDERS = (ADAPTER_FOLDER, TEMPLATES)  # of an older result
+METRICS_FILE = "metrics.jsonl"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-KEY_PREFIX = "base_model.model."
-MAGNITUDE = "lora_magnitude_vector"
+ADAPTER_FOLDER = "adapter"  # where an exported model folder keeps the adapter that belongs to it
+DESCRIPTIONS = (EXPANDED_LAYERS_FILE, "generation_config.json", "config.json", ADAPTER_CONFIG)
+OF_AN_EXPORT = ("fidelity.json", "chat_template.jinja")
+OWN_FILES = {RUN_FILE, METRICS_FILE}  # what a run without --save_model leaves behind
+MARKS = {RUN_FILE, ADAPTER_CONFIG, "config.json"}  # of a folder that may be overwritten
+FOLDERS = (ADAPTER_FOLDER, TEMPLATES)  # of an older result
+PACKAGES = ("torch", "transformers", "bitsandbytes", "hqq", "peft", "accelerate", "datasets", "safetensors")

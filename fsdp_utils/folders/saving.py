@@ -17,13 +17,24 @@ from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.flags import as_dict
 from fsdp_utils.core.folders import check_place, model_folder, write_json
 from fsdp_utils.core.locks import claim, make_writable
-from fsdp_utils.core.processes import barrier, is_main, world_size
+from fsdp_utils.core.processes import barrier
+from fsdp_utils.core.ranks import is_main, world_size
 from fsdp_utils.core.rows import gather
 from fsdp_utils.core.safetensors_io import INDEX_NAME, StreamingWriter, refuse_full_disk
 from fsdp_utils.data.sources import DATASETS
-from fsdp_utils.folders.names import DESCRIPTIONS, FOLDERS, MARKS, OF_AN_EXPORT, OWN_FILES, PACKAGES, RUN_FILE
-from fsdp_utils.model.assemble import PRECISIONS
+from fsdp_utils.folders.names import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    DESCRIPTIONS,
+    FOLDERS,
+    MARKS,
+    OF_AN_EXPORT,
+    OWN_FILES,
+    PACKAGES,
+    RUN_FILE,
+)
 from fsdp_utils.model.build import resolve_model
+from methods.adapter import KEY_PREFIX
 from methods.llama_pro import EXPANDED_LAYERS_FILE
 from methods.quantizers.linear import QuantizedWeight, weight_rows
 
@@ -74,7 +85,7 @@ def _claimed(planned, config):
     with claim(folder, named=f"--output_dir {folder}"):
         check_output(config)  # again: a run that was started together with this one may have ended
         if config.save_model:
-            refuse_full_disk(folder, _SAVERS[planned.method.saves].specs(planned.model, planned.method, config))
+            refuse_full_disk(folder, _SAVERS[planned.method.saves].specs(planned.model, planned, config))
         yield
 
 
@@ -110,7 +121,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def save(model: nn.Module, tokenizer, method, config) -> None:
+def save(model: nn.Module, tokenizer, planned, config) -> None:
     """Writes the result into the output folder. Collective; process 0 writes, into a temporary folder first."""
     folder = Path(config.output_dir)
     temporary = folder / ".saving"
@@ -118,7 +129,7 @@ def save(model: nn.Module, tokenizer, method, config) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         tokenizer.save_pretrained(temporary)
-    _SAVERS[method.saves].save(model, method, config, temporary)
+    _SAVERS[planned.method.saves].save(model, planned, config, temporary)
     if is_main():
         _move_in(temporary, folder)
     barrier()
@@ -151,40 +162,18 @@ def _write_tensors(folder: Path, tensors: dict[str, tuple[torch.dtype, tuple]], 
             os.replace(folder / "model.safetensors", folder / single_name)
 
 
-def _adapter_tensors(model, method) -> dict[str, torch.Tensor]:
-    return {f"base_model.model.{key}": tensor for key, tensor in method.adapter_tensors(model)}
+def _adapter_specs(model, planned, config) -> dict[str, tuple[torch.dtype, tuple]]:
+    return {f"{KEY_PREFIX}{name}": (stored.dtype, stored.shape) for name, stored in planned.method.tensors(model)}
 
 
-def _adapter_specs(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, tuple]]:
-    return {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
-
-
-def _save_adapter(model, method, config, folder: Path) -> None:
-    tensors = _adapter_tensors(model, method)
-    specs = _adapter_specs(tensors)
-    _write_tensors(folder, specs, lambda key: gather(tensors[key]), single_name="adapter_model.safetensors")
+def _save_adapter(model, planned, config, folder: Path) -> None:
+    tensors = {f"{KEY_PREFIX}{name}": stored for name, stored in planned.method.tensors(model)}
+    specs = {name: (stored.dtype, stored.shape) for name, stored in tensors.items()}
+    _write_tensors(folder, specs, lambda name: tensors[name].whole(), single_name=ADAPTER_WEIGHTS)
     if is_main():
-        write_json(folder / "adapter_config.json", adapter_config(model, method, config))
-
-
-def adapter_config(model, method, config) -> dict:
-    """PEFT's description of the adapter."""
-    paths = list(method.layers(model))
-    names = {path.split(".")[-1] for path in paths}
-    matched = {path for path, _ in model.named_modules() if path.split(".")[-1] in names}
-    return dict(
-        peft_type="LORA",
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=_lasting(resolve_model(config.model_name)),
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        bias="none",
-        # names where they say exactly which modules have adapters, else full paths
-        target_modules=sorted(names) if matched == set(paths) else paths,
-        use_dora=config.method == "dora",
-        inference_mode=True,
-    )
+        base = dict(base_model_name_or_path=_lasting(resolve_model(config.model_name)))
+        described = planned.method.peft_config(model) | dict(task_type=planned.task.peft_type) | base
+        write_json(folder / ADAPTER_CONFIG, described)
 
 
 def dense_tensors(model: nn.Module) -> dict[str, object]:
@@ -202,20 +191,20 @@ def dense_tensors(model: nn.Module) -> dict[str, object]:
     return found
 
 
-def _model_specs(sources: dict[str, object], config) -> dict[str, tuple[torch.dtype, tuple]]:
-    dtype = PRECISIONS[config.precision][0]  # model.dtype is that of packed codes where the embedding is quantized
-    shape = lambda s: (s.out_features, s.in_features) if isinstance(s, QuantizedWeight) else tuple(s.shape)
-    return {name: (dtype, shape(source)) for name, source in sources.items()}
+def _model_specs(model, planned, config) -> dict[str, tuple[torch.dtype, tuple]]:
+    # not model.dtype, which is that of packed codes where the embedding is quantized
+    return {name: (planned.dtype, tuple(source.shape)) for name, source in dense_tensors(model).items()}
 
 
-def _save_model(model, method, config, folder: Path) -> None:
+def _save_model(model, planned, config, folder: Path) -> None:
     """A Hugging Face folder. A quantized base is written dequantized: what the trained blocks were trained on."""
-    sources, dtype = dense_tensors(model), PRECISIONS[config.precision][0]
-    specs = _model_specs(sources, config)
+    sources, specs = dense_tensors(model), _model_specs(model, planned, config)
 
     def whole(name):
         source = sources[name]
-        return weight_rows(source, gather, dtype=dtype) if isinstance(source, QuantizedWeight) else gather(source)
+        if not isinstance(source, QuantizedWeight):
+            return gather(source)
+        return weight_rows(source, gather, dtype=planned.dtype).view(source.shape)
 
     _write_tensors(folder, specs, whole)
     if not is_main():
@@ -240,7 +229,4 @@ class _Saver(NamedTuple):
     save: Callable
 
 
-_SAVERS = {
-    "adapter": _Saver(lambda model, method, config: _adapter_specs(_adapter_tensors(model, method)), _save_adapter),
-    "model": _Saver(lambda model, method, config: _model_specs(dense_tensors(model), config), _save_model),
-}
+_SAVERS = {"adapter": _Saver(_adapter_specs, _save_adapter), "model": _Saver(_model_specs, _save_model)}

@@ -10,13 +10,13 @@ from torch import nn
 from tqdm import tqdm
 from transformers import GenerationConfig, StoppingCriteria
 
+from fsdp_utils.core.devices import peak_memory_gib
 from fsdp_utils.core.errors import UserError
-from fsdp_utils.core.processes import is_main
+from fsdp_utils.core.ranks import is_main
 from fsdp_utils.data.tokens import special_prefix
 from fsdp_utils.folders.describe import Run, tokenizer_folder
 from fsdp_utils.inference import decoding
 from fsdp_utils.inference.scoring import NEXT_PROMPT
-from fsdp_utils.training.metrics import peak_memory_gib
 
 TAIL = 16  # tokens, enough for the longest mark of a next prompt even byte by byte
 READ_EVERY = 8  # tokens between two looks at what was generated; each makes the GPU wait for the host

@@ -8,27 +8,17 @@ from transformers import GenerationConfig
 
 from fsdp_utils.config import TrainConfig
 from fsdp_utils.core.errors import UserError
-from fsdp_utils.core.rows import fill
 from fsdp_utils.core.safetensors_io import CheckpointReader
 from fsdp_utils.folders.describe import Run, _quantization, adapter_tensors, check_base
-from fsdp_utils.folders.names import ADAPTER_WEIGHTS, MAGNITUDE
-from fsdp_utils.model.assemble import PRECISIONS, Plan, load, plan
+from fsdp_utils.folders.names import ADAPTER_WEIGHTS
+from fsdp_utils.model.assemble import Dtypes, Plan, attach, build, load_whole
 from fsdp_utils.model.build import build_on_meta, quantize_on_meta, read_model_config
 from fsdp_utils.model.weights import check_loaded, checkpoint_dtype, load_weights, materialize
-from methods import TRAIN_TYPES, method_of, quantizer_of
+from fsdp_utils.training.task import CAUSAL_LM
+from methods import METHODS, TRAIN_TYPES, make_quantizer, method_of
+from methods.adapter import flags_of
 from methods.targets import block_linears
 
-# how the base is stored, what is on it; None: what the run did
-EVAL_TYPES = (
-    "full",
-    "full_post_quantized",
-    "qlora",
-    "bnb_dora",
-    "hqq_lora",
-    "hqq_dora",
-    "bnb_llama_pro",
-    "hqq_llama_pro",
-)
 PRECISION_OF = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -61,7 +51,7 @@ def load_for_inference(
 def default_dtype(run: Run) -> torch.dtype:
     """What the run computed in; without run.json bfloat16, or float32 where the checkpoint is."""
     if run.config:
-        return PRECISIONS[run.config.precision][0]
+        return Dtypes.of(run.config.precision).stored
     if run.kind.startswith("stock"):
         return torch.bfloat16
     stored = checkpoint_dtype(CheckpointReader(run.base))
@@ -85,18 +75,20 @@ def check_eval_type(run: Run, eval_type: str | None) -> None:
 
 def _load_model(run: Run, *, device, dtype, eval_type) -> nn.Module:
     """A dense model, or one whose linears are quantized while they are read."""
-    built = build_on_meta(read_model_config(str(run.base)), dtype=dtype)
+    built = build_on_meta(read_model_config(str(run.base), task=CAUSAL_LM), task=CAUSAL_LM, dtype=dtype)
     weights = CheckpointReader(run.base)
     quantized = eval_type not in (None, "full", run.train_type)
     if quantized:
         train_type = "qlora" if eval_type == "full_post_quantized" else eval_type
         config = _config_for(run, train_type=train_type)
-        quantizer = quantizer_of(train_type).from_config(config, checkpoint_dtype=checkpoint_dtype(weights))
-        new_blocks_stay = run.kind == "llama_pro" and eval_type != "full_post_quantized"
-        paths = method_of(train_type)(config).to_quantize(built) if new_blocks_stay else list(block_linears(built))
-        if not paths:
+        quantizer = make_quantizer(train_type, config, checkpoint_dtype=checkpoint_dtype(weights))
+        if run.kind == "llama_pro" and eval_type != "full_post_quantized":  # its new blocks stay as they are
+            quantizers = method_of(train_type)(config).to_quantize(built, lambda path: quantizer)
+        else:
+            quantizers = dict.fromkeys(block_linears(built), quantizer)
+        if not quantizers:
             raise UserError(f"--eval_type {eval_type}: the decoder blocks of {run.folder} have no linears to quantize")
-        quantize_on_meta(built, paths, quantizer)
+        quantize_on_meta(built, quantizers)
     materialize(built, device=device, buffer_device=device)
     load_weights(built, weights, device=device)
     check_loaded(built)
@@ -104,7 +96,7 @@ def _load_model(run: Run, *, device, dtype, eval_type) -> nn.Module:
 
 
 def _config_for(run: Run, *, train_type: str) -> TrainConfig:
-    """The run's flags with another train type; the defaults where the run is not ours."""
+    """The run's flags with another train type; the defaults where it was trained elsewhere."""
     is_pro = TRAIN_TYPES[train_type].method == "llama_pro"
     return replace(
         run.config or TrainConfig(), train_type=train_type, llama_pro_path=str(run.folder) if is_pro else None
@@ -122,6 +114,9 @@ def inference_config(run: Run, *, dtype: torch.dtype, eval_type: str | None = No
     config = run.config or _foreign_config(run)
     if eval_type:
         config = replace(config, train_type=eval_type)
+    if config.lora_init not in METHODS[config.method].starts:
+        began = f"{run.folder} began with --lora_init {config.lora_init}, which it cannot"
+        raise UserError(f"--eval_type {eval_type}: {began}; leave --eval_type away")
     # the attention of packed rows knows no cache, and another one may be missing where there is no GPU; the quantized
     # cache belongs to the machine of the training, and writing it takes all its processes
     others = dict(packing=False, attn_implementation="auto", quantized_cache=None)
@@ -134,8 +129,7 @@ def _foreign_config(run: Run) -> TrainConfig:
     return TrainConfig(
         train_type="dora" if run.dora else "custom_lora",
         model_name=str(run.base),
-        lora_rank=run.rank,
-        lora_alpha=run.adapter["lora_alpha"],
+        **flags_of(run.adapter),
         lora_target_modules=",".join(sorted(paths)),
     )
 
@@ -147,22 +141,23 @@ def plan_adapter(run: Run, *, device, dtype, eval_type=None) -> tuple[Plan, dict
         UserError: another base, or a base quantized in another way than in training; tensors that do not fit.
     """
     config = inference_config(run, dtype=dtype, eval_type=eval_type)
-    planned = plan(config, device=device, training=False)
+    planned = attach(build(config, task=CAUSAL_LM, device=device), config)
     check_base(run, planned.base_fingerprint)
     as_trained = eval_type in (None, run.train_type)
     built = asdict(planned.quantizer) if planned.quantizer else None
     if run.config and as_trained and built != run.quantizer:
         raise UserError(f"{run.folder}: trained on a base quantized as {run.quantizer}, this version makes {built}")
     stored = adapter_tensors(run)
-    _check_adapter(run, stored, dict(planned.method.adapter_tensors(planned.model)))
+    _check_adapter(run, stored, dict(planned.method.tensors(planned.model)))
+    planned.method.begin_as(stored)
     return planned, stored, config
 
 
 def _load_adapter(run: Run, *, device, dtype, eval_type) -> nn.Module:
     """Our model, quantized again from the same base with the same settings, and the saved adapter in it."""
     planned, stored, config = plan_adapter(run, device=device, dtype=dtype, eval_type=eval_type)
-    loaded = load(planned, config, mesh=None, device=device)
-    fill_adapter(loaded, planned.method, stored, device=device)
+    loaded = load_whole(planned, config, device=device)
+    planned.method.fill(loaded, stored, device=device)
     return loaded
 
 
@@ -178,27 +173,12 @@ def _check_adapter(run: Run, stored: dict, expected: dict) -> None:
             raise UserError(f"{run.folder}: {name} has shape {shapes}")
 
 
-@torch.no_grad()
-def fill_adapter(loaded: nn.Module, method, stored: dict[str, torch.Tensor], *, device: torch.device) -> None:
-    """Copies saved adapter tensors (named as by `adapter_tensors`) into a loaded model."""
-    for name, tensor in method.adapter_tensors(loaded):
-        path, _, suffix = name.rpartition(".")
-        if suffix == MAGNITUDE:  # kept as its difference from the base's norm
-            layer = loaded.get_submodule(path)
-            fill(layer.magnitude_delta, stored[name].to(device) - layer.weight_norm)
-        else:
-            fill(tensor, stored[name])
-    method.after_step(loaded, device=device)  # the norm of the adapted rows, which DoRA divides by
-
-
 def load_stock(run: Run, *, device, dtype) -> nn.Module:
     """A folder in a format that transformers reads (bitsandbytes, compressed-tensors), with PEFT's adapter on it.
 
     Raises:
         UserError: the library that reads the format is missing, or transformers cannot read the folder.
     """
-    from transformers import AutoModelForCausalLM
-
     options = {}
     if _quantization(run.base).get("quant_method") == "compressed-tensors":
         from transformers import CompressedTensorsConfig
@@ -206,7 +186,7 @@ def load_stock(run: Run, *, device, dtype) -> nn.Module:
         # compressed-tensors 0.20 makes room for unpacked zeros only: asymmetric weights load when they are unpacked
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(run.base, dtype=dtype, device_map={"": device}, **options)
+        loaded = CAUSAL_LM.auto_class.from_pretrained(run.base, dtype=dtype, device_map={"": device}, **options)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{run.base}: transformers cannot load it ({str(error).splitlines()[0]})") from None
     if run.adapter:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.locks import exclusively
-from fsdp_utils.core.processes import rank
+from fsdp_utils.core.ranks import rank
 
 
 class Partial:

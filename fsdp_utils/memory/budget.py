@@ -1,83 +1,172 @@
-"""What GPU memory goes to, worked out from shapes, and the message that ends a run that ran out of it."""
+"""One model of GPU memory: what a step holds in this process, by purpose, from a model on meta.
 
+The same numbers choose how many blocks recompute (`memory.recompute`) and make the message that ends a run that ran out
+of memory.
+"""
+
+from typing import NamedTuple
+
+import torch
 from torch import nn
 
+from fsdp_utils.core.devices import GIB
 from fsdp_utils.core.errors import UserError
-from fsdp_utils.core.processes import world_size
-from fsdp_utils.core.rows import local
+from fsdp_utils.core.ranks import world_size
+from fsdp_utils.memory.activations import Kept
+from fsdp_utils.options import OPTIMIZERS, STRATEGIES
+from fsdp_utils.sharding.prepared import Prepared
 from methods.kernels.cross_entropy import LOGITS_BYTES
-
-GIB = 2**30
-
-# bytes of optimizer state per trained element; the others keep two numbers in the parameter's dtype
-STATE_BYTES = {"sgd": 0, "adamw_8bit": 2}
-
-# what checkpointed blocks keep of a token beside their input, by policy, about: hidden and intermediate widths
-KEPT_WIDTHS = {"full": (0, 0), "adapters": (1, 0), "narrow": (5, 0), "products": (5, 2)}
 
 
 class OutOfMemory(UserError):
     """The GPU is full; the message says of what, and which flags lower it."""
 
 
+class Resident(NamedTuple):
+    """Bytes in this process that are no activations."""
+
+    base: int  # frozen rows, and the slots that peer gathering fills
+    learned: int  # trained rows and their gradients; whole ones too where they are whole during a step
+    optimizer: int
+    gathered: int  # what FSDP2 makes whole, and the buffers that gradients are reduced in
+
+
 def optimizer_bytes(optimizer: str, elements: int, element_size: int) -> int:
     """Bytes that an optimizer keeps for trained elements of so many bytes each."""
-    return elements * STATE_BYTES.get(optimizer, 2 * element_size)
+    own = OPTIMIZERS[optimizer].state_bytes
+    return elements * (2 * element_size if own is None else own)
 
 
-def _states(model: nn.Module, config) -> tuple[int, int]:
-    """How many blocks recompute, and the bytes of one hidden state of the largest micro-batch."""
-    recomputed = sum(getattr(module, "recomputes", False) for module in model.modules())
-    width = 4 if config.precision == "fp32" else 2
-    hidden = model.config.get_text_config().hidden_size
-    return recomputed, config.batch_size * config.context_length * hidden * width
+def _row_bytes(parameter: torch.Tensor, shards: int) -> tuple[int, int]:
+    """Elements and bytes of a parameter in the process that holds most of its rows."""
+    elements = -(-parameter.shape[0] // shards) * (parameter.numel() // parameter.shape[0])
+    return elements, elements * parameter.element_size()
 
 
-def breakdown(model: nn.Module, config) -> dict[str, float]:
-    """GiB in this process by purpose, largest micro-batch assumed: `batch_size` rows of `context_length` tokens.
+def resident(
+    model: nn.Module,
+    blocks: dict[str, nn.Module],
+    config,
+    *,
+    mesh,
+    on_host: dict[str, nn.Parameter],
+    gathered_with_root: bool = False,
+    slot_bytes: int = 0,
+) -> Resident:
+    """From the model on meta, before FSDP2 shards it over `mesh`.
 
-    Of a sharded model that is not in a step: whole parameters would be taken for rows.
+    Args:
+        on_host: parameters of the embedding that stay in host memory, whole.
+        gathered_with_root: as `fsdp.shard` takes it.
+        slot_bytes: of peer gathering.
     """
+    shards = 1 if mesh is None else mesh.size(mesh.ndim - 1)  # the last dimension of a mesh is the one that shards
+    offloaded = mesh is not None and config.use_cpu_offload
+    away = {id(p) for p in on_host.values()}
+    frozen = trained = states = 0
+    for p in model.parameters() if not offloaded else ():
+        elements, nbytes = _row_bytes(p, shards)
+        if p.requires_grad:
+            trained += nbytes
+            states += optimizer_bytes(config.optimizer, elements, p.element_size())
+        elif id(p) not in away:
+            frozen += nbytes
+    learned, whole, buffers = 2 * trained, 0, 0
+    if mesh is not None:
+        whole, buffers = _gathered(model, blocks, config, away=away, gathered_with_root=gathered_with_root)
+    if gathered_with_root:  # a step holds weights and gradients whole, and at its end the rows of gradients
+        extra = 2 * sum(p.nbytes for block in blocks.values() for p in block.parameters() if p.requires_grad)
+        learned, whole, buffers = trained + extra, whole - extra, buffers + trained
+    return Resident(frozen + slot_bytes, learned, states, max(whole - slot_bytes, 0) + buffers)
+
+
+def _gathered(model: nn.Module, blocks: dict, config, *, away: set[int], gathered_with_root: bool) -> tuple[int, int]:
+    """Bytes of what FSDP2 makes whole at the worst moment, gradients of it included, and of the fp32 buffers that
+    gradients are reduced in."""
+    in_blocks = [list(block.parameters()) for block in blocks.values()]
+    inside = {id(p) for parameters in in_blocks for p in parameters} | away
+    root = [p for p in model.parameters() if id(p) not in inside or (gathered_with_root and p.requires_grad)]
+    whole = lambda parameters: sum(p.nbytes for p in parameters)
+    gradients = lambda parameters: sum(p.nbytes for p in parameters if p.requires_grad)
+    buffers = lambda parameters: sum(4 * p.numel() for p in parameters if p.requires_grad)
+    largest = max(in_blocks, key=whole)
+    if STRATEGIES[config.sharding_strategy].resharded:
+        gathered = 3 * whole(largest)  # the block that runs, the next one, and the buffer that it arrives in
+    else:
+        gathered = sum(map(whole, in_blocks)) + whole(largest)
+    reduced = buffers(root) + 2 * buffers(largest)
+    if config.no_sync and config.gradient_accumulation_steps > 1:
+        reduced += buffers(model.parameters())
+    return gathered + whole(root) + gradients(root) + 2 * gradients(largest), reduced
+
+
+def at_loss(model: nn.Module, config, kept: Kept, *, dtype, autocast) -> int:
+    """Bytes besides `kept.outside` while head and loss run."""
     shape = model.config.get_text_config()
-    embedding = model.get_input_embeddings()
-    away = sum(p.nbytes for p in embedding.parameters()) if getattr(embedding, "on_host", False) else 0
-    frozen = sum(local(p).nbytes for p in model.parameters() if not p.requires_grad) - away
-    rows = [local(p) for p in model.parameters() if p.requires_grad]
-    trained = sum(p.nbytes for p in rows)
-    whole = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    learned = trained + 2 * whole if model.trained_together else 2 * trained
-    states = sum(optimizer_bytes(config.optimizer, p.numel(), p.element_size()) for p in rows)
-    tokens, width = config.batch_size * config.context_length, 4 if config.precision == "fp32" else 2
-    (recomputed, state), layers = _states(model, config), shape.num_hidden_layers
-    # the input of the widest linear: families name their intermediate width in many ways
-    middle = tokens * width * max((m.in_features for m in model.modules() if hasattr(m, "in_features")), default=0)
-    inside = 6 * state + 4 * middle  # what one block keeps for backward, about
-    # the last blocks keep everything; when they are done, one at a time of the first holds what it recomputes
-    narrow, wide = KEPT_WIDTHS[config.checkpoint_policy]
-    narrow = 0 if config.use_activation_cpu_offload else 1 + narrow
-    kept = recomputed * (narrow * state + wide * middle)
-    kept += max(layers - recomputed, min(recomputed, 1)) * inside
-    logits = LOGITS_BYTES if config.fused_loss else tokens * shape.vocab_size * (width + 8)
-    on_host = config.use_cpu_offload
-    sizes = {
-        "base": 0 if on_host else frozen + model.slot_bytes,
-        "weights and gradients" if config.method == "full" else "adapters and gradients": 0 if on_host else learned,
-        "optimizer": 0 if on_host else states,
-        "activations": kept,
-        "logits": logits,
-    }
-    return {name: size / GIB for name, size in sizes.items()}
+    tokens, width = config.batch_size * config.context_length, dtype.itemsize
+    if not kept.fused_loss:  # whole logits, their fp32 copy, probabilities, and the gradients of these
+        return tokens * shape.vocab_size * (2 * width + 12)
+    head = model.get_output_embeddings()
+    size = shape.vocab_size * shape.hidden_size
+    trains = any(p.requires_grad for p in head.parameters())
+    # a packed or autocast head as a matrix; hidden states of the predicting tokens and their gradient
+    dense = 0 if isinstance(head, nn.Linear) and not autocast else size * (autocast or dtype).itemsize
+    return LOGITS_BYTES + dense + size * (4 + width) * trains + 2 * tokens * shape.hidden_size * width
 
 
-def host_activations(model: nn.Module, config) -> float:
-    """GiB of page-locked host memory that `--use_activation_cpu_offload` takes in this process, about; the largest
-    micro-batch assumed. The last block that recomputes keeps what it saves."""
-    recomputed, state = _states(model, config)
-    return max(recomputed - 1, 0) * (1 + KEPT_WIDTHS[config.checkpoint_policy][0]) * state / GIB
+def per_recomputed(config, kept: Kept, *, compiled: bool) -> int:
+    """Bytes that a block that recomputes keeps on the GPU. In eager code only its input can be offloaded."""
+    if not config.use_activation_cpu_offload:
+        return kept.input + kept.by_policy
+    return kept.by_policy - (kept.states_by_policy if compiled else 0)
 
 
-def remedies(config, *, together: bool = False) -> list[str]:
-    """Flags that lower memory and are not in use, cheapest first; `together` as `sharding.fsdp.shard` takes it."""
+def in_backward(blocks: dict[str, nn.Module], kept: Kept, *, dtype: torch.dtype) -> int:
+    """Bytes inside a block in backward: gradients, and a base weight dequantized and its copy."""
+    linears = [m for block in blocks.values() for m in block.modules() if hasattr(m, "in_features")]
+    weight = max((m.in_features * m.out_features * dtype.itemsize for m in linears), default=0)
+    return kept.block + 2 * weight
+
+
+def peak_activations(
+    recomputed: int, *, blocks: int, per_block: int, per_recomputed: int, in_backward: int, at_loss: int
+) -> int:
+    """Bytes of activations at the worst moment when the first `recomputed` of `blocks` recompute.
+
+    Either the others hold everything, while the loss is computed or the last block is in backward; or they are done,
+    and one block holds what it has recomputed.
+    """
+    held = (blocks - recomputed) * per_block + max(at_loss, in_backward)
+    return recomputed * per_recomputed + max(held, per_block + in_backward if recomputed else 0)
+
+
+def sizes(config, held: Resident, kept: Kept | None, **activations) -> dict[str, int]:
+    """Bytes in this process by purpose.
+
+    Args:
+        kept: None where it could not be measured.
+        activations: arguments of `peak_activations`, with `recomputed`.
+    """
+    learned = "weights and gradients" if config.method == "full" else "adapters and gradients"
+    found = {"base": held.base, learned: held.learned, "optimizer": held.optimizer}
+    if held.gathered:
+        found["gathered"] = held.gathered
+    if kept is not None:
+        found["activations"] = kept.outside + peak_activations(**activations | dict(at_loss=0))
+        found["logits"] = activations["at_loss"]
+    return found
+
+
+def host_activations(config, kept: Kept | None, recomputed: int, *, compiled: bool) -> int:
+    """Bytes of page-locked host memory that `--use_activation_cpu_offload` takes in this process. The last block that
+    recomputes keeps what it saves."""
+    if kept is None or not config.use_activation_cpu_offload:
+        return 0
+    return max(recomputed - 1, 0) * (kept.input + (kept.states_by_policy if compiled else 0))
+
+
+def remedies(config, *, gathered_with_root: bool = False) -> list[str]:
+    """Flags that lower memory and are not in use, cheapest first; `gathered_with_root` as `fsdp.shard` takes it."""
     offered = (
         (config.use_gradient_checkpointing is not True, "--use_gradient_checkpointing true"),  # auto estimates
         (config.checkpoint_policy != "full", "--checkpoint_policy full"),
@@ -87,7 +176,7 @@ def remedies(config, *, together: bool = False) -> list[str]:
         (config.quantizer == "bnb" and config.quant_scales != "double", "--quant_scales double"),
         (config.quantizer != "none" and not config.quantize_lm_head, "--quantize_lm_head true"),
         (world_size() > 1 and config.sharding_strategy != "full_shard", "--sharding_strategy full_shard"),
-        (together, "--peer_gather false"),
+        (gathered_with_root, "--peer_gather false"),
         (config.optimizer != "adamw_8bit", "--optimizer adamw_8bit"),
         (not config.use_activation_cpu_offload, "--use_activation_cpu_offload true"),
         (not config.use_cpu_offload, "--use_cpu_offload true"),
@@ -96,15 +185,11 @@ def remedies(config, *, together: bool = False) -> list[str]:
     return [flag for missing, flag in offered if missing]
 
 
-def out_of_memory(sizes: dict[str, float], config, error: Exception, *, together: bool) -> OutOfMemory:
-    """The error to raise in place of torch's: one message, parts first, then the flags that would help.
-
-    Args:
-        sizes: from `breakdown`, before the first step.
-    """
-    parts = ", ".join(f"{name} {size:.2f}" for name, size in sizes.items())
+def out_of_memory(prepared: Prepared, config, error: Exception) -> OutOfMemory:
+    """The error to raise in place of torch's: one message, parts first, then the flags that would help."""
+    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in prepared.sizes.items())
     first = str(error).splitlines()[0]
-    helpful = remedies(config, together=together)
+    helpful = remedies(config, gathered_with_root=prepared.gathered_with_root)
     return OutOfMemory(
         f"out of GPU memory ({first}). GiB by purpose: {parts}. Would help, in order: {'; '.join(helpful)}"
     )

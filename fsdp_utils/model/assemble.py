@@ -1,103 +1,155 @@
-"""Puts a model together: meta → quantized layers → method → checkpointing, compile, FSDP2 → weights."""
+"""Puts a model together: `plan` on meta, where everything that can be wrong is found, then `load`.
+
+plan:  check the hardware -> build -> check what training needs -> attach quantized layers and adapters
+load:  peers, memory -> wrap blocks -> shard -> memory for rows -> weights -> what the method adds
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.rows import local
-from fsdp_utils.memory import recompute
+from fsdp_utils.memory import budget, recompute
 from fsdp_utils.model import attention
 from fsdp_utils.model.build import build_on_meta, quantize_on_meta, read_model_config
 from fsdp_utils.model.quantized_cache import QuantizedCache, cache_folder, check_cache_root
 from fsdp_utils.model.weights import (
     base_bytes,
     check_loaded,
-    check_weights,
     checkpoint_dtype,
     fingerprint,
     load_weights,
     materialize,
     open_weights,
+    plan_reads,
+    whole_reader,
 )
-from fsdp_utils.sharding import fsdp, offload, peer_gather
-from methods import method_of, quantizer_of
+from fsdp_utils.options import PRECISIONS
+from fsdp_utils.sharding import fsdp, offload, peer_gather, wrapping
+from fsdp_utils.sharding.prepared import Prepared
+from methods import make_quantizer, method_of
 from methods.base import Method
 from methods.targets import decoder_blocks, learned_positions, refuse_experts, refuse_in_place
 
-# storage dtype of what is not quantized, autocast dtype
-PRECISIONS = {
-    "bf16": (torch.bfloat16, None),
-    "fp32": (torch.float32, None),
-    "fp16_autocast": (torch.float32, torch.float16),
-    "bf16_autocast": (torch.float32, torch.bfloat16),
-    "bf16_buffers_autocast": (torch.bfloat16, torch.bfloat16),
-}
+
+class Dtypes(NamedTuple):
+    """`stored`: of what is not quantized; `autocast`: of products, or None for that."""
+
+    stored: torch.dtype
+    autocast: torch.dtype | None
+
+    @classmethod
+    def of(cls, precision: str) -> "Dtypes":
+        return cls(*(name and getattr(torch, name) for name in PRECISIONS[precision]))
+
+    @property
+    def compute(self) -> torch.dtype:
+        return self.autocast or self.stored
 
 
-@dataclass
-class Plan:
-    """A model on meta with everything that can be wrong about it checked; no weight has been read."""
+@dataclass(frozen=True)
+class Built:
+    """A dense, frozen model on meta, and where its weights are."""
 
     model: nn.Module
+    task: object
+    weights: object
+    dtypes: Dtypes
+    base_fingerprint: str  # of the checkpoint
+
+
+@dataclass(frozen=True)
+class Plan(Built):
+    """A model on meta with quantized layers and adapters; no weight has been read."""
+
     method: Method
     quantizer: object | None
-    weights: object
-    dtype: torch.dtype
-    base_fingerprint: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.dtypes.stored
 
 
-def plan(config, *, device: torch.device, training: bool = True) -> Plan:
-    """Builds the model on meta, with quantized layers and adapters.
-
-    Args:
-        training: attention may be one that knows neither a cache nor padding on the left.
+def plan(config, *, task, device: torch.device) -> Plan:
+    """A model to train.
 
     Raises:
         UserError: anything about model, checkpoint, targets or group size that cannot work.
     """
-    dtype, _ = PRECISIONS[config.precision]
-    if torch.bfloat16 in PRECISIONS[config.precision] and device.type == "cuda" and not _has_bf16():
+    check_hardware(config, device=device)
+    built = build(config, task=task, device=device)
+    check_trainable(built, config, device=device)
+    return attach(built, config)
+
+
+def check_hardware(config, *, device: torch.device) -> None:
+    """Raises UserError for a precision that the GPU lacks, or a cache that cannot be written."""
+    if "bfloat16" in PRECISIONS[config.precision] and device.type == "cuda" and not _has_bf16():
         raise UserError(f"--precision {config.precision}: this GPU has no bf16; use fp16_autocast or fp32")
-    model_config = read_model_config(config.source, attn_implementation=config.attn_implementation)
-    try:
-        model = build_on_meta(model_config, dtype=dtype)
-    except (ImportError, ValueError) as error:  # an attention that is unknown, not installed, or not for this family
-        asked = f"--attn_implementation {config.attn_implementation}"
-        raise UserError(f"{config.source} with {asked}: {str(error).splitlines()[0]}") from None
-    refuse_experts(model)
-    if training:
-        fsdp.check_policy(model, config, device=device)
-    positions = learned_positions(model)
-    if training and positions and config.context_length > positions:
-        given = f"--context_length {config.context_length}"
-        raise UserError(f"{given}: {config.source} has learned {positions} positions; lower it")
     if config.quantized_cache:
         check_cache_root(config.quantized_cache)
-    compute = PRECISIONS[config.precision][1] or dtype
-    ours = training and config.attn_implementation == "auto"
-    if ours and attention.supported(model, dtype=compute, device=device):
-        model.config.get_text_config()._attn_implementation = attention.NAME
-    weights = open_weights(
-        model, config.source, load_format=config.load_format, dtype=dtype, device=device, seed=config.seed
-    )
-    base = fingerprint(weights) if config.load_format != "dummy" else "dummy"
-    quantizer = quantizer_of(config.train_type).from_config(config, checkpoint_dtype=checkpoint_dtype(weights))
-    method = method_of(config.train_type)(config)
-    if quantizer:
-        quantize_on_meta(model, method.to_quantize(model), quantizer)
-    method.attach(model, dtype=dtype)
-    refuse_in_place(model)
-    if not any(p.requires_grad for p in model.parameters()):
-        raise RuntimeError(f"{config.train_type} left no parameter to train")
-    check_weights(model, weights)
-    return Plan(model, method, quantizer, weights, dtype, base)
 
 
 def _has_bf16() -> bool:
     return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def build(config, *, task, device: torch.device) -> Built:
+    """The dense model on meta, and its weights, opened.
+
+    Raises:
+        UserError: no such model, an attention that it does not know, or weights that cannot be read.
+    """
+    dtypes = Dtypes.of(config.precision)
+    model_config = read_model_config(config.source, task=task, attn_implementation=config.attn_implementation)
+    try:
+        model = build_on_meta(model_config, task=task, dtype=dtypes.stored)
+    except (ImportError, ValueError) as error:  # an attention that is unknown, not installed, or not for this family
+        asked = f"--attn_implementation {config.attn_implementation}"
+        raise UserError(f"{config.source} with {asked}: {str(error).splitlines()[0]}") from None
+    refuse_experts(model)
+    weights = open_weights(
+        model, config.source, load_format=config.load_format, dtype=dtypes.stored, device=device, seed=config.seed
+    )
+    known_as = fingerprint(weights) if config.load_format != "dummy" else "dummy"
+    return Built(model, task, weights, dtypes, known_as)
+
+
+def check_trainable(built: Built, config, *, device: torch.device) -> None:
+    """Raises UserError for what only training cannot do; gives the model the attention that only training can use: it
+    knows neither a cache nor padding on the left."""
+    model = built.model
+    wrapping.check_policy(model, config, device=device)
+    positions = learned_positions(model)
+    if positions and config.context_length > positions:
+        given = f"--context_length {config.context_length}"
+        raise UserError(f"{given}: {config.source} has learned {positions} positions; lower it")
+    chosen = config.attn_implementation == "auto"
+    if chosen and attention.supported(model, dtype=built.dtypes.compute, device=device):
+        model.config.get_text_config()._attn_implementation = attention.NAME
+
+
+def attach(built: Built, config) -> Plan:
+    """Packs what is quantized and adds what trains, on meta.
+
+    Raises:
+        UserError: targets that match nothing, a group size that does not divide a row, weights that do not fit.
+    """
+    model, weights = built.model, built.weights
+    quantizer = make_quantizer(config.train_type, config, checkpoint_dtype=checkpoint_dtype(weights))
+    method = method_of(config.train_type)(config)
+    if quantizer:
+        quantize_on_meta(model, method.to_quantize(model, lambda path: quantizer))
+    method.attach(model, dtype=built.dtypes.stored)
+    refuse_in_place(model)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise RuntimeError(f"{config.train_type} left no parameter to train")
+    plan_reads(model, weights)  # finds what is missing, superfluous or of another shape
+    return Plan(**vars(built), method=method, quantizer=quantizer)
 
 
 def cannot_compile(error: Exception) -> UserError:
@@ -116,34 +168,56 @@ def compiler(config, device: torch.device) -> Callable | None:
     return torch.compile
 
 
-def load(planned: Plan, config, *, mesh, device: torch.device, compile_block: Callable | None = None) -> nn.Module:
-    """Shards the planned model over `mesh` (None: one process holds it) and fills it."""
-    model = planned.model
+def load(planned: Plan, config, *, mesh, device: torch.device, compile_block: Callable | None = None) -> Prepared:
+    """Shards the planned model over `mesh` (None: one process holds it), fills it, and makes it ready to train."""
+    model, method, dtypes = planned.model, planned.method, planned.dtypes
     blocks = decoder_blocks(model)
-    dtypes = dict(dtype=planned.dtype, autocast=PRECISIONS[config.precision][1])
-    peers = peer_gather.choose(blocks, config, mesh=mesh, device=device)
-    frozen, together = (peers.parameters, peers.together) if peers else (set(), False)
-    recomputed = recompute.choose(model, blocks, config, mesh=mesh, device=device, together=together, **dtypes)
-    fsdp.prepare_blocks(model, blocks, config, recomputed=recomputed, compile_block=compile_block)
-    apart = offload.whole_embedding(model, config, device=device)
-    groups = dict(apart=set(apart.values()), frozen=frozen, together=together)
-    fsdp.shard(model, blocks, config, mesh=mesh, dtype=planned.dtype, **groups)
-    offload.move_embedding_to_host(model, apart, device=device)
-    host = mesh is not None and config.use_cpu_offload
-    materialize(model, device=torch.device("cpu") if host else device, buffer_device=device)
+    shards = peer_gather.choose(blocks, config, mesh=mesh, device=device)
+    with_root = bool(shards and shards.trains_little)
+    on_host = offload.whole_embedding(model, config, device=device)
+    slot_bytes = sum(shards.slot_sizes) if shards else 0
+    groups = dict(gathered_with_root=with_root)
+    held = budget.resident(model, blocks, config, mesh=mesh, on_host=on_host, slot_bytes=slot_bytes, **groups)
+    types = dict(dtype=dtypes.stored, autocast=dtypes.autocast)
+    compiled = compile_block is not None
+    layout = recompute.lay_out(model, blocks, config, held, mesh=mesh, device=device, compiled=compiled, **types)
+    offloader = offload.InputOffloader() if offloads(config, device) else None
+    wrap = dict(recomputed=layout.recomputed, compiled=compile_block, offloader=offloader)
+    wrapping.wrap_blocks(model, blocks, config, **wrap)
+    frozen, apart = (shards.parameters if shards else set()), set(on_host.values())
+    fsdp.shard(model, blocks, config, mesh=mesh, dtype=dtypes.stored, apart=apart, frozen=frozen, **groups)
+    _fill(planned, config, on_host=on_host, rows_on_host=mesh is not None and config.use_cpu_offload, device=device)
+    peers = peer_gather.PeerGather(shards, device) if shards else None
+    return Prepared(model, method, blocks, device, mesh, dtypes.autocast, peers=peers, **groups, **layout._asdict())
+
+
+def offloads(config, device: torch.device) -> bool:
+    """Whether what checkpointed blocks keep leaves the device."""
+    return config.use_activation_cpu_offload and device.type == "cuda"
+
+
+def load_whole(planned: Plan, config, *, device: torch.device) -> nn.Module:
+    """The planned model, filled, on one device: for inference."""
+    on_host = offload.whole_embedding(planned.model, config, device=device)
+    _fill(planned, config, on_host=on_host, rows_on_host=False, device=device)
+    return planned.model
+
+
+def _fill(planned: Plan, config, *, on_host: dict, rows_on_host: bool, device: torch.device) -> None:
+    """Gives every parameter memory and values."""
+    model, method, weights = planned.model, planned.method, planned.weights
+    offload.move_embedding_to_host(model, on_host, device=device)
+    materialize(model, device=torch.device("cpu") if rows_on_host else device, buffer_device=device)
     cache = None
     if config.quantized_cache and planned.quantizer:
-        folder = cache_folder(config.quantized_cache, model, fingerprint=planned.base_fingerprint)
-        cache = QuantizedCache(folder, device=device)
-    load_weights(model, planned.weights, device=device, cache=cache)
+        base = planned.base_fingerprint + method.base_recipe
+        cache = QuantizedCache(cache_folder(config.quantized_cache, model, base=base), device=device)
+    method.before_loading(whole_reader(model, weights, device=device), device=device)
+    load_weights(model, weights, device=device, base_rows=method.base_rows, cache=cache)
     if cache:
         cache.write(model)
-    planned.method.initialize(model, device=device)
+    method.initialize(model, device=device)
     check_loaded(model)
-    if peers:
-        peers.connect(device)
-    model.slot_bytes = peers.slot_bytes if peers else 0
-    return model
 
 
 def size_report(model: nn.Module, quantizer) -> list[str]:

@@ -16,7 +16,6 @@ except ImportError:
     varlen_attn = None
 
 NAME = "causal_or_packed"
-BOUNDARIES_MULTIPLE = 32  # so that compiled code sees few shapes
 
 
 def supported(model, *, dtype: torch.dtype, device: torch.device) -> bool:
@@ -30,19 +29,6 @@ def supported(model, *, dtype: torch.dtype, device: torch.device) -> bool:
     plain = full and not windows and not dropped and not getattr(text, "attn_logit_softcapping", None)
     fits = head_dim <= 256 and head_dim % 8 == 0 and dtype in (torch.bfloat16, torch.float16) and device.type == "cuda"
     return varlen_attn is not None and getattr(model, "_supports_attention_backend", False) and plain and fits
-
-
-def boundaries(position_ids: torch.Tensor) -> torch.Tensor:
-    """Where each sample begins in the flattened rows, and the end; int32 `[n]`, the end repeated to a multiple.
-
-    Args:
-        position_ids: `[b, L]`, zero at the first token of each sample (and of the padding).
-    """
-    starts = (position_ids.flatten() == 0).nonzero()[:, 0]
-    length = -(-(len(starts) + 1) // BOUNDARIES_MULTIPLE) * BOUNDARIES_MULTIPLE
-    ends = torch.full((length,), position_ids.numel(), dtype=torch.int32)
-    ends[: len(starts)] = starts
-    return ends
 
 
 def _varlen_settings() -> dict:

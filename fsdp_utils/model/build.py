@@ -5,11 +5,12 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.initialization import no_init_weights
 
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.folders import refuse_missing_folder
+from methods.packed import Quantizer
 from methods.quantizers.linear import quantized
 from methods.targets import replace_module
 
@@ -21,19 +22,22 @@ def resolve_model(name: str) -> str:
     return str(DEMO_MODEL) if name == "demo" else name
 
 
-def read_model_config(name: str, *, attn_implementation: str = "auto"):
+def read_model_config(name: str, *, task, attn_implementation: str = "auto"):
     """The model's configuration, from a local folder or the hub.
 
+    Args:
+        task: what the model is for (`training.task`): its class of transformers must know the model.
+
     Raises:
-        UserError: there is none, or it is not a causal language model.
+        UserError: there is none, or it is not of that class, or its weights are quantized already.
     """
     refuse_missing_folder(resolve_model(name))
     try:
         config = AutoConfig.from_pretrained(resolve_model(name))
     except (OSError, ValueError) as error:
         raise UserError(f"{name}: {str(error).splitlines()[0]}") from None
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise UserError(f"{name}: {config.model_type} is not a causal language model")
+    if type(config) not in task.auto_class._model_mapping:
+        raise UserError(f"{name}: {config.model_type} is not a {task.noun}")
     if getattr(config, "quantization_config", None):
         raise UserError(f"{name}: its weights are quantized already; give the 16-bit model")
     if attn_implementation != "auto":
@@ -55,22 +59,22 @@ def read_tokenizer(name: str):
         raise UserError(f"{name}: no tokenizer ({str(error).splitlines()[0]})") from None
 
 
-def build_on_meta(model_config, *, dtype: torch.dtype) -> nn.Module:
+def build_on_meta(model_config, *, task, dtype: torch.dtype) -> nn.Module:
     """The frozen model, parameters on meta, buffers (rotary frequencies, scales) real and on the CPU."""
     with no_init_weights(), init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+        model = task.auto_class.from_config(model_config, dtype=dtype)
     model.tie_weights()  # no_init_weights also skips this
     return model.requires_grad_(False)
 
 
-def quantize_on_meta(model: nn.Module, paths: list[str], quantizer) -> None:
-    """Replaces the linears and embeddings at `paths` by packed modules without values; tied ones stay tied.
+def quantize_on_meta(model: nn.Module, quantizers: dict[str, Quantizer]) -> None:
+    """Replaces the linears and embeddings at these paths by packed modules without values; tied ones stay tied.
 
     Raises:
         UserError: the group size does not divide a row, so groups would cross rows and could not be sharded.
     """
     made = {}
-    for path in paths:
+    for path, quantizer in quantizers.items():
         module = model.get_submodule(path)
         packed = quantized(module, quantizer)
         if packed.in_features % quantizer.group_size:

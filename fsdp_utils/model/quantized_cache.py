@@ -13,7 +13,8 @@ from torch import nn
 
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.folders import new_folder
-from fsdp_utils.core.processes import all_reduce, barrier, is_main, say, world_size
+from fsdp_utils.core.processes import all_reduce, barrier
+from fsdp_utils.core.ranks import is_main, say, world_size
 from fsdp_utils.core.rows import gather, row_range
 from fsdp_utils.core.safetensors_io import CheckpointReader, StreamingWriter
 from methods.packed import as_bytes
@@ -30,10 +31,10 @@ def packed_modules(model: nn.Module) -> dict[str, QuantizedWeight]:
     return found
 
 
-def cache_folder(root: str, model: nn.Module, *, fingerprint: str) -> Path:
+def cache_folder(root: str, model: nn.Module, *, base: str) -> Path:
     """Where the packed weights of this base under this quantizer belong."""
-    layout = [f"{path} {module.spec} {module.out_features}" for path, module in packed_modules(model).items()]
-    digest = hashlib.sha256("\n".join([fingerprint, *layout]).encode()).hexdigest()
+    layout = [f"{path} {module.spec} {module.shape}" for path, module in packed_modules(model).items()]
+    digest = hashlib.sha256("\n".join([base, *layout]).encode()).hexdigest()
     return Path(root) / digest[:32]
 
 

@@ -1,4 +1,4 @@
-"""From a folder of safetensors to a sharded, quantized model: built on meta, then streamed row by row."""
+"""Weights: where they come from, which rows of which tensor go where, and their way there, row by row."""
 
 import hashlib
 from collections import deque
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from fsdp_utils.core.errors import CheckpointError
 from fsdp_utils.core.folders import model_folder
-from fsdp_utils.core.processes import is_main
+from fsdp_utils.core.ranks import is_main
 from fsdp_utils.core.rows import local, row_range
 from fsdp_utils.core.safetensors_io import CheckpointReader
 from fsdp_utils.model.build import resolve_model
@@ -152,7 +152,7 @@ def plan_reads(model: nn.Module, weights) -> list[Read]:
         stored = _stored_name(weights, name, model)
         expected = tuple(parameter.shape)
         if parameter_name is None:
-            expected = (module.out_features, module.in_features)
+            expected = module.shape
         if weights.shape(stored) != expected:
             shape = weights.shape(stored)
             raise CheckpointError(f"{weights.folder}: {stored} has shape {shape}, the model wants {expected}")
@@ -165,16 +165,30 @@ def plan_reads(model: nn.Module, weights) -> list[Read]:
     return plan
 
 
-def check_weights(model: nn.Module, weights) -> None:
-    """Raises the CheckpointError that `load_weights` would, from names and shapes alone."""
-    plan_reads(model, weights)
+def read_rows(weights, read: Read) -> torch.Tensor:
+    """Of a packed weight `[n, in]`, the rows of a stack of matrices below one another; else `[n, ...]` of dim 0."""
+    if read.parameter_name is not None or len(read.module.shape) == 2:
+        return weights.rows(read.stored, read.start, read.stop)
+    out = read.module.out_features
+    first, last = read.start // out, -(-read.stop // out)  # the matrices that hold them
+    stack = weights.rows(read.stored, first, last)
+    return stack.flatten(0, -2)[read.start - first * out : read.stop - first * out]
+
+
+def whole_reader(model: nn.Module, weights, *, device: torch.device):
+    """What reads the whole weight of the linear at a path, as it is in the checkpoint, onto `device`."""
+    stored = {read.name.removesuffix(".weight"): read.stored for read in plan_reads(model, weights)}
+    return lambda path: weights.rows(stored[path], 0, weights.shape(stored[path])[0]).to(device)
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, weights, *, device: torch.device, cache=None, readers: int = 2) -> None:
+def load_weights(
+    model: nn.Module, weights, *, device: torch.device, base_rows=None, cache=None, readers: int = 2
+) -> None:
     """Fills this process's rows of every base parameter: reads them, quantizes them on `device`, drops them.
 
     Args:
+        base_rows: `Method.base_rows`, or None to store the checkpoint's own.
         cache: a QuantizedCache whose packed rows are taken as they are, or None.
         readers: threads that read ahead, one tensor each, so that reading and quantizing overlap.
 
@@ -187,7 +201,8 @@ def load_weights(model: nn.Module, weights, *, device: torch.device, cache=None,
         path = step.name.removesuffix(".weight")
         if step.parameter_name is None and cache is not None and path in cache:
             return cache.packed_rows(path, step.module, device=device), True
-        return weights.rows(step.stored, step.start, step.stop).to(device), False
+        rows = read_rows(weights, step).to(device)
+        return rows if base_rows is None else base_rows(path, rows, start=step.start), False
 
     with ThreadPoolExecutor(max_workers=readers) as pool:
         ahead = deque(pool.submit(read, step) for step in plan[:readers])

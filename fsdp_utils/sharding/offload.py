@@ -41,7 +41,6 @@ def move_embedding_to_host(model: nn.Module, held: dict[str, nn.Parameter], *, d
         pinned = torch.empty(p.shape, dtype=p.dtype, pin_memory=True)
         rows = torch.as_tensor(_Bytes(pinned), device=device).view(p.dtype).view(p.shape)
         setattr(embedding, name, nn.Parameter(rows, requires_grad=False))
-    embedding.on_host = bool(held)
 
 
 class Leaving(NamedTuple):

@@ -17,12 +17,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils._pytree import tree_leaves
 
-from fsdp_utils.core import processes
+from fsdp_utils.core.devices import synchronize
 from fsdp_utils.core.errors import UserError
-from fsdp_utils.core.processes import say, shard_group, synchronize
+from fsdp_utils.core.processes import barrier
+from fsdp_utils.core.ranks import say
 from fsdp_utils.core.rows import local
-from fsdp_utils.sharding.fsdp import RESHARD_AFTER_FORWARD
+from fsdp_utils.options import STRATEGIES
 from fsdp_utils.sharding.host_memory import HostMemory
+from fsdp_utils.sharding.mesh import shard_group
 from methods.quantizers.linear import QuantizedWeight
 
 LITTLE = 1 / 4  # of a block's frozen bytes: what trains in it is adapters, and not the block itself
@@ -142,69 +144,81 @@ class _Whole(NamedTuple):
     shard: nn.Parameter
 
 
-class PeerGather:
-    """Makes the frozen weights of each block whole just before it runs, forward or backward.
+class PeerShards:
+    """The frozen weights of decoder blocks, sharded here and not by FSDP2; made on meta, before FSDP2 shards the rest.
 
-    Made on meta, before FSDP2 shards the model without `parameters`; `connect` comes after loading. Where blocks are
-    resharded two slots take turns, so that one fills while the block in the other runs; else each block has its own,
-    filled once in a run.
+    Args:
+        resharded: two slots take turns, so that one fills while the block in the other runs; else each block has its
+            own, filled once in a run.
+
+    Attributes:
+        weights: of each block, module and name of each frozen weight.
+        slot_sizes: bytes of each slot.
+        trains_little: what else is in the blocks is little beside these weights: it may be whole during a step.
     """
 
-    def __init__(self, blocks: dict[str, nn.Module], *, mesh, reshard: bool):
+    def __init__(self, blocks: dict[str, nn.Module], *, mesh, resharded: bool):
         self.blocks, self.mesh = list(blocks.values()), mesh
         self.weights = [frozen_weights(block) for block in self.blocks]
-        self.count = min(2, len(self.blocks)) if reshard else len(self.blocks)
-        self.inside = None  # the number of the block whose weights are whole
-        self.together = all(map(self._trains_little, self.blocks, self.weights))
+        self.trains_little = all(map(self._trains_little, self.blocks, self.weights))
+        count = min(2, len(self.blocks)) if resharded else len(self.blocks)
+        sizes = [
+            sum(HostMemory.aligned(m._parameters[name].nbytes) for m, name in of_block) for of_block in self.weights
+        ]
+        self.slot_sizes = [max(sizes[i::count]) for i in range(count)]
         for module, name in chain.from_iterable(self.weights):
             module._parameters[name] = _sharded(module._parameters[name], mesh)
 
     @staticmethod
     def _trains_little(block: nn.Module, weights: list[tuple[nn.Module, str]]) -> bool:
-        """Whether what FSDP2 gathers of a block is little beside these weights, which are gathered here."""
-        ours = sum(module._parameters[name].nbytes for module, name in weights)
-        return sum(p.nbytes for p in block.parameters()) - ours <= LITTLE * ours
+        frozen = sum(module._parameters[name].nbytes for module, name in weights)
+        return sum(p.nbytes for p in block.parameters()) - frozen <= LITTLE * frozen
 
     @property
     def parameters(self) -> set[nn.Parameter]:
-        """The sharded parameters that FSDP2 must leave alone."""
+        """The sharded parameters, which FSDP2 must leave alone."""
         return {module._parameters[name] for module, name in chain.from_iterable(self.weights)}
 
-    @property
-    def slot_bytes(self) -> int:
-        return sum(len(slot.memory) for slot in self.slots)
 
-    def connect(self, device: torch.device) -> None:
-        """Maps the neighbours' shards and gathers from now on. Collective, once every shard is loaded."""
-        group = shard_group(self.mesh)
+class PeerGather:
+    """Makes the frozen weights of each block whole just before it runs, forward or backward.
+
+    Made once every shard is loaded: it maps the neighbours' shards and watches the blocks, until `close`. Collective.
+    """
+
+    def __init__(self, shards: PeerShards, device: torch.device):
+        self.blocks, self.parameters, group = shards.blocks, shards.parameters, shard_group(shards.mesh)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        shards = [[module._parameters[name] for module, name in weights] for weights in self.weights]
-        sizes = [sum(HostMemory.aligned(p.nbytes) for p in of_block) for of_block in shards]
-        self.slots = [_Slot(max(sizes[i :: self.count]), device) for i in range(self.count)]
+        self.slots = [_Slot(size, device) for size in shards.slot_sizes]
+        self.inside = None  # the number of the block whose weights are whole
         synchronize(device)
         rank = dist.get_rank(group)
-        everyone = _exchange([_export_to_others([local(p) for p in of_block], group) for of_block in shards], group)
-        self.wholes, self.copies = [], []  # of each block; copies are pairs of target and source
-        for number, of_block in enumerate(shards):
+        of_blocks = [[module._parameters[name] for module, name in weights] for weights in shards.weights]
+        everyone = _exchange([_export_to_others([local(p) for p in of_block], group) for of_block in of_blocks], group)
+        self.wholes: list[list[_Whole]] = []  # of each block
+        self.copies: list[list[tuple]] = []  # of each block, pairs of target and source
+        for number, (weights, of_block) in enumerate(zip(shards.weights, of_blocks, strict=True)):
             exported = [of_process[number][rank] for of_process in everyone]
-            self._lay_out(number, of_block, exported, rank=rank, device=device)
+            self._lay_out(number, weights, of_block, exported, rank=rank, device=device)
         self.hooks = [hook for number, block in enumerate(self.blocks) for hook in self._watch(block, number)]
-        processes.SHARING.append(self)
         say(
             f"frozen weights are copied out of {dist.get_world_size(group)} processes' memory, what trains is gathered "
-            + ("once a step" if self.together else "by block")
+            + ("once a step" if shards.trains_little else "by block")
         )
 
-    def _lay_out(self, number: int, shards: list, exported: list, *, rank: int, device: torch.device) -> None:
+    def _slot(self, number: int) -> _Slot:
+        return self.slots[number % len(self.slots)]
+
+    def _lay_out(self, number: int, weights: list, shards: list, exported: list, *, rank: int, device) -> None:
         """Gives each weight of a block its place in the slot, and says which bytes to copy there from where.
 
         Args:
             exported: of each process, what this one needs of each of the block's weights.
         """
-        memory, start, wholes, copies = self.slots[number % self.count].memory, 0, [], []
+        memory, start, wholes, copies = self._slot(number).memory, 0, [], []
         # a view whose version counter is its own: autograd must not take the next gather for a change of a weight
         written = memory.data
-        for index, ((module, name), p) in enumerate(zip(self.weights[number], shards, strict=True)):
+        for index, ((module, name), p) in enumerate(zip(weights, shards, strict=True)):
             part = slice(start, start + p.nbytes)
             whole = memory[part].view(p.dtype).view(p.shape)
             wholes.append(_Whole(module, name, nn.Parameter(whole, requires_grad=False), p))
@@ -240,7 +254,7 @@ class PeerGather:
         self._leave()
         self._fetch(number)
         if self.stream:
-            torch.cuda.current_stream().wait_event(self.slots[number % self.count].ready)
+            torch.cuda.current_stream().wait_event(self._slot(number).ready)
         for module, name, whole, _ in self.wholes[number]:
             module._parameters[name] = whole
         self.inside = number
@@ -257,7 +271,7 @@ class PeerGather:
     @torch.no_grad()
     def _fetch(self, number: int) -> None:
         """Begins to fill a block's slot, if it holds another; what was launched so far may still read that one."""
-        slot = self.slots[number % self.count]
+        slot = self._slot(number)
         if slot.holds == number:
             return
         if self.stream:
@@ -267,23 +281,31 @@ class PeerGather:
                 target.copy_(source, non_blocking=True)
         slot.holds, slot.ready = number, self.stream and self.stream.record_event()
 
-    def disconnect(self) -> None:
-        """Lets go of the neighbours' memory. Nothing is gathered any more."""
+    def close(self) -> None:
+        """Gathers no more. No process frees memory that another still maps, and none ends with it. Collective."""
+        if not self.hooks:
+            return
+        self._disconnect()
+        barrier()
+        self._free()
+
+    def _disconnect(self) -> None:
+        """Lets go of the neighbours' memory."""
         if self.stream:
             self.stream.synchronize()
         for hook in self.hooks:
             hook.remove()
-        self.copies = []
+        self.copies, self.hooks = [], []
 
-    def free(self) -> None:
-        """Gives back this process's shards on a GPU, once every process has disconnected."""
+    def _free(self) -> None:
+        """Gives back this process's shards on a GPU."""
         for p in self.parameters:
             if local(p).is_cuda:
                 local(p).untyped_storage().resize_(0)
 
 
-def choose(blocks: dict[str, nn.Module], config, *, mesh, device: torch.device) -> PeerGather | None:
-    """The gathering that `--peer_gather` asks for; None where FSDP2 does it all. Collective.
+def choose(blocks: dict[str, nn.Module], config, *, mesh, device: torch.device) -> PeerShards | None:
+    """What `--peer_gather` takes away from FSDP2; None where that does it all. Collective.
 
     Raises:
         UserError: it was asked for, and the processes do not reach each other's memory.
@@ -297,4 +319,4 @@ def choose(blocks: dict[str, nn.Module], config, *, mesh, device: torch.device) 
             raise UserError(f"--peer_gather true: no process reads another's memory here ({why}); pass auto or false")
         say(f"note: FSDP2 gathers frozen weights too: no process reads another's memory here ({why})")
         return None
-    return PeerGather(blocks, mesh=mesh, reshard=RESHARD_AFTER_FORWARD[config.sharding_strategy])
+    return PeerShards(blocks, mesh=mesh, resharded=STRATEGIES[config.sharding_strategy].resharded)

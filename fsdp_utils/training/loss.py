@@ -1,58 +1,16 @@
-"""The causal-language-model loss: which tokens count, and their summed cross entropy."""
+"""The causal-language-model loss: the summed cross entropy of the places that predict."""
 
-from contextlib import nullcontext
-from types import SimpleNamespace
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from fsdp_utils.core.errors import UserError
-from fsdp_utils.model.attention import boundaries
-from fsdp_utils.sharding.fsdp import gather_in_backward
+from fsdp_utils.data.batches import model_inputs, with_targets
+from fsdp_utils.sharding.fsdp import leave_out_of_backward
 from methods.kernels.cross_entropy import linear_cross_entropy
 from methods.quantizers.linear import compute_dtype, dense_weight
-
-IGNORED = -100
-
-
-def _shifted(labels: torch.Tensor) -> torch.Tensor:
-    """What each place predicts, flat; the last token of a row predicts nothing."""
-    return F.pad(labels, (0, 1), value=IGNORED)[:, 1:].flatten()
-
-
-def label_tokens(batch: dict[str, torch.Tensor]) -> int:
-    """How many places of a batch are in the loss."""
-    return int((_shifted(batch["labels"]) != IGNORED).sum())
-
-
-def with_targets(batch: dict[str, torch.Tensor], *, multiple: int = 1) -> dict[str, torch.Tensor]:
-    """Replaces `labels` `[b, L]` by `positions` and `targets` `[n]`: the flat places that predict, and what.
-
-    Runs on the CPU, before the batch moves: finding the places on a GPU would make the host wait for it. A causal model
-    needs no attention mask for padding on the right, and without one attention takes its fast kernels.
-
-    Args:
-        multiple: n is brought to a multiple of it by places that predict nothing, so that few shapes occur.
-    """
-    shifted = _shifted(batch["labels"])
-    positions = (shifted != IGNORED).nonzero()[:, 0]
-    inputs = {name: t for name, t in batch.items() if name not in ("labels", "attention_mask")}
-    if "position_ids" in batch:
-        inputs["cu_seq_lens_q"] = boundaries(batch["position_ids"])
-    missing = -len(positions) % multiple
-    targets = F.pad(shifted[positions], (0, missing), value=IGNORED)
-    return {**inputs, "positions": F.pad(positions, (0, missing)), "targets": targets}
-
-
-def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | int]:
-    """What of a batch from `with_targets` the model is called with."""
-    inputs = {name: t for name, t in batch.items() if name not in ("positions", "targets")}
-    if "cu_seq_lens_q" in inputs:
-        # the row length bounds every sample; the true maximum would differ from batch to batch and recompile
-        length = inputs["input_ids"].shape[1]
-        inputs.update(cu_seq_lens_k=inputs["cu_seq_lens_q"], max_length_q=length, max_length_k=length)
-    return inputs
 
 
 @torch.no_grad()
@@ -77,48 +35,57 @@ def check_packing(model: nn.Module, *, device: torch.device, autocast: torch.dty
         raise UserError(f"--packing true: samples in one row see each other in {kind} models; pass --packing false")
 
 
-class CausalLMLoss:
-    """Sums the cross entropies of a batch from `with_targets`; fp32 scalar.
+class _LossHead:
+    """The head, which computes the loss where the model calls it: only there FSDP2 holds its whole weight, and only so
+    the model's own forward, which differs between families, is left as it is."""
 
-    With `fused`, the head computes the loss itself where the model calls it: there FSDP2 holds its whole weight.
+    def __init__(self, head: nn.Linear):
+        self.head, self.plain = head, head.forward
+        self.positions = self.targets = self.loss = None
+        head.forward = self.forward
+        leave_out_of_backward(head)  # the loss has its gradient by then
+
+    @contextmanager
+    def asked(self, batch: dict[str, torch.Tensor]):
+        """While it lasts, the head returns the loss of this batch in place of logits, and keeps it."""
+        self.positions, self.targets = batch["positions"], batch["targets"]
+        try:
+            yield
+        finally:
+            self.positions = self.targets = self.loss = None  # the loss holds the graph of the whole forward pass
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[b, L, h]` to logits, or to the loss, shaped like logits: `[1, 1, 1]`."""
+        if self.targets is None:
+            return self.plain(hidden)
+        dtype = compute_dtype(hidden)
+        chosen = hidden.flatten(0, 1)[self.positions].to(dtype)
+        bias = None if self.head.bias is None else self.head.bias.to(dtype)
+        loss = linear_cross_entropy(chosen, dense_weight(self.head, dtype=dtype), bias, self.targets)
+        self.loss = loss * loss.new_ones(1, 1, 1)  # not a view, which FSDP2's hooks forbid
+        return self.loss
+
+
+class CausalLMLoss:
+    """Sums the cross entropies of a micro-batch; fp32 scalar.
+
+    Args:
+        fused: the head computes the loss, and whole logits never exist. Not for families that change their logits after
+            the head (capping, scaling): `memory.activations` finds them out.
     """
 
     def __init__(self, model: nn.Module, *, fused: bool):
-        self.model, self.fused = model, fused
-        self.pending = SimpleNamespace(positions=None, targets=None, loss=None)
-        if fused:
-            self._install(model.get_output_embeddings())
-
-    def _install(self, head: nn.Linear) -> None:
-        plain, pending = head.forward, self.pending
-        gather_in_backward(head, False)  # the loss has its gradient by then
-
-        def forward(hidden):  # [b, L, h]
-            if pending.targets is None:
-                return plain(hidden)
-            dtype = compute_dtype(hidden)
-            chosen = hidden.flatten(0, 1)[pending.positions].to(dtype)
-            bias = None if head.bias is None else head.bias.to(dtype)
-            loss = linear_cross_entropy(chosen, dense_weight(head, dtype=dtype), bias, pending.targets)
-            pending.loss = loss * loss.new_ones(1, 1, 1)  # shaped like logits; not a view, which FSDP2's hooks forbid
-            return pending.loss
-
-        head.forward = forward
+        self.model = model
+        self.head = _LossHead(model.get_output_embeddings()) if fused else None
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        inputs = model_inputs(batch)
-        if self.fused:
-            self.pending.positions, self.pending.targets = batch["positions"], batch["targets"]
-            try:
-                out = self.model(**inputs, use_cache=False).logits
-            finally:
-                self.pending.positions = self.pending.targets = None
-            if out is self.pending.loss:
-                self.pending.loss = None
-                return out.sum()
-            self.pending.loss = None  # it holds the graph of the whole forward pass
-            self.fused = False  # this family changes its logits after the head (capping, scaling)
-            gather_in_backward(self.model.get_output_embeddings(), True)
         # use_cache=True would make transformers ignore the sequence boundaries in position_ids
-        logits = self.model(**inputs, use_cache=False).logits.flatten(0, 1)  # [b*L, vocabulary]
-        return F.cross_entropy(logits[batch["positions"]].float(), batch["targets"], reduction="sum")
+        inputs = dict(**model_inputs(batch), use_cache=False)
+        if self.head is None:
+            logits = self.model(**inputs).logits.flatten(0, 1)  # [b*L, vocabulary]
+            return F.cross_entropy(logits[batch["positions"]].float(), batch["targets"], reduction="sum")
+        with self.head.asked(batch):
+            out = self.model(**inputs).logits
+            if out is not self.head.loss:  # what it was changed to is no loss
+                raise RuntimeError(f"{type(self.model).__name__} changes what its head returns: the loss is not fused")
+            return out.sum()

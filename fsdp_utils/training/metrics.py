@@ -1,8 +1,7 @@
-"""Where numbers go: progress bar, stdout or wandb, always metrics.jsonl; plus memory readings and the profiler."""
+"""Where numbers go: progress bar, stdout or wandb, always metrics.jsonl; the clock and the profiler."""
 
 import json
 import math
-import os
 import sys
 import time
 from importlib.util import find_spec
@@ -11,11 +10,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from fsdp_utils.core.devices import synchronize
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.locks import make_writable
-from fsdp_utils.core.processes import rank, synchronize
-
-GIB = 2**30
+from fsdp_utils.core.ranks import rank
 
 
 class Stdout:
@@ -126,24 +124,6 @@ class Logger:
 def make_logger(config, *, total: int):
     """The logger of this process."""
     return Logger(config, total=total) if rank() == 0 else Silent()
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Peak of allocated GPU memory since the last reset, or of this process's resident memory on a CPU, in GiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / GIB
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
-
-
-def memory_now(device: torch.device) -> dict[str, float]:
-    """GiB allocated and reserved on the GPU at this moment; on a CPU, resident in this process."""
-    if device.type == "cuda":
-        allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
-        return dict(allocated_gib=allocated / GIB, reserved_gib=reserved / GIB)
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return dict(resident_gib=pages * os.sysconf("SC_PAGE_SIZE") / GIB)
 
 
 class Clock:

@@ -1,30 +1,13 @@
-"""Optimizers and schedules, one row each; optimizers step on the rows that this process holds."""
-
-import math
+"""Optimizers, which step on the rows that this process holds, and what belongs to a step of theirs."""
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from fsdp_utils.core.classes import load_class
 from fsdp_utils.core.rows import local, row_range
+from fsdp_utils.options import OPTIMIZERS, SCHEDULES
 from methods.kernels import adamw
-
-
-def _adamw_8bit(params, lr, wd):
-    from bitsandbytes.optim import AdamW8bit
-
-    return AdamW8bit(params, lr=lr, weight_decay=wd)
-
-
-OPTIMIZERS = {
-    "adamw": lambda params, lr, wd: torch.optim.AdamW(params, lr=lr, weight_decay=wd),
-    "adam": lambda params, lr, wd: torch.optim.Adam(params, lr=lr, weight_decay=wd),
-    "sgd": lambda params, lr, wd: torch.optim.SGD(params, lr=lr, weight_decay=wd),
-    "adadelta": lambda params, lr, wd: torch.optim.Adadelta(params, lr=lr, weight_decay=wd),
-    "fused_adamw": lambda params, lr, wd: torch.optim.AdamW(params, lr=lr, weight_decay=wd, fused=True),
-    "fused_adam": lambda params, lr, wd: torch.optim.Adam(params, lr=lr, weight_decay=wd, fused=True),
-    "adamw_8bit": _adamw_8bit,
-}
 
 
 class StochasticAdamW(torch.optim.Optimizer):
@@ -40,15 +23,16 @@ class StochasticAdamW(torch.optim.Optimizer):
     def __init__(self, params: list[nn.Parameter], places: list[tuple[int, int]], *, lr: float, wd: float, seed: int):
         if not all(p.dtype == torch.bfloat16 and p.is_contiguous() for p in params):
             raise ValueError("StochasticAdamW: trains contiguous bf16 parameters")
-        super().__init__(params, dict(lr=lr, weight_decay=wd, betas=(0.9, 0.999), eps=1e-8))
-        self.places, self.seed, self.steps = places, seed, 0
+        # the number of steps is part of the state: without it a resumed run would draw other random bits
+        super().__init__(params, dict(lr=lr, weight_decay=wd, betas=(0.9, 0.999), eps=1e-8, steps=0))
+        self.places, self.seed = places, seed
         self.step_kernel = adamw.StepKernel()
 
     @torch.no_grad()
     def step(self, closure=None):
         (group,) = self.param_groups
-        self.steps += 1
-        step = adamw.Step(group["lr"], group["weight_decay"], *group["betas"], group["eps"], self.steps, self.seed)
+        group["steps"] += 1
+        step = adamw.Step(group["lr"], group["weight_decay"], *group["betas"], group["eps"], group["steps"], self.seed)
         rows = []
         for p, place in zip(group["params"], self.places, strict=True):
             if p.grad is not None:
@@ -64,15 +48,13 @@ def make_optimizer(config, trained: "LocalParameters") -> torch.optim.Optimizer:
     """That of `--optimizer`."""
     if config.rounds_stochastically:
         return StochasticAdamW(trained.plain, trained.places, lr=config.lr, wd=config.wd, seed=config.seed)
-    return OPTIMIZERS[config.optimizer](trained.plain, config.lr, config.wd)
+    return stock_optimizer(config, trained.plain)
 
 
-# factor of the peak learning rate at a share of the steps after warm-up
-SCHEDULES = {
-    "constant": lambda share: 1.0,
-    "linear": lambda share: 1.0 - share,
-    "cosine": lambda share: 0.1 + 0.45 * (1 + math.cos(math.pi * share)),  # ends at a tenth, as the 2024 script did
-}
+def stock_optimizer(config, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The library's class behind `--optimizer`, on plain parameters."""
+    row = OPTIMIZERS[config.optimizer]
+    return load_class(row.target)(parameters, lr=config.lr, weight_decay=config.wd, **(row.settings or {}))
 
 
 def schedule_factor(name: str, step: int, *, total: int, warmup_ratio: float) -> float:
@@ -95,11 +77,13 @@ class LocalParameters:
 
     def __init__(self, model: nn.Module, *, keep_gradients: bool = False):
         self.keep_gradients = keep_gradients
-        trained = [(number, p) for number, p in enumerate(model.parameters()) if p.requires_grad and local(p).numel()]
-        self.sharded = [p for _, p in trained]
+        numbered = enumerate(model.named_parameters())
+        trained = [(number, name, p) for number, (name, p) in numbered if p.requires_grad and local(p).numel()]
+        self.names = [name for _, name, _ in trained]
+        self.sharded = [p for *_, p in trained]
         self.plain = [nn.Parameter(local(p).detach()) for p in self.sharded]
         # for the optimizer that asks: a parameter's number, and that of its first element here
-        self.places = [(number, row_range(p)[0] * p.shape[1:].numel()) for number, p in trained]
+        self.places = [(number, row_range(p)[0] * p.shape[1:].numel()) for number, _, p in trained]
 
     def collect_gradients(self) -> list[torch.Tensor]:
         """Points the plain tensors at today's rows and gradients; returns the gradients."""
@@ -150,6 +134,12 @@ class LossScaler:
     def unscale_(self, gradients: list[torch.Tensor]) -> None:
         if self.enabled and gradients:
             torch._foreach_mul_(gradients, 1 / self.scale)
+
+    def state_dict(self) -> dict:
+        return dict(scale=self.scale, good_steps=self.good_steps)
+
+    def load_state_dict(self, state: dict) -> None:
+        self.scale, self.good_steps = state["scale"], state["good_steps"]
 
     def update(self, finite: bool) -> None:
         """Halves the scale after an overflow, doubles it after `growth_interval` good steps."""

@@ -1,18 +1,26 @@
-"""Forward and backward of a micro-batch; small ones are replayed as CUDA graphs, one launch instead of thousands.
+"""One training step: the micro-step (forward and backward of a micro-batch) and the optimizer step around it.
 
-A step of a few hundred tokens keeps the GPU busy for less time than the host needs to launch it.
+Small micro-batches are replayed as CUDA graphs, one launch instead of thousands: a step of a few hundred tokens keeps
+the GPU busy for less time than the host needs to launch it.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
+from fsdp_utils.core.errors import Diverged
+from fsdp_utils.core.processes import all_reduce
+from fsdp_utils.core.ranks import world_size
+from fsdp_utils.data.batches import Batches, predicting_tokens
 from fsdp_utils.memory.graphs import graph_tokens
-from fsdp_utils.model.assemble import PRECISIONS
-from fsdp_utils.training.loss import CausalLMLoss
+from fsdp_utils.sharding import fsdp
+from fsdp_utils.sharding.mesh import shard_group
+from fsdp_utils.sharding.prepared import Prepared
+from fsdp_utils.training.optim import LocalParameters, LossScaler, clip_, global_norm, make_optimizer
 
 MAX_GRAPHS = 16  # different shapes; padding to multiples keeps them few
 TARGETS_MULTIPLE = 256
@@ -33,20 +41,20 @@ class MicroStep:
     from then on the shape is replayed. Gradients must then be zeroed in place, never dropped.
 
     Args:
-        loss_sum_of: a batch to its summed loss, a scalar with a graph.
+        loss_of: a batch to its summed loss, a scalar with a graph.
         autocast: dtype or None.
         graph_tokens: the most tokens of a batch that is captured; 0 for none.
     """
 
     def __init__(
         self,
-        loss_sum_of: Callable[[Batch], torch.Tensor],
+        loss_of: Callable[[Batch], torch.Tensor],
         *,
         device: torch.device,
         autocast: torch.dtype | None = None,
         graph_tokens: int = 0,
     ):
-        self.loss_sum_of, self.device, self.autocast, self.graph_tokens = loss_sum_of, device, autocast, graph_tokens
+        self.loss_of, self.device, self.autocast, self.graph_tokens = loss_of, device, autocast, graph_tokens
         self.captured: dict[tuple, _Captured] = {}
         self.seen: set[tuple] = set()
         self.pool = torch.cuda.graph_pool_handle() if self.graphs else None
@@ -58,7 +66,7 @@ class MicroStep:
 
     @property
     def targets_multiple(self) -> int:
-        """What `with_targets` is to bring the number of targets to."""
+        """What the number of targets of a micro-batch should be a multiple of."""
         return TARGETS_MULTIPLE if self.graphs else 1
 
     def __call__(self, batch: Batch, weight: float) -> torch.Tensor:
@@ -67,16 +75,24 @@ class MicroStep:
         key = tuple((name, tuple(tensor.shape)) for name, tensor in sorted(batch.items()))
         if key in self.captured:
             return self._replay(self.captured[key], batch)
-        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        batch = self.moved(batch)
         small = batch["input_ids"].numel() <= self.graph_tokens and len(self.captured) < MAX_GRAPHS
         if small and key in self.seen:
             return self._capture(key, batch)
         self.seen.add(key)
         return self._run(batch)
 
-    def _run(self, batch: Batch) -> torch.Tensor:
+    def moved(self, batch: Batch) -> Batch:
+        """The batch on the device."""
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def loss_sum(self, batch: Batch) -> torch.Tensor:
+        """The summed loss of a batch on the device, with its graph."""
         with torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext():
-            loss = self.loss_sum_of(batch)
+            return self.loss_of(batch)
+
+    def _run(self, batch: Batch) -> torch.Tensor:
+        loss = self.loss_sum(batch)
         with torch.autograd.set_multithreading_enabled(False):  # another thread has a cuBLAS workspace of its own
             loss.backward(self.weight.to(loss.dtype))
         return loss.detach()
@@ -98,11 +114,129 @@ class MicroStep:
         return captured.loss
 
 
-def micro_step(model: nn.Module, config, *, mesh, device: torch.device) -> MicroStep:
-    """The step of a run."""
-    return MicroStep(
-        CausalLMLoss(model, fused=config.fused_loss),
-        device=device,
-        autocast=PRECISIONS[config.precision][1],
-        graph_tokens=graph_tokens(model, config, mesh=mesh, device=device),
-    )
+class StepResult(NamedTuple):
+    """What became of an optimizer step."""
+
+    loss: float  # per token of the global batch
+    grad_norm: float  # before clipping, over all processes
+    tokens: int  # of the global batch, in the loss
+    stepped: bool  # false where fp16 overflowed, and the step was skipped
+
+
+class LossSum(NamedTuple):
+    """Of all processes."""
+
+    total: float
+    tokens: int
+
+    @property
+    def mean(self) -> float:
+        return self.total / max(self.tokens, 1)
+
+
+class TrainStep:
+    """Optimizer steps of a prepared model: forward and backward of each micro-batch, clipping, the optimizer.
+
+    `step(micro_batches, lr=…)` takes one; `step.loss(batch)` only looks; the state of both is in `state_dict`.
+    """
+
+    def __init__(self, prepared: Prepared, config, *, task):
+        fsdp.leave_sharded(prepared)  # a forward pass without backward may have left it whole
+        self.prepared, self.model, self.device = prepared, prepared.model.train(), prepared.device
+        self.micro_step = MicroStep(
+            task.loss(self.model, fused=prepared.fused_loss),
+            device=self.device,
+            autocast=prepared.autocast,
+            graph_tokens=graph_tokens(self.model, config, mesh=prepared.mesh, device=self.device),
+        )
+        self.trained = LocalParameters(self.model, keep_gradients=self.micro_step.graphs)
+        self.optimizer = make_optimizer(config, self.trained)
+        self.scaler = LossScaler(config.precision == "fp16_autocast")
+        self.group = None if prepared.mesh is None else shard_group(prepared.mesh)
+        self.clip_to = config.grad_norm if config.apply_gradient_clipping else None
+        self.no_sync, self.taken = config.no_sync, 0
+
+    def __call__(self, micro_batches: list[Batch], *, lr: float) -> StepResult:
+        """One step. Collective.
+
+        Raises:
+            Diverged: loss or gradient is no number, and it is not the loss scale's fault.
+        """
+        loss_sum, tokens = self.backward(micro_batches)
+        gradients = self.trained.collect_gradients()
+        self.scaler.unscale_(gradients)
+        norm = global_norm(gradients, group=self.group, device=self.device)
+        finite = not self.scaler.enabled or bool(norm.isfinite())  # only fp16 waits for the GPU before it steps
+        if finite:
+            self._update(gradients, norm, lr=lr)
+        fsdp.gather_ahead(self.prepared)
+        loss, norm = self.mean_loss(loss_sum, tokens), norm.item()
+        self.taken += 1
+        # too large a scale overflows gradients, never the loss
+        if not math.isfinite(loss) or not (self.scaler.can_shrink or math.isfinite(norm)):
+            raise Diverged(f"step {self.taken}: loss {loss}, gradient norm {norm}; lower --lr or check the data")
+        self.scaler.update(finite)
+        self.trained.zero_grad()
+        return StepResult(loss, norm, tokens, finite)
+
+    def batches(self, batches: Batches) -> Batches:
+        """The same samples in the shapes that suit this device: compiled blocks, matrix units and CUDA graphs like few,
+        even ones."""
+        multiple = 64 if self.device.type == "cuda" else 1
+        return replace(batches, multiple=multiple, targets_multiple=self.micro_step.targets_multiple)
+
+    def backward(self, micro_batches: list[Batch]) -> tuple[torch.Tensor, int]:
+        """Adds the gradients of the mean loss of the global batch. Returns the summed loss of this process's
+        micro-batches, fp32 scalar, and the tokens of the global batch. Collective."""
+        tokens = int(all_reduce(sum(map(predicting_tokens, micro_batches)), self.device))
+        total = torch.zeros((), device=self.device)
+        for i, batch in enumerate(micro_batches, 1):
+            fsdp.prepare_backward(self.prepared, last=i == len(micro_batches), no_sync=self.no_sync)
+            # gradient = d/dp (sum over ranks and micro-batches of loss_sum) / tokens; FSDP2 divides by world_size
+            total += self.micro_step(batch, self.scaler.scale * world_size() / max(tokens, 1))
+        return total, tokens
+
+    def _update(self, gradients: list[torch.Tensor], norm: torch.Tensor, *, lr: float) -> None:
+        if self.clip_to is not None:
+            clip_(gradients, norm, self.clip_to)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.prepared.method.after_step(self.model, device=self.device)
+
+    def mean_loss(self, total: torch.Tensor, tokens: int) -> float:
+        """Per token of the global batch, from what `backward` returned; waits for the GPU. Collective."""
+        return LossSum(all_reduce(total.item(), self.device), tokens).mean
+
+    @torch.no_grad()
+    def loss(self, batch: Batch) -> LossSum:
+        """The loss of a batch, each process its own, in eval mode; nothing is learned from it. Collective."""
+        self.model.eval()
+        try:
+            total = self.micro_step.loss_sum(self.micro_step.moved(batch))
+        finally:
+            self.model.train()
+        tokens = all_reduce(predicting_tokens(batch), self.device)
+        return LossSum(all_reduce(total.item(), self.device), int(tokens))
+
+    def close(self) -> None:
+        """Makes every parameter this process's rows again."""
+        fsdp.leave_sharded(self.prepared)
+
+    def state_dict(self) -> dict:
+        """What a run needs besides its trained parameters to go on exactly: the optimizer's state by the parameters'
+        names, of this process's rows; the loss scale; the number of steps."""
+        state = self.optimizer.state_dict()
+        groups = [{key: value for key, value in group.items() if key != "params"} for group in state["param_groups"]]
+        by_name = {self.trained.names[number]: values for number, values in state["state"].items()}
+        optimizer = dict(state=by_name, groups=groups)
+        return dict(optimizer=optimizer, scaler=self.scaler.state_dict(), taken=self.taken)
+
+    def load_state_dict(self, state: dict) -> None:
+        """Raises KeyError for a parameter that does not train here."""
+        numbers = {name: number for number, name in enumerate(self.trained.names)}
+        by_number = {numbers[name]: values for name, values in state["optimizer"]["state"].items()}
+        groups = [{**group, "params": list(numbers.values())} for group in state["optimizer"]["groups"]]
+        self.optimizer.load_state_dict(dict(state=by_number, param_groups=groups))
+        self.scaler.load_state_dict(state["scaler"])
+        self.taken = state["taken"]

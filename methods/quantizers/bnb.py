@@ -7,25 +7,19 @@ import torch
 
 from methods.kernels import dequantize as kernels
 from methods.kernels import norms
-from methods.packed import STORED_BYTES, as_bytes
+from methods.packed import STORED_BYTES, Quantizer, as_bytes
 
 SCALE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "double": STORED_BYTES}
 
 
 @dataclass(frozen=True)
-class Bnb4bit:
+class Bnb4bit(Quantizer):
     """Codes `[out, in/2]`, high nibble first, and scales `[out, in/group]`, in bitsandbytes' own order."""
 
     quant_type: str = "nf4"
     group_size: int = 64
     scales: str = "bf16"
     bits = 4
-
-    @staticmethod
-    def flag_errors(config) -> list[str]:
-        if config.n_bits != 4:
-            return [f"--n_bits {config.n_bits}: bitsandbytes offers 4; use an hqq_* train type for 8, 4, 3, 2 or 1"]
-        return []
 
     @classmethod
     def from_config(cls, config, *, checkpoint_dtype: torch.dtype) -> "Bnb4bit":

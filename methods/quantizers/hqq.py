@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from methods.kernels import dequantize as kernels
-from methods.packed import STORED_BYTES, as_bytes
+from methods.packed import STORED_BYTES, Quantizer, as_bytes
 
 # 3 bits are a plane of 2 and a plane of 1: no padding bits, unlike HQQ's ten codes in 32 bits
 PLANES = {8: (8,), 4: (4,), 3: (2, 1), 2: (2,), 1: (1,)}
@@ -42,23 +42,12 @@ def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class HQQ:
+class HQQ(Quantizer):
     """Codes `[out, in*bits/8]`, scales and zeros `[out, in/group]`; grouped along the row (HQQ's axis 1)."""
 
     bits: int = 4
     group_size: int = 64
     scales: str = "bf16"
-
-    @staticmethod
-    def flag_errors(config) -> list[str]:
-        errors = []
-        if config.n_bits not in PLANES:
-            errors.append(f"--n_bits {config.n_bits}: hqq offers {', '.join(map(str, PLANES))}")
-        if config.quant_scales == "double":
-            errors.append("--quant_scales double: only bitsandbytes train types offer it; use bf16 or fp32")
-        if "quant_type" in config.explicit_flags:
-            errors.append(f"--quant_type {config.quant_type}: is for bitsandbytes train types; hqq takes --n_bits")
-        return errors
 
     @classmethod
     def from_config(cls, config, *, checkpoint_dtype) -> "HQQ":

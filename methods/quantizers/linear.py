@@ -1,9 +1,12 @@
-"""A linear layer whose weight is packed codes and scales laid out row by row: ordinary parameters to FSDP2."""
+"""Layers whose weight is packed codes and scales laid out row by row: ordinary parameters to FSDP2."""
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from methods.kernels.adapted import adapted_linear
 from methods.packed import Quantizer, as_bytes, spec_of
 
 
@@ -14,19 +17,20 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 class QuantizedWeight(nn.Module):
-    """A weight `[rows, columns]` as packed parameters; made on meta, filled by the loader row by row.
+    """A weight `[..., out, in]` as packed parameters; made on meta, filled by the loader row by row.
 
-    The packed parameters are frozen and have `rows` rows each, so FSDP2 shards all of them on dim 0.
+    The rows of all leading dimensions stand below one another: a stack of matrices (experts) is only more rows. The
+    packed parameters are frozen and have that many rows each, so FSDP2 shards all of them on dim 0.
     """
 
     own_parameters = ()
 
-    def __init__(self, rows: int, columns: int, quantizer: Quantizer):
+    def __init__(self, shape: tuple[int, ...], quantizer: Quantizer):
         super().__init__()
-        self.out_features, self.in_features = rows, columns
+        self.shape, (self.out_features, self.in_features) = tuple(shape), shape[-2:]
         self.quantizer, self.spec = quantizer, spec_of(quantizer)
         self.packed_names = []
-        for name, (shape, dtype) in quantizer.layout(rows, columns).items():
+        for name, (shape, dtype) in quantizer.layout(math.prod(self.shape[:-1]), self.in_features).items():
             empty = torch.empty(shape, dtype=dtype, device="meta")
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
             self.packed_names.append(name)
@@ -42,7 +46,7 @@ class QuantizedLinear(QuantizedWeight):
     """Takes the place of an `nn.Linear`."""
 
     def __init__(self, linear: nn.Linear, quantizer: Quantizer):
-        super().__init__(linear.out_features, linear.in_features, quantizer)
+        super().__init__((linear.out_features, linear.in_features), quantizer)
         self.bias = linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -53,7 +57,7 @@ class QuantizedEmbedding(QuantizedWeight):
     """Takes the place of an `nn.Embedding`: only the rows that are looked up are dequantized."""
 
     def __init__(self, embedding: nn.Embedding, quantizer: Quantizer):
-        super().__init__(embedding.num_embeddings, embedding.embedding_dim, quantizer)
+        super().__init__((embedding.num_embeddings, embedding.embedding_dim), quantizer)
         self.dtype = embedding.weight.dtype
         # some families (Gemma) multiply what they look up
         self.register_buffer("embed_scale", getattr(embedding, "embed_scale", None), persistent=False)
@@ -83,8 +87,6 @@ def packed_parts(base: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None, to
 
 def matmul(base: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """`x @ W.T` of a base linear of any kind, without its bias; keeps only the packed weight for backward."""
-    from methods.kernels.adapted import adapted_linear
-
     x = x.to(compute_dtype(x))
     if not isinstance(base, QuantizedLinear):
         return F.linear(x, base.weight)
@@ -97,11 +99,11 @@ def add_bias(y: torch.Tensor, base: nn.Module) -> torch.Tensor:
 
 
 def weight_rows(base: nn.Module, rows, *, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
-    """The weight of a base linear as forward uses it, `[n, in]`.
+    """The weight of a base layer as forward uses it, `[n, in]`: of a stack of matrices, the rows of all.
 
     Args:
-        rows: maps a parameter to the tensor to use: `fsdp_utils.core.rows.local` for this process's rows,
-            `fsdp_utils.core.rows.gather` for all.
+        rows: maps a parameter to the tensor to use: `core.rows.local` for this process's rows,
+            `core.rows.gather` for all.
     """
     if not isinstance(base, QuantizedWeight):
         return rows(base.weight).detach().to(device=device, dtype=dtype)

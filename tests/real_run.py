@@ -1,4 +1,4 @@
-"""One optimizer step of a real run, in this process: what the parity tests compare."""
+"""A real run in this process: its first optimizer step, what it saves, its bytes."""
 
 import json
 
@@ -7,13 +7,19 @@ import torch
 import train
 from fsdp_utils.config import TrainConfig
 from fsdp_utils.core import processes
+from fsdp_utils.core.devices import pick_device
 from fsdp_utils.core.flags import parse
-from fsdp_utils.core.rows import gather, local
+from fsdp_utils.core.rows import fill, gather, local
 from fsdp_utils.folders import saving
-from fsdp_utils.model.assemble import compiler, load, plan
-from fsdp_utils.model.build import read_tokenizer
-from fsdp_utils.training.step import micro_step
+from fsdp_utils.model import assemble
+from fsdp_utils.model.build import read_model_config, read_tokenizer
+from fsdp_utils.sharding.mesh import mesh_for
+from fsdp_utils.sharding.prepared import Prepared
+from fsdp_utils.training.step import TrainStep
+from fsdp_utils.training.task import CAUSAL_LM
 from methods.quantizers.linear import QuantizedLinear, weight_rows
+
+CPU = torch.device("cpu")
 
 
 def make_config(**flags) -> TrainConfig:
@@ -25,20 +31,47 @@ def make_config(**flags) -> TrainConfig:
     return parse(TrainConfig, argv, prog="train.py")
 
 
-def prepared(config):
-    """`(model, plan, mesh, device)` of a run, loaded and sharded."""
-    device = processes.pick_device(config.device)
+def plan(config, *, device: torch.device = CPU) -> assemble.Plan:
+    """Of a run, on meta."""
+    return assemble.plan(config, task=CAUSAL_LM, device=device)
+
+
+def planned_and_prepared(config) -> tuple[assemble.Plan, Prepared]:
+    """Of a run, loaded and sharded."""
+    device = pick_device(config.device)
     processes.start(device, alone=config.use_cpu_offload)
-    planned = plan(config, device=device)
-    mesh = processes.mesh_for(config, device)
-    model = load(planned, config, mesh=mesh, device=device, compile_block=compiler(config, device))
-    return model, planned, mesh, device
+    planned, mesh = plan(config, device=device), mesh_for(config, device)
+    compile_block = assemble.compiler(config, device)
+    return planned, assemble.load(planned, config, mesh=mesh, device=device, compile_block=compile_block)
+
+
+def prepared(config) -> Prepared:
+    """A run, loaded and sharded."""
+    return planned_and_prepared(config)[1]
+
+
+def off_zero(run: Prepared) -> Prepared:
+    """With every trained parameter moved off its start."""
+    perturb(run.model)
+    run.method.after_step(run.model, device=run.device)
+    return run
+
+
+def batches_of(config, run: Prepared):
+    """The data of a run, as train.py makes it."""
+    tokenizer = read_tokenizer(config.source)
+    data = train.prepare_data(config, tokenizer, run.model.config)
+    return train.make_batches(config, data, tokenizer, task=CAUSAL_LM)
+
+
+def tokenized(config):
+    """The samples of a run."""
+    model_config = read_model_config(config.source, task=CAUSAL_LM)
+    return train.prepare_data(config, read_tokenizer(config.source), model_config)
 
 
 def perturb(model, seed: int = 1) -> None:
     """Moves every trained parameter off its start, alike for any number of processes: LoRA's B begins at zero."""
-    from fsdp_utils.core.rows import fill
-
     for i, (_, parameter) in enumerate(sorted(model.named_parameters())):
         if parameter.requires_grad:
             generator = torch.Generator().manual_seed(seed * 1000 + i)
@@ -48,13 +81,12 @@ def perturb(model, seed: int = 1) -> None:
 
 def save_trained(config):
     """Saves the run of `config` with changed weights, as finished; returns the model it had in memory."""
-    model, planned, _, device = prepared(config)
-    perturb(model)
-    planned.method.after_step(model, device=device)
-    saving.save(model, read_tokenizer(config.source), planned.method, config)
+    planned, run = planned_and_prepared(config)
+    off_zero(run)
+    saving.save(run.model, read_tokenizer(config.source), planned, config)
     facts = dict(base_fingerprint=planned.base_fingerprint, quantizer=planned.quantizer)
     saving.write_run(config, **facts, finished=True)
-    return model.eval()
+    return run.model.eval()
 
 
 @torch.no_grad()
@@ -81,24 +113,20 @@ def set_json(path, **values) -> None:
 def first_step(flags: dict, *, perturbed: bool = True) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gathered gradients of the first optimizer step of `make_config(**flags)`."""
     config = make_config(**flags)
-    model, planned, mesh, device = prepared(config)
+    run = prepared(config)
     if perturbed:
-        perturb(model)
-        planned.method.after_step(model, device=device)
-    tokenizer = read_tokenizer(config.source)
-    tokenized = train.prepare_data(config, tokenizer, model.config)
-    steps = train.steps_of(config, tokenized, tokenizer, total=1)
-    model.train()
-    run = micro_step(model, config, mesh=mesh, device=device)
-    loss = train.mean_loss(*train.backward(model, run, next(iter(steps)), config, device=device, scale=1.0))
-    names = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        off_zero(run)
+    step = TrainStep(run, config, task=CAUSAL_LM)
+    (micro_batches,) = step.batches(batches_of(config, run)).first(1)
+    loss = step.mean_loss(*step.backward(micro_batches))
+    names = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
     gradients = {name: gather(p.grad).detach().cpu() for name, p in names.items()}
     return loss, gradients
 
 
 def packed_bytes(flags: dict) -> dict[str, torch.Tensor]:
     """The gathered bytes of every frozen parameter, and under `*shard` this process's share of all bytes."""
-    model, *_ = prepared(make_config(**flags))
+    model = prepared(make_config(**flags)).model
     frozen = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
     whole = {name: gather(p).contiguous().view(torch.uint8) for name, p in frozen.items()}
     whole["*shard"] = torch.tensor(sum(local(p).nbytes for p in frozen.values()))

@@ -1,0 +1,60 @@
+"""The flags of evaluate.py."""
+
+import os
+from dataclasses import dataclass, field
+
+from fsdp_utils.core.flags import flag, section
+from fsdp_utils.options import DTYPES, EVAL_TYPES
+
+
+@dataclass
+class EvalConfig:
+    """The settings of one evaluation; see `python evaluate.py --help`."""
+
+    _model: str = section("model")
+    model: str = flag("demo", "folder or hub name of a base model, run or export; `demo` is the built-in base model")
+    eval_type: str = flag("auto", "read --model as this, not as what it is", choices=("auto", *EVAL_TYPES))
+    dtype: str = flag("auto", "storage and compute precision; auto: as trained", choices=("auto", *DTYPES))
+    device: str = flag("auto", "where to compute", choices=("auto", "cuda", "cpu"))
+    backend: str = flag("hf", "vllm needs vLLM, and weights it can serve", choices=("hf", "vllm"))
+
+    _questions: str = section("questions")
+    dataset: str = flag("orca_math", "orca_math, demo, or a local file with question and answer")
+    samples: int = flag(500, "the first so many of the validation set", minimum=1)
+    n_shots: int = flag(0, "solved questions of the training split before each question", minimum=0)
+
+    _generation: str = section("generation")
+    batch_size: int = flag(32, "questions at a time and process; halved where it does not fit", minimum=1)
+    max_new_tokens: int = flag(512, "longest answer in tokens", minimum=1)
+    temperature: float = flag(0.0, "0: greedy", minimum=0.0)
+    seed: int = flag(42, "of the choice of shots and of sampling", minimum=0, maximum=2**63)
+
+    _output: str = section("output")
+    output_file: str = flag("evaluation.json", "settings, score, and every question with its answer")
+    overwrite: bool = flag(False, "replace --output_file, and forget an interrupted evaluation")
+
+    _launch: str = section("launch without torchrun")
+    world_size: int = flag(-1, "processes when started by plain `python`; -1: one per visible GPU", minimum=-1)
+    master_addr: str = flag("localhost", "address of process 0")
+    master_port: str = flag("12355", "port of process 0")
+
+    explicit_flags: frozenset = field(default=frozenset(), init=False, repr=False)
+
+    def __post_init__(self):
+        if self.backend == "vllm" and self.world_size < 1:
+            self.world_size = 1  # it starts its own processes
+
+    @property
+    def reading(self) -> str | None:
+        """--eval_type, or None to take the folder as what it is."""
+        return None if self.eval_type == "auto" else self.eval_type
+
+    def errors(self) -> list[str]:
+        """One line for each flag that cannot work beside the others."""
+        found = []
+        if 0 < self.temperature < 0.01:
+            found.append(f"--temperature {self.temperature}: logits divided by it overflow; pass 0 for greedy answers")
+        several = self.world_size > 1 or "WORLD_SIZE" in os.environ
+        if self.backend == "vllm" and several:
+            found.append("--backend vllm: starts its own processes; run one, without torchrun and --world_size")
+        return found

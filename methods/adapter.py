@@ -1,0 +1,235 @@
+"""Adapters: what they have in common is a scaling, a start, a merge, and PEFT's format on disk.
+
+PEFT's keys are `base_model.model.<module path>.<suffix>`; everything here leaves the prefix to those who write files.
+"""
+
+import hashlib
+import math
+from abc import abstractmethod
+from collections.abc import Iterator
+from functools import partial
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import nn
+
+from fsdp_utils.core.classes import load_class
+from fsdp_utils.core.rows import fill, gather
+from methods import SCALINGS, STARTS
+from methods.base import Method
+
+KEY_PREFIX = "base_model.model."
+LORA_A, LORA_B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
+
+Tensors = dict[str, torch.Tensor]  # of one layer, by PEFT's suffix
+
+
+class Pair(NamedTuple):
+    """A `[r, in]` and B `[out, r]`: parameters, or whole tensors."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+class Stored(NamedTuple):
+    """A tensor as it is written. `whole` gathers it: every process must call it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    whole: partial
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "Stored":
+        return cls(tensor.dtype, tuple(tensor.shape), partial(gather, tensor.detach()))
+
+
+class Scaling:
+    """B A is multiplied by `alpha / r`."""
+
+    peft_config: ClassVar[dict] = {}
+
+    def factor(self, alpha: float, rank: int) -> float:
+        return alpha / rank
+
+    def alpha(self, factor: float, rank: int) -> float:
+        """The alpha that gives this factor at this rank."""
+        return factor * rank
+
+
+class Start:
+    """How A and B begin: A at random and B at zero, so that the base is what it was.
+
+    Another start may move a part of the weight from the base into A and B (`base_rows`), and must then say in the
+    saved adapter what the base lacks (`stored`), because stock software adds it to the unchanged one.
+    """
+
+    base_recipe = ""
+
+    def __init__(self, config, *, scaling: float):
+        self.config, self.scaling = config, scaling
+
+    def attach(self, path: str, layer: nn.Module, *, dtype: torch.dtype) -> None:
+        """Takes note of an adapted layer on meta; may give it frozen parameters of its own."""
+
+    def before_loading(self, read_whole, *, device: torch.device) -> None:
+        """As `Method.before_loading`."""
+
+    def base_rows(self, path: str, rows: torch.Tensor, *, start: int) -> torch.Tensor:
+        """As `Method.base_rows`."""
+        return rows
+
+    def begin(self, path: str, layer: nn.Module, pair: Pair) -> None:
+        """Fills A and B of a layer, `pair`, once the base is loaded."""
+        fill(pair.a, initial_lora_a(pair.a.shape, path=path, seed=self.config.seed))
+        fill(pair.b, torch.zeros(pair.b.shape))
+
+    def begin_as(self, tensors: dict[str, Tensors]) -> None:
+        """The start of an adapter that was saved, from its tensors by layer: the base must become what it was."""
+
+    def stored(self, layer: nn.Module, pair: Pair) -> dict[str, Stored]:
+        """What of A and B is written, under PEFT's suffixes."""
+        return {LORA_A: Stored.of(pair.a), LORA_B: Stored.of(pair.b)}
+
+    def trained(self, tensors: Tensors) -> Pair:
+        """A and B from what `stored` wrote."""
+        return Pair(tensors[LORA_A], tensors[LORA_B])
+
+    def stored_rank(self, rank: int) -> int:
+        """The rank of what `stored` writes."""
+        return rank
+
+
+def seed_of(path: str, *, seed: int) -> int:
+    """A layer's own seed."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{path}".encode()).digest()[:7], "big")
+
+
+def initial_lora_a(shape, *, path: str, seed: int) -> torch.Tensor:
+    """PEFT's start of A, `U(-1/sqrt(in), 1/sqrt(in))`, fp32; the same for any number of processes and device."""
+    generator = torch.Generator().manual_seed(seed_of(path, seed=seed))
+    bound = 1 / math.sqrt(shape[1])
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+class Adapter(Method):
+    """A method that leaves the base frozen and adds A and B to some of its linears."""
+
+    saves = "adapter"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self._scaling = load_class(SCALINGS[config.use_rslora])()
+        self.scaling = self._scaling.factor(config.lora_alpha, config.lora_rank)
+        self.start = load_class(STARTS[config.lora_init])(config, scaling=self.scaling)
+
+    @abstractmethod
+    def layers(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Path and module of every adapted layer."""
+
+    @abstractmethod
+    def pair(self, layer: nn.Module) -> Pair:
+        """A and B of a layer, the parameters."""
+
+    # --- the base -----------------------------------------------------------------------------------------------------
+
+    @property
+    def base_recipe(self):
+        return self.start.base_recipe
+
+    def before_loading(self, read_whole, *, device):
+        self.start.before_loading(read_whole, device=device)
+
+    def base_rows(self, path, rows, *, start):
+        return self.start.base_rows(path, rows, start=start)
+
+    def initialize(self, model, *, device):
+        for path, layer in self.layers(model).items():
+            self.start.begin(path, layer, self.pair(layer))
+
+    # --- PEFT's format ------------------------------------------------------------------------------------------------
+
+    def layer_tensors(self, layer: nn.Module) -> dict[str, Stored]:
+        """What is written of a layer, under PEFT's suffixes."""
+        return self.start.stored(layer, self.pair(layer))
+
+    def tensors(self, model: nn.Module) -> Iterator[tuple[str, Stored]]:
+        """What an adapter folder holds: `<module path>.<suffix>` and the tensor."""
+        for path, layer in self.layers(model).items():
+            for suffix, stored in self.layer_tensors(layer).items():
+                yield f"{path}.{suffix}", stored
+
+    def begin_as(self, tensors: Tensors) -> None:
+        """Before the base is loaded: an adapter that was saved, as by `tensors`, will be put on it."""
+        self.start.begin_as(by_layer(tensors))
+
+    @torch.no_grad()
+    def fill(self, model: nn.Module, tensors: Tensors, *, device: torch.device) -> None:
+        """Copies a saved adapter, as by `tensors`, into a loaded model."""
+        saved = by_layer(tensors)
+        for path, layer in self.layers(model).items():
+            self.fill_layer(layer, saved[path], device=device)
+        self.after_step(model, device=device)
+
+    def fill_layer(self, layer: nn.Module, tensors: Tensors, *, device: torch.device) -> None:
+        for parameter, whole in zip(self.pair(layer), self.start.trained(tensors), strict=True):
+            fill(parameter, whole)
+
+    def peft_config(self, model: nn.Module) -> dict:
+        """PEFT's description of the adapter, without task and base."""
+        c, paths = self.config, list(self.layers(model))
+        names = {path.split(".")[-1] for path in paths}
+        matched = {path for path, _ in model.named_modules() if path.split(".")[-1] in names}
+        return dict(
+            peft_type="LORA",
+            **self.peft_rank(self.start.stored_rank(c.lora_rank)),
+            lora_dropout=c.lora_dropout,
+            bias="none",
+            # names where they say exactly which modules have adapters, else full paths
+            target_modules=sorted(names) if matched == set(paths) else paths,
+            use_dora=False,
+            inference_mode=True,
+        )
+
+    def peft_rank(self, rank: int) -> dict:
+        """The keys that give `scaling` at this rank."""
+        alpha = self._scaling.alpha(self.scaling, rank)
+        return dict(r=rank, lora_alpha=int(alpha) if float(alpha).is_integer() else alpha, **self._scaling.peft_config)
+
+    # --- the merge ----------------------------------------------------------------------------------------------------
+
+    def row_factor(self, weight: torch.Tensor, tensors: Tensors) -> torch.Tensor | None:
+        """What training multiplies each output row by, fp32 `[out]`; None for one.
+
+        Args:
+            weight: `[out, in]` of the base as forward uses it.
+            tensors: the layer's, as saved, on the device of `weight`.
+        """
+        return None
+
+    def merge(self, weight: torch.Tensor, tensors: Tensors) -> torch.Tensor:
+        """The weight of a layer with its adapter folded in, fp32 `[out, in]`; arguments as of `row_factor`."""
+        a, b = self.start.trained(tensors)
+        merged = torch.addmm(weight.float(), b.float(), a.float(), alpha=self.scaling)
+        factor = self.row_factor(weight, tensors)
+        return merged if factor is None else merged * factor.unsqueeze(1)
+
+
+def peft_scaling_keys() -> set[str]:
+    """PEFT's keys that choose a scaling."""
+    return {key for target in SCALINGS.values() for key in load_class(target).peft_config}
+
+
+def flags_of(peft_config: dict) -> dict:
+    """The flags that describe an adapter of PEFT's: the inverse of `Adapter.peft_rank`."""
+    fits = lambda target: all(peft_config.get(key) == value for key, value in load_class(target).peft_config.items())
+    scaling = next(value for value, target in reversed(SCALINGS.items()) if fits(target))  # the plain one fits all
+    return dict(lora_rank=peft_config["r"], lora_alpha=peft_config["lora_alpha"], use_rslora=scaling)
+
+
+def by_layer(tensors: Tensors) -> dict[str, Tensors]:
+    """`<path>.<suffix>` -> tensor, as path -> suffix -> tensor."""
+    found: dict[str, Tensors] = {}
+    for name, tensor in tensors.items():
+        path, separator, suffix = name.rpartition(".lora_")
+        found.setdefault(path, {})[f"{separator[1:]}{suffix}"] = tensor
+    return found
