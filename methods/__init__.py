@@ -61,7 +61,7 @@ STARTS = {
     "default": "methods.adapter:Start",
 }
 # what B A is multiplied by (--use_rslora)
-SCALINGS = {False: "methods.adapter:Scaling"}
+SCALINGS = {False: "methods.adapter:Scaling", True: "methods.rslora:RankStabilized"}
 METHODS = {
     "full": MethodRow("methods.full:Full"),
     "peft_lora": MethodRow("methods.peft_lora:PeftLoRA", adapts=True),

@@ -119,7 +119,7 @@ def test_foreign_adapter(save_run, tiny, tmp_path):
     harmless = dict(init_lora_weights="gaussian", megatron_core="megatron.core", peft_version="0.21.0")
     set_json(folder / "adapter_config.json", **harmless)
     describe(folder)
-    changing = dict(use_rslora=True, init_lora_weights="pissa", alora_invocation_tokens=[5], a_later_feature=0.5)
+    changing = dict(init_lora_weights="pissa", alora_invocation_tokens=[5], a_later_feature=0.5)
     for key, value in changing.items():
         original = (folder / "adapter_config.json").read_text()
         set_json(folder / "adapter_config.json", **{key: value})
