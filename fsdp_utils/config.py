@@ -30,7 +30,8 @@ class TrainConfig:
     )
     lora_init: str = flag(
         "default",
-        "how adapters begin. default: A at random, B at zero",
+        "how adapters begin. default: A at random, B at zero; pissa: as the principal part of the weight, which leaves "
+        "the base; pissa_niter_16: the same by fast subspace iteration",
         choices=tuple(STARTS),
     )
     use_rslora: bool = flag(False, "scale adapters by alpha / sqrt(r) instead of alpha / r", choices=tuple(SCALINGS))

@@ -59,6 +59,8 @@ class MethodRow(NamedTuple):
 # how A and B begin (--lora_init)
 STARTS = {
     "default": "methods.adapter:Start",
+    "pissa": "methods.pissa:PiSSA",
+    "pissa_niter_16": "methods.pissa:FastPiSSA",
 }
 # what B A is multiplied by (--use_rslora)
 SCALINGS = {False: "methods.adapter:Scaling", True: "methods.rslora:RankStabilized"}

@@ -1,0 +1,119 @@
+"""PiSSA (arXiv:2404.02948): A and B begin as the principal part of the weight, and the base is what is left of it.
+
+    W = U S V^T      s B0 A0 = U_r S_r V_r^T      base = W - s B0 A0
+
+Of a quantized base the residual is what is quantized. Saved, an adapter is `s (B A - B0 A0)` with twice the rank: what
+stock PEFT adds to the unchanged W. (To a quantized W it adds the same, but then the rounding errors of another weight
+are in the base than in training; read again here, the base is the residual quantized as it was.)
+"""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+
+from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.ranks import is_main, rank, world_size
+from fsdp_utils.core.rows import fill, gather
+from methods.adapter import LORA_A, LORA_B, Pair, Start, Stored, seed_of
+
+NITER = 16
+
+
+class PiSSA(Start):
+    """The exact decomposition; each process decomposes its share of the weights and tells the others."""
+
+    def __init__(self, config, *, scaling):
+        super().__init__(config, scaling=scaling)
+        self.rank = config.lora_rank
+        self.layers: dict[str, nn.Module] = {}
+        self.whole: dict[str, Pair] = {}  # A0 and B0 of each layer on the CPU, until its own parameters hold them
+
+    @property
+    def base_recipe(self):
+        c = self.config
+        return f"{c.lora_init} {c.lora_rank} {self.scaling} {c.precision} {' '.join(self.layers)}"
+
+    def attach(self, path, layer, *, dtype):
+        if self.rank > min(layer.in_features, layer.out_features):
+            shape = f"{layer.out_features} x {layer.in_features}"
+            raise UserError(f"--lora_rank {self.rank}: --lora_init pissa splits {path} of {shape}; lower it")
+        self.layers[path] = layer
+        shapes = {"initial_A": (self.rank, layer.in_features), "initial_B": (layer.out_features, self.rank)}
+        for name, shape in shapes.items():
+            empty = torch.empty(shape, dtype=dtype, device="meta")
+            layer.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+        layer.own_parameters = (*layer.own_parameters, "initial_A", "initial_B")
+
+    def principal(self, path: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """U_r `[out, r]`, S_r `[r]` and V_r^T `[r, in]` of a weight in fp32."""
+        u, s, vt = torch.linalg.svd(weight, full_matrices=False)
+        return u[:, : self.rank], s[: self.rank], vt[: self.rank]
+
+    def _decompose(self, path: str, weight: torch.Tensor) -> Pair:
+        u, s, vt = self.principal(path, weight.float())
+        root = (s / self.scaling).sqrt()
+        dtype = self.layers[path].initial_A.dtype
+        # rounded before the residual is taken: what A and B cannot hold stays in the base
+        return Pair(*(t.to(dtype).float().cpu().contiguous() for t in (root[:, None] * vt, u * root)))
+
+    def before_loading(self, read_whole, *, device):
+        if self.whole:  # of an adapter that was saved
+            return
+        paths = list(self.layers)
+        mine = paths[rank() :: world_size()]
+        for path in tqdm(mine, desc="decomposing", unit="weight", disable=not is_main()):
+            self.whole[path] = self._decompose(path, read_whole(path))
+        if world_size() == 1:
+            return
+        for number, path in enumerate(paths):
+            layer, owner = self.layers[path], number % world_size()
+            empty = Pair(torch.empty(layer.initial_A.shape), torch.empty(layer.initial_B.shape))
+            # not decomposed by each for itself: two GPUs may give a singular vector the other sign
+            pair = self.whole.setdefault(path, empty)
+            for tensor in pair:
+                dist.broadcast(tensor, owner)
+
+    def base_rows(self, path, rows, *, start):
+        if path not in self.whole:
+            return rows
+        a, b = (t.to(rows.device) for t in self.whole[path])
+        return torch.addmm(rows.float(), b[start : start + len(rows)], a, alpha=-self.scaling).to(rows.dtype)
+
+    def begin(self, path, layer, pair):
+        a, b = self.whole.pop(path)
+        for parameters in (pair, Pair(layer.initial_A, layer.initial_B)):
+            fill(parameters.a, a)
+            fill(parameters.b, b)
+
+    def begin_as(self, tensors):
+        self.whole = {
+            path: Pair(saved[LORA_A][self.rank :].float(), -saved[LORA_B][:, self.rank :].float())
+            for path, saved in tensors.items()
+        }
+
+    def stored(self, layer, pair):
+        a0, b0 = layer.initial_A.detach(), layer.initial_B.detach()
+        (rank, width), out = pair.a.shape, len(pair.b)
+        both_a = lambda: torch.cat([gather(pair.a.detach()), gather(a0)])
+        both_b = lambda: torch.cat([gather(pair.b.detach()), -gather(b0)], dim=1)
+        return {
+            LORA_A: Stored(pair.a.dtype, (2 * rank, width), both_a),
+            LORA_B: Stored(pair.b.dtype, (out, 2 * rank), both_b),
+        }
+
+    def trained(self, tensors):
+        return Pair(tensors[LORA_A][: self.rank], tensors[LORA_B][:, : self.rank])
+
+    def stored_rank(self, rank):
+        return 2 * rank
+
+
+class FastPiSSA(PiSSA):
+    """By randomized subspace iteration (arXiv:0909.4061), as PEFT's `pissa_niter_16`: seconds instead of minutes."""
+
+    def principal(self, path, weight):
+        with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
+            torch.manual_seed(seed_of(path, seed=self.config.seed))  # the same for any number of processes
+            u, s, v = torch.svd_lowrank(weight, self.rank, niter=NITER)
+        return u, s, v.T
