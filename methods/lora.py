@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from methods.adapter import Adapter, Pair
-from methods.kernels.adapted import adapted_linear
+from methods.kernels.adapted import LowRank, adapted_linear
 from methods.quantizers.linear import add_bias, compute_dtype, matmul, packed_parts
 from methods.targets import adapter_targets, replace_module
 
@@ -43,9 +43,9 @@ class LoRALinear(nn.Module):
     def fused_forward(self, x: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
         """`plain_forward` as one operator, with the row factor given; it gets a gradient only if it asks for one."""
         x = x.to(compute_dtype(x))
-        parts, drops = packed_parts(self.base_layer), self.training and isinstance(self.dropout, nn.Dropout)
-        adapter = (self.lora_A, self.lora_B, factor, self.scaling)
-        return adapted_linear(x, *parts, *adapter, dropout=self.dropout if drops else None)
+        adapter = LowRank(self.lora_A, self.lora_B, factor, self.scaling)
+        drops = self.training and isinstance(self.dropout, nn.Dropout)
+        return adapted_linear(x, packed_parts(self.base_layer), adapter, dropout=self.dropout if drops else None)
 
     def plain_forward(self, x: torch.Tensor) -> torch.Tensor:
         """The definition, without the bias: what the fused operator is tested against."""

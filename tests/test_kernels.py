@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from methods.kernels.reduce import column_dot_kernel, column_dot_plain
 from methods.lora import LoRALinear
 from methods.quantizers.bnb import Bnb4bit
 from methods.quantizers.hqq import HQQ
-from methods.quantizers.linear import QuantizedLinear
+from methods.quantizers.linear import QuantizedLinear, packed_parts
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 # CPU builds of torch come without Triton. Where it is installed, these cases run the kernels' own code on a CPU; on a
@@ -112,6 +113,23 @@ def test_fused_adapter_equals_plain(device, kind, quantizer, dtype, tolerance, o
     assert len(fast) == (4 if kind is LoRALinear else 5)
     for got, want in zip(fast, plain, strict=True):
         assert relative(got, want) < tolerance
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A quantizer that lays a weight out in any number of tensors."""
+
+    count: int
+
+    def layout(self, out_features, in_features):
+        return {f"part{number}": ((out_features, in_features), torch.float32) for number in range(self.count)}
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_layouts_that_the_fused_operator_does_not_take(count):
+    """Other than two or three packed tensors would shift or lose an argument of the operator: refused by name."""
+    with pytest.raises(ValueError, match=rf"Parts\(count={count}\) .*part{count - 1}\)"):
+        packed_parts(QuantizedLinear(nn.Linear(IN, OUT), Parts(count)))
 
 
 def mlp(kind, device, dtype, **settings):

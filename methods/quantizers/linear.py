@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from methods.kernels.adapted import adapted_linear
+from methods.kernels.adapted import BaseWeight, adapted_linear
 from methods.packed import Quantizer, as_bytes, spec_of
 
 
@@ -78,11 +78,21 @@ def quantized(module: nn.Module, quantizer: Quantizer) -> QuantizedWeight:
     return kind(module, quantizer)
 
 
-def packed_parts(base: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, str]:
-    """The parameters of a base linear of any kind, three at most, and the string that tells how to read them."""
+def packed_parts(base: nn.Module) -> BaseWeight:
+    """The weight of a base linear of any kind as `adapted_linear` takes it.
+
+    Raises:
+        ValueError: the quantizer lays a weight out in other than two or three tensors.
+    """
     if not isinstance(base, QuantizedLinear):
-        return base.weight, None, None, "dense"
-    return (*(*base.packed(), None)[:3], base.spec)
+        return BaseWeight(base.weight, None, None, "dense")
+    packed = base.packed()
+    if len(packed) == 2:
+        return BaseWeight(*packed, None, base.spec)
+    if len(packed) == 3:
+        return BaseWeight(*packed, base.spec)
+    names = ", ".join(base.packed_names)
+    raise ValueError(f"{base.quantizer} packs {len(packed)} tensors ({names}); adapted_linear takes two or three")
 
 
 def matmul(base: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -90,7 +100,7 @@ def matmul(base: nn.Module, x: torch.Tensor) -> torch.Tensor:
     x = x.to(compute_dtype(x))
     if not isinstance(base, QuantizedLinear):
         return F.linear(x, base.weight)
-    return adapted_linear(x, *packed_parts(base))
+    return adapted_linear(x, packed_parts(base))
 
 
 def add_bias(y: torch.Tensor, base: nn.Module) -> torch.Tensor:
