@@ -3,15 +3,19 @@
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from tiny import SHAPE
 from torch import nn
-from transformers import LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from methods.dora import DoRALinear, row_norms, row_norms_dense
 from methods.kernels import adapted, cross_entropy, norms, swiglu
+from methods.kernels.gated_mlps import GATED_MLPS
 from methods.kernels.reduce import column_dot_kernel, column_dot_plain
 from methods.lora import LoRALinear
 from methods.quantizers.bnb import Bnb4bit
@@ -180,6 +184,66 @@ def test_swiglu_only_where_it_is_one():
     for module in mlps:
         swiglu.join(module, lambda layer: isinstance(layer, DoRALinear))
         assert "forward" not in vars(module)
+
+
+def joined_classes(module):
+    """The names of the classes whose forward `swiglu.join` changes where every projection suits."""
+    swiglu.join(module, lambda layer: isinstance(layer, nn.Linear))
+    return {type(m).__name__ for m in module.modules() if "forward" in vars(m)}
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [("llama", {"LlamaMLP"}), ("mistral", {"MistralMLP"}), ("qwen2", {"Qwen2MLP"}), ("qwen3", {"Qwen3MLP"}),
+     ("olmo", {"OlmoMLP"}), ("olmo2", {"Olmo2MLP"}), ("cohere", {"CohereMLP"}), ("cohere2", {"Cohere2MLP"}),
+     ("granite", {"GraniteMLP"}), ("smollm3", {"SmolLM3MLP"}), ("stablelm", {"StableLmMLP"}),
+     ("gemma", set()), ("gemma2", set()), ("gemma3_text", set()),  # gelu
+     ("phi", set()), ("phi3", set()), ("glm4", set()),  # no gate, or one projection for both
+     ("seed_oss", set())],  # drops some of the result
+)  # fmt: skip
+def test_families_with_swiglu(family, names):
+    """Which models get it, built as training builds them: without values."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SHAPE))
+        assert joined_classes(model) == names
+
+
+def test_list_of_gated_mlps():
+    """Of all classes of transformers that have a gate_proj, the list has those whose forward is the formula, no more:
+    Seed-OSS drops some of the result."""
+    formula = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))\n"
+    forwards = (f"return {formula}", f"down_proj = {formula}        return down_proj\n")
+    found, listed = set(), set()
+    for file in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
+        for source in file.read_text().split("\nclass ")[1:]:
+            name = f"transformers.models.{file.parent.name}.{file.stem}.{re.match('[A-Za-z0-9_]+', source)[0]}"
+            if "self.gate_proj = " in source:
+                found |= {name} if any(forward in source for forward in forwards) else set()
+                listed |= {name} & GATED_MLPS
+    assert found == listed and len(found) > 100
+
+
+def formula(mlp, x):
+    return mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
+
+
+@pytest.mark.parametrize(
+    ("forward", "is_swiglu"),
+    [(formula, True),
+     (lambda mlp, x: mlp.down_proj(mlp.act_fn(mlp.up_proj(x)) * mlp.gate_proj(x)), False),
+     (lambda mlp, x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x) * mlp.up_proj(x))), False),
+     (lambda mlp, x: formula(mlp, x) * 2, False),
+     (lambda mlp, x: formula(mlp, x) + x, False),
+     (lambda mlp, x: formula(mlp, x) if mlp.training else x, False)],
+)  # fmt: skip
+def test_swiglu_only_where_the_numbers_are_its_own(forward, is_swiglu, monkeypatch):
+    """A class that looks like a known MLP, of the same attributes, stays as it came if it computes something else or
+    reads more of itself; one that is not in the list stays so in any case."""
+    lookalike = type("LookAlike", (LlamaMLP,), dict(forward=forward))
+    module = lookalike(LlamaConfig(**SHAPE))
+    assert not joined_classes(module)
+    monkeypatch.setattr(swiglu, "GATED_MLPS", {f"{__name__}.LookAlike"})
+    assert joined_classes(module) == ({"LookAlike"} if is_swiglu else set())
 
 
 @pytest.mark.parametrize("device", KERNEL_DEVICES)

@@ -1,13 +1,16 @@
-"""SwiGLU between DoRA projections: its backward makes the gradients of their magnitudes too, in the same pass.
+"""SwiGLU, `silu(gate) * up`, whose backward also gives the gradients of the magnitudes of two DoRA projections.
 
-The gradient of a row factor c is `sum over tokens of grad * out / c`, with the gradient that SwiGLU's backward has just
-made from that very output. Read again for the sum alone, both are the widest tensors of a block. So the factors are
-inputs of this product, although its value does not depend on them, and the projections get them detached.
+DoRA multiplies each output row by a factor c, made from its magnitude. The gradient of c is `sum over tokens of
+grad * out / c`. For the gate and up projections of an MLP, SwiGLU's backward holds both: it reads out, and makes grad.
+Summing there saves reading them once more, and they are the widest tensors of a block.
+
+Autograd expects the gradient of c from the projection that multiplied by it. So `join` gives an MLP another forward.
+There the projections get their factors detached and make no gradient of them. `swiglu` takes the factors as further
+inputs, on which its value does not depend, and its backward returns their gradients.
 """
 
-import inspect
 from collections.abc import Callable
-from types import MethodType
+from types import MethodType, SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +23,9 @@ except ImportError:
     triton = None
 
 from methods.kernels.adapted import factor_gradient
+from methods.kernels.gated_mlps import GATED_MLPS
 
 Tensor = torch.Tensor
-FORWARD = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"  # of Llama, Mistral, Qwen and their kin
 
 
 if triton is not None:
@@ -161,7 +164,20 @@ def swiglu(gate: Tensor, up: Tensor, gate_factor: Tensor, up_factor: Tensor) -> 
     return torch.ops.fsdp_qlora.swiglu(gate, up, gate_factor, up_factor)
 
 
-def _gated_forward(self, x):
+def join(model: nn.Module, suits: Callable[[nn.Module | None], bool]) -> None:
+    """Puts `swiglu` into every SwiGLU MLP whose gate and up projections both suit; all other modules stay as they are.
+
+    Args:
+        suits: whether a module, None where there is none, is a DoRA projection without a bias.
+    """
+    for module in model.modules():
+        gate_proj, up_proj = getattr(module, "gate_proj", None), getattr(module, "up_proj", None)
+        if suits(gate_proj) and suits(up_proj) and _is_known(type(module)) and _computes_swiglu(module):
+            module.forward = MethodType(_joined_forward, module)
+
+
+def _joined_forward(self, x):
+    """What a joined MLP computes, `down(silu(gate(x)) * up(x))`, `[..., hidden]` to the same shape."""
     gate_proj, up_proj = self.gate_proj, self.up_proj
     if not (hasattr(gate_proj, "row_factor") and hasattr(up_proj, "row_factor")):
         return type(self).forward(self, x)  # replaced since then, by their merged weights for instance
@@ -171,19 +187,19 @@ def _gated_forward(self, x):
     return self.down_proj(swiglu(gate, up, gate_factor, up_factor))
 
 
-def join(model: nn.Module, suits: Callable[[nn.Module | None], bool]) -> None:
-    """Puts `swiglu` into every MLP of this form of which both projections suit; others stay as they are."""
-    for module in model.modules():
-        projections = [getattr(module, name, None) for name in ("gate_proj", "up_proj")]
-        if all(map(suits, projections)) and _is_swiglu(module):
-            module.forward = MethodType(_gated_forward, module)
+def _is_known(kind: type) -> bool:
+    """Whether the very class is in the list; what a subclass of it computes is not known."""
+    return f"{kind.__module__}.{kind.__qualname__}" in GATED_MLPS
 
 
-def _is_swiglu(module: nn.Module) -> bool:
-    """Whether the module computes what `_gated_forward` does, by its family's own code and the activation's values."""
+def _computes_swiglu(module: nn.Module) -> bool:
+    """Whether an MLP of the list gives what `_joined_forward` gives: its activation, and what another version of its
+    family does, only show in numbers. Its class's forward runs with plain functions in the place of projections."""
+    gate, up, down = lambda x: x + 1, lambda x: 2 * x - 3, lambda x: 3 * x + 5
+    stand_in = SimpleNamespace(gate_proj=gate, up_proj=up, down_proj=down, act_fn=module.act_fn)
+    x = torch.linspace(-8, 8, 33, device="cpu")  # not where the model is, which has no values yet
     try:
-        known = FORWARD in inspect.getsource(type(module).forward)
-    except OSError:  # shipped without its source
+        found = type(module).forward(stand_in, x)
+    except AttributeError:  # reads more of itself than projections and activation
         return False
-    probe = torch.linspace(-8, 8, 33, device="cpu")
-    return known and torch.allclose(module.act_fn(probe), F.silu(probe))
+    return torch.allclose(found, down(F.silu(gate(x)) * up(x)))
