@@ -63,7 +63,8 @@ def row_norms(weight, weight_norm, lora_a, lora_b, scaling) -> torch.Tensor:
     if weight.dtype == lora_a.dtype == torch.bfloat16 and norms.fits(weight, rank=len(lora_a)):
         wide = dict(out_dtype=torch.float32)  # sums stay in fp32
         cross, gram = torch.mm(weight, lora_a.T, **wide), torch.mm(lora_a, lora_a.T, **wide)
-        return norms.finish(weight_norm, (cross * lora_b).sum(1)[None], gram[None], lora_b, scaling)
+        product = (cross * lora_b).sum(1)
+        return norms.finish(weight_norm, product=product[None], gram=gram[None], lora_b=lora_b, scaling=scaling)
     cross = (weight @ lora_a.to(weight.dtype).T).float()  # [n, r]
     a, b = lora_a.float(), lora_b.float()
     low_rank = ((b @ (a @ a.T)) * b).sum(1)

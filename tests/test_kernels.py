@@ -290,8 +290,8 @@ def test_row_norms_of_packed_rows_interpreted(quantizer, rows, width, rank):
     """On the CPU and in fp32 the kernels' norms are those of the built product but for the order of sums: every row and
     column is at its place, for ragged rows, ranks that are padded, and columns that split evenly, unevenly or not."""
     packed, w, a, b = low_rank_rows(quantizer, "cpu", torch.float32, rows=rows, width=width, rank=rank)
-    settings = dict(quant_type=quantizer.quant_type, group_size=quantizer.group_size)
-    found = norms.row_norms(*(*packed, None)[:3], w.norm(dim=1), a, b, 2.0, **settings)
+    packed = norms.PackedRows(quantizer.quant_type, quantizer.group_size, *packed)
+    found = norms.row_norms(packed, w.norm(dim=1), lora_a=a, lora_b=b, scaling=2.0)
     torch.testing.assert_close(found, row_norms_dense(w, a, b, 2.0), rtol=1e-5, atol=1e-6)
 
 
@@ -366,7 +366,7 @@ def test_row_norms_leave_what_they_do_not_take(width, rank, group):
     """Half a tile, ranks beyond 128 and other groups go to the composite path."""
     codes = torch.empty(4, width // 2, device="cuda", dtype=torch.uint8)
     a = torch.empty(rank, width, device="cuda", dtype=torch.bfloat16)
-    assert not norms.suits(codes, a, group_size=group)
+    assert not norms.suits(norms.PackedRows("nf4", group, codes, scales=None), a)
 
 
 @pytest.mark.parametrize("device", DEVICES)

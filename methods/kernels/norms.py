@@ -5,6 +5,7 @@ the tensor cores take it from, and multiplies its `W A^T` by its rows of B at on
 """
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -21,39 +22,86 @@ MAX_RANK = 128  # beyond it the tiles no longer fit
 TILE, PROGRAMS = 128, 264  # rows and columns of a tile; at most, for 132 multiprocessors
 
 
+class PackedRows(NamedTuple):
+    """Rows of a bitsandbytes weight and how to read them.
+
+    quant_type: "nf4" or "fp4"; group_size: how many weights of a row share a scale.
+    codes: bytes `[n, in/2]`, high nibble first; scales: `[n, in/group]`, bytes if there are ranges.
+    ranges: fp32 `[n, 2]`, smallest scale and step of a row whose scales are 8 bits, or None.
+    """
+
+    quant_type: str
+    group_size: int
+    codes: torch.Tensor
+    scales: torch.Tensor
+    ranges: torch.Tensor | None = None
+
+
+# The 8 words of the table in `lookup_ptx`: high bytes of its 16 values, then low bytes. Two elements go through the PTX
+# at once, so an operand that both share comes twice: hence every other number.
+TABLE = [f"${number}" for number in range(11, 27, 2)]
+HIGH, LOW = TABLE[:4], TABLE[4:]
+
+
 def lookup_ptx() -> str:
     """PTX: two words of 8 codes -> 8 pairs of bf16, pair i = column i of each word, times the scale of its word.
 
-    `prmt d, p, q, s` makes d of 4 of the 8 bytes of p (0 to 3) and q (4 to 7); a hexadecimal digit of s names each,
-    the lowest first. So a register of codes is itself a selector: it looks 4 codes up at once, a byte of their values.
+    `prmt d, p, q, s` makes d of 4 of the 8 bytes of p (0 to 3) and q (4 to 7). Each of the lower 4 hexadecimal digits
+    of s picks one, the lowest digit for the lowest byte. A code is such a digit: so a register of codes is itself a
+    selector, and one prmt looks up one byte of 4 values among 8 values of the table. For 16 it takes two, and a third
+    that chooses between them.
 
-    $0 to $7: the pairs; $8, $9: the words; $10: both scales, bf16.
-    t: the table, 16 bf16 values: their high bytes, 4 a register, then their low bytes (`table_words`). As two elements
-        go through the PTX at once, an operand that both share comes twice: hence every other number.
-    x: bytes 0 and 1, later 2 and 3, of both words: `a0 b0 a1 b1` from the lowest, a code in each digit.
-    m: the codes' lower three bits: which of 8 bytes. (The fourth would make prmt repeat the byte's sign.)
-    c: 0 to 3 in its digits, plus 4 where a code has its fourth bit: byte of a (codes 0 to 7) or of b (codes 8 to 15).
-    h, l: high and low bytes of 4 values: lower and upper code of a word's byte, and of the other word's.
-    z: two zeros, negative so that adding them changes nothing: only a Hopper and later has `mul.bf16x2`.
+    Operands: $0 to $7 the pairs; $8 and $9 the words, v and w below; $10 both scales, bf16; then the table.
+    Registers: x codes; m, c selectors; a, b for the moment; h, l high and low bytes of values; z two zeros.
     """
-    t = [f"${11 + 2 * i}" for i in range(8)]
+    # z is negative, so that adding it changes nothing. It is added since only a Hopper and later has `mul.bf16x2`.
     lines = [".reg .b32 x, m, c, a, b, h, l, z;", "mov.b32 z, 0x80008000;"]
-    for column, both in ((0, "0x5140"), (4, "0x7362")):
-        lines += [f"prmt.b32 x, $8, $9, {both};", "and.b32 m, x, 0x77777777;", "shr.u32 c, x, 1;"]
-        lines += ["lop3.b32 c, c, 0x44444444, 0x32103210, 0xea;"]  # 0xea: (c & 0x4444...) | 0x3210...
-        for byte in range(2):
-            lines += ["shr.u32 m, m, 16;", "shr.u32 c, c, 16;"] * byte  # prmt reads 4 digits
-            for out, (t0, t1, t2, t3) in (("h", t[:4]), ("l", t[4:])):
-                lines += [f"prmt.b32 a, {t0}, {t1}, m;", f"prmt.b32 b, {t2}, {t3}, m;", f"prmt.b32 {out}, a, b, c;"]
-            # a byte's upper code is the earlier column
-            lines += ["prmt.b32 a, l, h, 0x7351;", f"fma.rn.bf16x2 ${column + 2 * byte}, a, $10, z;"]
-            lines += ["prmt.b32 b, l, h, 0x6240;", f"fma.rn.bf16x2 ${column + 2 * byte + 1}, b, $10, z;"]
+    for column, two_bytes in ((0, "0x5140"), (4, "0x7362")):
+        lines += [f"prmt.b32 x, $8, $9, {two_bytes};"]  # bytes v0 w0 v1 w1, from the lowest; then v2 w2 v3 w3
+        lines += _selectors()
+        lines += _look_up("h", HIGH) + _look_up("l", LOW) + _scaled_pairs(column)
+        lines += ["shr.u32 m, m, 16;", "shr.u32 c, c, 16;"]  # on to v1 w1
+        lines += _look_up("h", HIGH) + _look_up("l", LOW) + _scaled_pairs(column + 2)
     return "{\n" + "\n".join(lines) + "\n}"
+
+
+def _selectors() -> list[str]:
+    """From the 8 codes in x, a digit for each:
+
+    m: the lower three bits of the code, which of 8 values. With the fourth, prmt would repeat the sign of a byte.
+    c: its place, 0 to 3, or 4 more if it has the fourth bit: that byte of a (codes 0 to 7) or of b (codes 8 to 15).
+    """
+    return [
+        "and.b32 m, x, 0x77777777;",
+        "shr.u32 c, x, 1;",
+        "lop3.b32 c, c, 0x44444444, 0x32103210, 0xea;",  # 0xea: (c & 0x4444...) | 0x3210...
+    ]
+
+
+def _look_up(out: str, table: list[str]) -> list[str]:
+    """out: the high or low bytes of the values of 4 codes, those of the lower and upper half of v0, then of w0.
+
+    a: what they are if the code is one of 0 to 7; b: if it is one of 8 to 15.
+    """
+    t0, t1, t2, t3 = table
+    return [f"prmt.b32 a, {t0}, {t1}, m;", f"prmt.b32 b, {t2}, {t3}, m;", f"prmt.b32 {out}, a, b, c;"]
+
+
+def _scaled_pairs(column: int) -> list[str]:
+    """$column: the values of the upper halves of v0 and w0, which come first in a row, times the scales; the number
+    after it: those of the lower halves. Each value gets its low byte from l and its high byte from h."""
+    return [
+        "prmt.b32 a, l, h, 0x7351;",
+        f"fma.rn.bf16x2 ${column}, a, $10, z;",
+        "prmt.b32 b, l, h, 0x6240;",
+        f"fma.rn.bf16x2 ${column + 1}, b, $10, z;",
+    ]
 
 
 @lru_cache
 def table_words(quant_type: str) -> tuple[int, ...]:
-    """The 16 values of the code, bf16, as `lookup_ptx` takes them: 8 signed 32-bit words."""
+    """The 16 values of the code, bf16, as `lookup_ptx` takes them: 8 signed 32-bit words, 4 of their high bytes, 4 of
+    their low bytes."""
     raw = code_table(quant_type, torch.device("cpu")).bfloat16().view(torch.uint8).view(16, 2)  # low byte, high byte
     return tuple(raw.flip(1).T.contiguous().view(torch.int32).flatten().tolist())
 
@@ -85,13 +133,18 @@ if triton is not None:
         even, odd = tl.join(tl.join(p0, p4), tl.join(p2, p6)), tl.join(tl.join(p1, p5), tl.join(p3, p7))
         return tl.join(even, odd).reshape(128, 4, 4, 8)
 
-    # The table comes in arguments: loaded, or written into the PTX, ptxas would copy its registers for each lookup.
+    # The table comes in arguments: loaded, or written into the PTX, ptxas would copy its registers for each lookup. Not
+    # in one tuple: Triton specializes what is in a tuple despite do_not_specialize, so a word of 1 would be a constant.
     @triton.jit(do_not_specialize=[*(f"t{i}" for i in range(8)), "per_split"])
     def _product_kernel(
         words, scales, ranges, table, t0, t1, t2, t3, t4, t5, t6, t7, a, b, product, gram, rows, tiles, rank, per_split,
         GROUP: tl.constexpr, DOUBLE: tl.constexpr, RANK: tl.constexpr,
     ):  # fmt: skip
-        """One split's share of `rowsum((W A^T) * B)`, and in the last program of `A A^T`; A is from `_reorder_kernel`.
+        """One split's share of `rowsum((W A^T) * B)`, and in the last program of `A A^T`.
+
+        The packed rows: words (8 codes each), scales, ranges; table (for the interpreter) and its words t0 to t7.
+        The adapter: a from `_reorder_kernel`, b. The results: product, gram. Sizes: rows, tiles of a row, rank, and
+        per_split, the tiles of a split.
 
         Words are loaded so that a thread has 4 of a row, four threads a row, a warp 8 rows, 8 warps 64, and all of them
         the other 64. wgmma wants of a warp's thread, for 16 columns: of its rows i and i + 8 the columns 2q, 2q + 1,
@@ -171,43 +224,61 @@ def fits(weight: torch.Tensor, *, rank: int) -> bool:
     return triton is not None and weight.is_cuda and rank <= MAX_RANK
 
 
-def suits(codes: torch.Tensor, lora_a: torch.Tensor, *, group_size: int) -> bool:
+def suits(rows: PackedRows, lora_a: torch.Tensor) -> bool:
     """Whether `row_norms` runs: bf16 on an Ampere or later, whole tiles, words loaded 4 at once."""
+    codes = rows.codes
     if not fits(codes, rank=len(lora_a)) or torch.version.cuda is None:
         return False
-    whole = codes.shape[1] * 2 % TILE == 0 and group_size in (32, 64, 128) and codes.data_ptr() % 16 == 0
+    whole = codes.shape[1] * 2 % TILE == 0 and rows.group_size in (32, 64, 128) and codes.data_ptr() % 16 == 0
     return whole and lora_a.dtype == torch.bfloat16 and torch.cuda.get_device_capability(codes.device) >= (8, 0)
 
 
-def row_norms(codes, scales, ranges, weight_norm, lora_a, lora_b, scaling, *, quant_type, group_size) -> torch.Tensor:
+def row_norms(rows: PackedRows, weight_norm: torch.Tensor, *, lora_a, lora_b, scaling: float) -> torch.Tensor:
     """`||W + s B A||` of each row, fp32 `[n]`, for what `suits`; W is the bf16 product of bf16 table and bf16 scales.
 
     Args:
-        codes, scales, ranges: as `dequantize.table_rows` takes them; weight_norm: fp32 `[n]`.
+        weight_norm: fp32 `[n]`.
         lora_a: bf16 `[r, in]`, or fp32 in Triton's interpreter, which then rounds nothing; lora_b: `[n, r]`.
     """
-    rows, rank, tiles, device = len(codes), len(lora_a), codes.shape[1] * 2 // TILE, codes.device
-    if not rows:
+    if not len(rows.codes):
         return weight_norm.clone()
-    padded = max(16, triton.next_power_of_2(rank))
-    a = torch.empty(tiles * TILE, padded, dtype=lora_a.dtype, device=device)
-    _reorder_kernel[(tiles, 4)](lora_a.contiguous(), a, rank, tiles * TILE, RANK=padded, num_warps=4)
-    blocks = triton.cdiv(rows, TILE)
+    product, gram = _products(rows, lora_a, lora_b)
+    return finish(weight_norm, product=product, gram=gram, lora_b=lora_b, scaling=scaling)
+
+
+def _products(rows: PackedRows, lora_a: torch.Tensor, lora_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rowsum((W A^T) * B)`, fp32 `[splits, n]`, and `A A^T`, fp32 `[splits, r, r]`: of each split of the columns."""
+    n, rank, tiles, device = len(rows.codes), len(lora_a), rows.codes.shape[1] * 2 // TILE, rows.codes.device
+    a, double = _reordered(lora_a), rows.ranges is not None
+    blocks = triton.cdiv(n, TILE)
     splits = max(1, min(tiles // 2, PROGRAMS // blocks))
     per_split = triton.cdiv(tiles, splits)
     splits = triton.cdiv(tiles, per_split)
-    product = torch.empty(splits, rows, dtype=torch.float32, device=device)
+    product = torch.empty(splits, n, dtype=torch.float32, device=device)
     gram = torch.empty(splits, rank, rank, dtype=torch.float32, device=device)
     _product_kernel[(blocks + 1, splits)](
-        as_bytes(codes).view(torch.int32), scales if ranges is None else as_bytes(scales), ranges,
-        code_table(quant_type, device), *table_words(quant_type), a, lora_b.contiguous(), product, gram,
-        rows, tiles, rank, per_split, GROUP=group_size, DOUBLE=ranges is not None, RANK=padded,
+        as_bytes(rows.codes).view(torch.int32), as_bytes(rows.scales) if double else rows.scales, rows.ranges,
+        code_table(rows.quant_type, device), *table_words(rows.quant_type), a, lora_b.contiguous(), product, gram,
+        n, tiles, rank, per_split, GROUP=rows.group_size, DOUBLE=double, RANK=a.shape[1],
         num_warps=8, num_stages=1,  # 8: the order of rows; with more stages ptxas waits after each wgmma
     )  # fmt: skip
-    return finish(weight_norm, product, gram, lora_b, scaling)
+    return product, gram
 
 
-def finish(weight_norm, product, gram, lora_b, scaling) -> torch.Tensor:
+def _reordered(lora_a: torch.Tensor) -> torch.Tensor:
+    """A^T, `[in, padded rank]`, as `_product_kernel` takes it."""
+    rank, width = lora_a.shape
+    out = torch.empty(width, _padded(rank), dtype=lora_a.dtype, device=lora_a.device)
+    _reorder_kernel[(width // TILE, 4)](lora_a.contiguous(), out, rank, width, RANK=out.shape[1], num_warps=4)
+    return out
+
+
+def _padded(rank: int) -> int:
+    """The width of a tile that holds the rank."""
+    return max(16, triton.next_power_of_2(rank))
+
+
+def finish(weight_norm: torch.Tensor, *, product, gram, lora_b, scaling: float) -> torch.Tensor:
     """`sqrt(norm^2 + 2 s product + s^2 rowsum((B gram) * B))`, fp32 `[n]`, in one pass.
 
     Args:
@@ -215,7 +286,7 @@ def finish(weight_norm, product, gram, lora_b, scaling) -> torch.Tensor:
         product: fp32 `[splits, n]`, whose sum is `rowsum((W A^T) * B)`; gram: fp32 `[splits, r, r]`, of `A A^T`.
     """
     rows, rank = lora_b.shape
-    padded = max(16, triton.next_power_of_2(rank))
+    padded = _padded(rank)
     out = torch.empty(rows, dtype=torch.float32, device=lora_b.device)
     if rows:
         _finish_kernel[(triton.cdiv(rows, 64),)](

@@ -79,11 +79,10 @@ class Bnb4bit(Quantizer):
 
     def row_norms(self, packed, weight_norm, lora_a, lora_b, scaling) -> torch.Tensor | None:
         """`methods.dora.row_norms` from packed rows, without their weight; None where the kernel does not run."""
-        codes, scales, ranges = (*packed, None)[:3]
-        if not norms.suits(codes, lora_a, group_size=self.group_size):
+        rows = norms.PackedRows(self.quant_type, self.group_size, *packed)
+        if not norms.suits(rows, lora_a):
             return None
-        settings = dict(quant_type=self.quant_type, group_size=self.group_size)
-        return norms.row_norms(codes, scales, ranges, weight_norm, lora_a, lora_b, scaling, **settings)
+        return norms.row_norms(rows, weight_norm, lora_a=lora_a, lora_b=lora_b, scaling=scaling)
 
     def absmax(self, scales: torch.Tensor, scale_range: torch.Tensor | None = None) -> torch.Tensor:
         """Scales as fp32 `[n, in/group]`, from whatever way they are stored."""
