@@ -116,7 +116,8 @@ def test_host_memory_of_activations(tiny, hostly, monkeypatch, policy):
     "how", [dict(), dict(use_gradient_checkpointing=False), dict(checkpoint_policy="narrow")], ids=str
 )
 def test_peak_of_a_step(tiny, how):
-    """The parts add up to about what a step on a GPU takes at its peak, in eager mode."""
+    """The parts are about what a step on a GPU takes at its peak, in eager mode: all of them are enough, and without
+    the logits, which are gone before backward is in a block, they are not much more."""
     shape = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=8, vocab_size=4096)
     flags = dict(model_name=tiny("llama", **shape), device="cuda", compile=False, cuda_graphs=False, precision="bf16")
     config = make_config(**flags, train_type="bnb_dora", batch_size=8, context_length=1024, **how)
@@ -131,7 +132,8 @@ def test_peak_of_a_step(tiny, how):
     torch.cuda.reset_peak_memory_stats()
     step([batch], lr=1e-4)
     peak = torch.cuda.max_memory_allocated() - before
-    assert 0.9 * peak <= sum(run.sizes.values()) <= 1.5 * peak, (peak, run.sizes)
+    total = sum(run.sizes.values())
+    assert 0.9 * peak <= total and total - run.sizes["logits"] <= 1.5 * peak, (peak, run.sizes)
 
 
 def test_remedies_name_only_what_is_not_in_use():

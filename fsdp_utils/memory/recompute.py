@@ -85,11 +85,12 @@ def lay_out(
     Raises:
         UserError: the model cannot be measured, and `auto` would have to know.
     """
-    available, auto = free_memory(device), config.use_gradient_checkpointing == "auto"
+    auto = config.use_gradient_checkpointing == "auto"
+    available = free_memory(device) if auto else None
     try:
         kept = measure(model, blocks, config, dtype=dtype, autocast=autocast)
     except UserError as error:
-        if auto and available is not None:
+        if available is not None:
             raise UserError(f"--use_gradient_checkpointing auto: {error}; pass true or false") from error
         say(f"note: {error}: its memory is not estimated, and the loss is computed from whole logits")
         kept = None
