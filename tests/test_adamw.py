@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from kernel_devices import DEVICES, KERNEL_DEVICES, relative
 from real_run import make_config, prepared
-from test_kernels import DEVICES, KERNEL_DEVICES, relative
 
 from fsdp_utils.training.optim import LocalParameters, StochasticAdamW, make_optimizer
 from methods import TRAIN_TYPES

@@ -1,6 +1,5 @@
 """Fast paths against the plain ones that define them: on the CPU without Triton, on a GPU with it."""
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from kernel_devices import DEVICES, KERNEL_DEVICES, interpreted, relative
 from tiny import SHAPE
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
@@ -22,13 +22,6 @@ from methods.quantizers.bnb import Bnb4bit
 from methods.quantizers.hqq import HQQ
 from methods.quantizers.linear import QuantizedLinear, packed_parts
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-# CPU builds of torch come without Triton. Where it is installed, these cases run the kernels' own code on a CPU; on a
-# GPU the cases marked `gpu` run it compiled.
-interpreted = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1" or norms.triton is None, reason="needs Triton's interpreter"
-)
-KERNEL_DEVICES = [pytest.param("cpu", marks=interpreted), DEVICES[1]]
 BNB = [Bnb4bit(), Bnb4bit("fp4", 128, "fp32"), Bnb4bit("nf4", 32, "double")]
 QUANTIZERS = [
     *BNB,
@@ -66,10 +59,6 @@ def adapter(kind, base, device, dtype, *, fused, dropout=0.0):
         new = nn.Parameter(value.to(device, parameter.dtype), requires_grad=parameter.requires_grad)
         setattr(layer, name, new)
     return layer
-
-
-def relative(got, want):
-    return ((got.float() - want.float()).norm() / want.float().norm()).item()
 
 
 @pytest.mark.gpu

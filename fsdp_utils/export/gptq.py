@@ -7,12 +7,11 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM
-
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.data.tokens import prepare_dataset
 from fsdp_utils.export.formats import Merged, write_rest, write_weights
 from fsdp_utils.export.w4a16 import W4A16, scheme
+from fsdp_utils.training.task import CAUSAL_LM
 
 
 def check_gptq(run) -> None:
@@ -33,7 +32,7 @@ def write_gptq(chosen: W4A16, tokenizer, folder: Path, *, samples: int, max_shar
     merged = Merged(chosen.trained, chosen.options)
     write_weights(merged, temporary, max_shard_bytes=max_shard_bytes)
     write_rest(merged, tokenizer, temporary, target=temporary)
-    model = AutoModelForCausalLM.from_pretrained(temporary, dtype=chosen.dtype)
+    model = CAUSAL_LM.auto_class.from_pretrained(temporary, dtype=chosen.dtype)
     rows = prepare_dataset(run.config, tokenizer).dataset.select_columns(["input_ids"])
     rows = rows.select(range(min(samples, len(rows)))).map(lambda row: {"attention_mask": [1] * len(row["input_ids"])})
     weights = scheme(symmetric=chosen.symmetric, group_size=chosen.group_size)
