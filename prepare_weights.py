@@ -32,7 +32,7 @@ from fsdp_utils.core.folders import check_new_folder, new_folder, parse_size, wr
 from fsdp_utils.core.locks import exclusively
 from fsdp_utils.core.ranks import say
 from fsdp_utils.export import fidelity, format_of
-from fsdp_utils.export.formats import write_rest, write_weights
+from fsdp_utils.export.formats import Format, write_rest, write_weights
 from fsdp_utils.export.gptq import check_gptq, write_gptq
 from fsdp_utils.export.trained import TrainedWeights
 from fsdp_utils.folders.describe import Run, describe, tokenizer_of
@@ -62,15 +62,13 @@ def check_reader(config: ExportConfig) -> None:
         )
 
 
-def export(config: ExportConfig, run: Run, tokenizer, target: Path, *, device) -> None:
+def export(chosen: Format, config: ExportConfig, tokenizer, target: Path, *, device) -> None:
     """Writes the complete folder.
 
     Raises:
-        UserError: a run that this format cannot store, another base than in training, or a disk too small.
+        UserError: the disk is too small.
     """
     begun = time.perf_counter()
-    trained = TrainedWeights(run, device=device)
-    chosen = format_of(config.infer_type)(trained, config)
     max_shard_bytes = parse_size(config.max_shard_size)
     with new_folder(target, overwrite=config.overwrite) as folder:
         if config.gptq:
@@ -79,8 +77,8 @@ def export(config: ExportConfig, run: Run, tokenizer, target: Path, *, device) -
             write_weights(chosen, folder, max_shard_bytes=max_shard_bytes)
             write_rest(chosen, tokenizer, folder, target=target)
     size = sum(path.stat().st_size for path in target.rglob("*.safetensors"))
-    took, peak = time.perf_counter() - begun, peak_memory_gib(device)
-    say(f"{trained.nbytes / 1e9:.3f} GB read, {size / 1e9:.3f} GB of weights in {target}; {took:.0f} s, {peak:.2f} GiB")
+    took, peak, read = time.perf_counter() - begun, peak_memory_gib(device), chosen.trained.nbytes
+    say(f"{read / 1e9:.3f} GB read, {size / 1e9:.3f} GB of weights in {target}; {took:.0f} s, {peak:.2f} GiB")
 
 
 def report(config: ExportConfig, run: Run, text: fidelity.HeldOut, target: Path, *, device) -> None:
@@ -93,7 +91,11 @@ def report(config: ExportConfig, run: Run, text: fidelity.HeldOut, target: Path,
 
 
 def main(config: ExportConfig) -> None:
-    """The story of an export; every check comes before the first weight is written."""
+    """The story of an export; every check but that of the disk comes before the first weight is written.
+
+    Raises:
+        UserError: a run that this format cannot store, or another base than in training; as the functions it calls.
+    """
     device = pick_device(config.device)
     with naming("--model"):
         run = describe(config.model)
@@ -101,6 +103,8 @@ def main(config: ExportConfig) -> None:
     check_reader(config)
     if config.gptq:
         check_gptq(run)
+    # what else is wrong with the run comes before what its report needs, and before any folder is made
+    chosen = format_of(config.infer_type)(TrainedWeights(run, device=device), config)
     tokenizer = tokenizer_of(run)
     text = None
     if config.fidelity_samples:
@@ -108,7 +112,7 @@ def main(config: ExportConfig) -> None:
     say(f"{run} -> {config.infer_type} in {target}")
     # to the end of the report, which reads what was written; new_folder's own lock ends before
     with exclusively(target.with_name(f"{target.name}.export"), named=f"--save_dir {config.save_dir}"):
-        export(config, run, tokenizer, target, device=device)
+        export(chosen, config, tokenizer, target, device=device)
         if text:
             report(config, run, text, target, device=device)
 

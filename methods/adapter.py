@@ -6,7 +6,7 @@ PEFT's keys are `base_model.model.<module path>.<suffix>`; everything here leave
 import hashlib
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import ClassVar, NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fsdp_utils.core.classes import load_class
-from fsdp_utils.core.rows import fill, gather
+from fsdp_utils.core.rows import fill, gather, local, row_range
 from methods import SCALINGS, STARTS
 from methods.base import Method
 
@@ -32,15 +32,19 @@ class Pair(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A tensor as it is written. `whole` gathers it: every process must call it."""
+    """A tensor as it is written. `whole` gathers it: every process must call it. `rows` is what this process holds:
+    pairs of the first row, and rows."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    whole: partial
+    whole: Callable[[], torch.Tensor]
+    rows: Callable[[], list[tuple[int, torch.Tensor]]]
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> "Stored":
-        return cls(tensor.dtype, tuple(tensor.shape), partial(gather, tensor.detach()))
+        tensor = tensor.detach()
+        rows = lambda: [(row_range(tensor)[0], local(tensor))]
+        return cls(tensor.dtype, tuple(tensor.shape), partial(gather, tensor), rows)
 
 
 class Scaling:
@@ -224,6 +228,12 @@ def flags_of(peft_config: dict) -> dict:
     fits = lambda target: all(peft_config.get(key) == value for key, value in load_class(target).peft_config.items())
     scaling = next(value for value, target in reversed(SCALINGS.items()) if fits(target))  # the plain one fits all
     return dict(lora_rank=peft_config["r"], lora_alpha=peft_config["lora_alpha"], use_rslora=scaling)
+
+
+def scaling_factor(peft_config: dict) -> float:
+    """What an adapter of PEFT's multiplies B A by."""
+    known = flags_of(peft_config)
+    return load_class(SCALINGS[known["use_rslora"]])().factor(known["lora_alpha"], known["lora_rank"])
 
 
 def by_layer(tensors: Tensors) -> dict[str, Tensors]:

@@ -50,7 +50,8 @@ class Method(ABC):
 
     @property
     def base_recipe(self) -> str:
-        """What tells the base that `base_rows` stores from the checkpoint's; empty where they are the same."""
+        """What tells the base that `base_rows` stores from any other of this checkpoint; empty where it is the
+        checkpoint's own. Known after `before_loading`."""
         return ""
 
     def before_loading(self, read_whole: Callable[[str], torch.Tensor], *, device: torch.device) -> None:
@@ -62,7 +63,7 @@ class Method(ABC):
 
     def base_rows(self, path: str, rows: torch.Tensor, *, start: int) -> torch.Tensor:
         """What is stored, packed or not, of rows `[start, start + n)` of the linear at `path`, `[n, in]`: the rows
-        themselves, unless a method moves a part of the weight elsewhere."""
+        themselves, unless a method moves a part of the weight elsewhere. In any float dtype."""
         return rows
 
     def initialize(self, model: nn.Module, *, device: torch.device) -> None:

@@ -7,6 +7,8 @@ stock PEFT adds to the unchanged W. (To a quantized W it adds the same, but then
 are in the base than in training; read again here, the base is the residual quantized as it was.)
 """
 
+import hashlib
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -14,10 +16,12 @@ from tqdm import tqdm
 
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.ranks import is_main, rank, world_size
-from fsdp_utils.core.rows import fill, gather
+from fsdp_utils.core.rows import fill, gather, local, row_range
 from methods.adapter import LORA_A, LORA_B, Pair, Start, Stored, seed_of
+from methods.quantizers.linear import QuantizedWeight
 
 NITER = 16
+FROZEN = ("initial_A", "initial_B")
 
 
 class PiSSA(Start):
@@ -31,19 +35,26 @@ class PiSSA(Start):
 
     @property
     def base_recipe(self):
-        c = self.config
-        return f"{c.lora_init} {c.lora_rank} {self.scaling} {c.precision} {' '.join(self.layers)}"
+        """A hash of A0 and B0 themselves: they depend on seed, device and dtype, or come from a saved adapter, and a
+        base that lacks others than those that are saved with the run is another model."""
+        digest = hashlib.sha256(f"pissa {self.scaling}".encode())
+        for path, pair in sorted(self.whole.items()):
+            for tensor in pair:
+                digest.update(f"{path} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.contiguous().numpy())
+        return digest.hexdigest()
 
     def attach(self, path, layer, *, dtype):
         if self.rank > min(layer.in_features, layer.out_features):
             shape = f"{layer.out_features} x {layer.in_features}"
             raise UserError(f"--lora_rank {self.rank}: --lora_init pissa splits {path} of {shape}; lower it")
         self.layers[path] = layer
-        shapes = {"initial_A": (self.rank, layer.in_features), "initial_B": (layer.out_features, self.rank)}
-        for name, shape in shapes.items():
+        shapes = (self.rank, layer.in_features), (layer.out_features, self.rank)
+        for name, shape in zip(FROZEN, shapes, strict=True):
             empty = torch.empty(shape, dtype=dtype, device="meta")
             layer.register_parameter(name, nn.Parameter(empty, requires_grad=False))
-        layer.own_parameters = (*layer.own_parameters, "initial_A", "initial_B")
+        layer.own_parameters = (*layer.own_parameters, *FROZEN)
+        layer.unread_names = FROZEN  # kept to be saved; no forward reads them
 
     def principal(self, path: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """U_r `[out, r]`, S_r `[r]` and V_r^T `[r, in]` of a weight in fp32."""
@@ -78,7 +89,11 @@ class PiSSA(Start):
         if path not in self.whole:
             return rows
         a, b = (t.to(rows.device) for t in self.whole[path])
-        return torch.addmm(rows.float(), b[start : start + len(rows)], a, alpha=-self.scaling).to(rows.dtype)
+        rest = torch.addmm(rows.float(), b[start : start + len(rows)], a, alpha=-self.scaling)
+        if not isinstance(self.layers[path].base_layer, QuantizedWeight):
+            return rest  # in the checkpoint's 16 bits a model kept in 32 would no longer begin as W
+        # rounded: --quant_scales auto keeps the largest of a group in bf16, which then holds it without loss
+        return rest.to(rows.dtype)
 
     def begin(self, path, layer, pair):
         a, b = self.whole.pop(path)
@@ -93,13 +108,21 @@ class PiSSA(Start):
         }
 
     def stored(self, layer, pair):
-        a0, b0 = layer.initial_A.detach(), layer.initial_B.detach()
-        (rank, width), out = pair.a.shape, len(pair.b)
-        both_a = lambda: torch.cat([gather(pair.a.detach()), gather(a0)])
-        both_b = lambda: torch.cat([gather(pair.b.detach()), -gather(b0)], dim=1)
+        a, b, a0, b0 = (t.detach() for t in (*pair, layer.initial_A, layer.initial_B))
+        start = lambda t: row_range(t)[0]
         return {
-            LORA_A: Stored(pair.a.dtype, (2 * rank, width), both_a),
-            LORA_B: Stored(pair.b.dtype, (out, 2 * rank), both_b),
+            LORA_A: Stored(
+                a.dtype,
+                (2 * len(a), a.shape[1]),
+                lambda: torch.cat([gather(a), gather(a0)]),
+                lambda: [(start(a), local(a)), (len(a) + start(a0), local(a0))],
+            ),
+            LORA_B: Stored(
+                b.dtype,
+                (len(b), 2 * b.shape[1]),
+                lambda: torch.cat([gather(b), -gather(b0)], dim=1),
+                lambda: [(start(b), torch.cat([local(b), -local(b0)], dim=1))],
+            ),
         }
 
     def trained(self, tensors):

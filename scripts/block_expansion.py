@@ -1,12 +1,13 @@
 """Llama-Pro block expansion: adds decoder blocks that change nothing until `train.py --train_type bnb_llama_pro` does.
 
     python scripts/block_expansion.py --model_name meta-llama/Llama-2-7b-hf --output_dir llama_pro --expansion_rate 0.1
-    python scripts/block_expansion.py --model_name demo/model --output_dir demo_pro --num_new_blocks 2
+    python scripts/block_expansion.py --model_name demo --output_dir demo_pro --num_new_blocks 2
 
 A new block is a copy of the one before it whose attention output and MLP down projections are zero, so both of its
 residual branches add nothing (LLaMA Pro, arXiv:2401.02415). Tensors are copied one at a time.
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from fsdp_utils.core.folders import TEMPLATES, model_folder, new_folder, parse_s
 
 @dataclass
 class Expansion:
-    model_name: str = flag("", "local folder or hub name of the model to expand")
+    model_name: str = flag("", "local folder or hub name of the model to expand; demo: the built-in one")
     output_dir: str = flag("", "folder that is made")
     expansion_rate: float = flag(0.1, "share of new blocks, rounded down, at least one", above=0, maximum=1)
     num_new_blocks: int = flag(0, "number of new blocks; 0: taken from --expansion_rate", minimum=0)
@@ -26,8 +27,11 @@ class Expansion:
     overwrite: bool = flag(False, "replace what is in --output_dir")
 
     def errors(self):
-        missing = [f"--{name}: required" for name in ("model_name", "output_dir") if not getattr(self, name)]
-        return missing + size_errors(self.max_shard_size, flag="max_shard_size")
+        found = [f"--{name}: required" for name in ("model_name", "output_dir") if not getattr(self, name)]
+        found += size_errors(self.max_shard_size, flag="max_shard_size")
+        if "WORLD_SIZE" in os.environ:
+            found.append("torchrun: an expansion is one process; start it with plain python")
+        return found
 
 
 if __name__ == "__main__":  # before the libraries, which take seconds: --help and a wrong flag are answered at once
@@ -40,13 +44,16 @@ from itertools import chain
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
-from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.errors import CheckpointError, UserError, naming
 from fsdp_utils.core.ranks import fail
 from fsdp_utils.core.safetensors_io import INDEX_NAME, CheckpointReader, StreamingWriter
+from fsdp_utils.model.build import read_model_config, resolve_model
+from fsdp_utils.training.task import CAUSAL_LM
 
 LAYERS_NAME = "expanded_layers.json"
+FITTING = "choose a model whose blocks are built as Llama's, of Mistral, Qwen, Gemma or Phi-3"
 OF_THE_SOURCE = (INDEX_NAME, LAYERS_NAME, "run.json", "fidelity.json")
 
 
@@ -108,7 +115,8 @@ def expanded_config(folder, config, layout):
         if per_layer and len(value) == depth:
             result[key] = [value[source] for source, _ in layout]
         elif per_layer and value and "layer" in key:
-            raise UserError(f"{folder}/config.json: {key} has {len(value)} entries for {depth} layers")
+            differ = f"{key} has {len(value)} entries for {depth} layers"
+            raise UserError(f"{folder}/config.json: {differ}; put the original back")
     if "max_window_layers" in result:
         result["max_window_layers"] = sum(source < result["max_window_layers"] for source, _ in layout)
     return result | {"num_hidden_layers": len(layout)}
@@ -125,10 +133,11 @@ def plan_tensors(reader, blocks, outputs, layout):
             plan.append((name, name, False))
     depth = 1 + max(source for source, _ in layout)
     if sorted(layers) != list(range(depth)):
-        raise UserError(f"{reader.folder}: config.json has {depth} layers, the weights {len(layers)} under {blocks}")
+        differ = f"config.json has {depth} layers, the weights {len(layers)} under {blocks}"
+        raise UserError(f"{reader.folder}: {differ}; put the files of one model together")
     for source, rests in layers.items():
         for missing in {f"{output}.weight" for output in outputs} - set(rests):
-            raise UserError(f"{reader.folder}: {blocks}.{source}.{missing} is missing")
+            raise UserError(f"{reader.folder}: {blocks}.{source}.{missing} is missing; put the original weights back")
     for target, (source, is_new) in enumerate(layout):
         for rest in layers[source]:
             zero = is_new and rest.rpartition(".")[0] in outputs
@@ -154,22 +163,29 @@ def copy_rest(source, target):
         shutil.copytree(source / TEMPLATES, target / TEMPLATES)
 
 
+def opened(name):
+    """Folder, weights and configuration of the model to expand."""
+    try:
+        source = model_folder(resolve_model(name))
+    except CheckpointError as error:
+        raise UserError(f"--model_name {error}; give a local folder, a name of the hub, or demo") from None
+    with naming("--model_name"):
+        return source, CheckpointReader(source), read_model_config(name, task=CAUSAL_LM)
+
+
 def expand(args):
     max_shard_bytes = parse_size(args.max_shard_size)
-    source = model_folder(args.model_name)
-    reader = CheckpointReader(source)
-    config = AutoConfig.from_pretrained(source)
-    if getattr(config, "quantization_config", None):
-        raise UserError(
-            f"{args.model_name}: is quantized; expand the original, --train_type bnb_llama_pro quantizes it"
-        )
-    blocks, outputs = find_blocks(config)
+    source, reader, config = opened(args.model_name)
+    try:
+        blocks, outputs = find_blocks(config)
+    except UserError as error:
+        raise UserError(f"--model_name {args.model_name}: {error}; {FITTING}") from None
     depth = config.num_hidden_layers
     # 1e-9: 0.29 * 100 is 28.999…
     layout = expanded_layout(depth, args.num_new_blocks or max(1, int(depth * args.expansion_rate + 1e-9)))
     new_layers = [layer for layer, (_, is_new) in enumerate(layout) if is_new]
-    plan = plan_tensors(reader, blocks, outputs, layout)
-    new_config = expanded_config(source, config, layout)
+    with naming("--model_name"):
+        plan, new_config = plan_tensors(reader, blocks, outputs, layout), expanded_config(source, config, layout)
     print(f"{depth} -> {len(layout)} layers; new: {new_layers}, copies of {[layout[layer][0] for layer in new_layers]}")
     with new_folder(args.output_dir, overwrite=args.overwrite, sources=[source]) as folder:
         copy_rest(source, folder)

@@ -6,14 +6,16 @@ import pytest
 import torch
 from closeness import assert_close, assert_learns
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from real_run import batches_of, dequantized, first_step, logits, make_config, off_zero, packed_bytes, prepared
+from real_run import batches_of, dequantized, first_step, logits, make_config, off_zero, packed_bytes, plan, prepared
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.flags import ConfigError
-from fsdp_utils.folders.describe import describe
+from fsdp_utils.export.trained import TrainedWeights
+from fsdp_utils.folders.describe import adapter_tensors, describe
 from fsdp_utils.inference.load import load_for_inference
+from fsdp_utils.model import assemble
 from fsdp_utils.training.step import TrainStep
 from fsdp_utils.training.task import CAUSAL_LM
 from methods import STARTS
@@ -30,6 +32,7 @@ OPTIONS = [
 TRAIN_TYPES = ["custom_lora", "dora", "custom_qlora", "bnb_dora"]
 PARTS = {"lora_A.default.weight": "lora_A", "lora_B.default.weight": "lora_B"}
 PARTS["lora_magnitude_vector.default.weight"] = "magnitude_delta"
+CODES = "model.layers.0.self_attn.q_proj.base_layer.codes"
 
 
 def layers(model) -> dict[str, LoRALinear]:
@@ -115,13 +118,16 @@ def test_peft_computes_the_same(tiny, tiny_data, train_type, how):
     assert_same_step(run, twin_of(run, config, own_start=False), config)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("train_type", TRAIN_TYPES)
-def test_the_start_changes_nothing(tiny, train_type):
-    """Step 0 of PiSSA is the base: exactly in 32 bits, and of a quantized one nearer than the base quantized whole."""
-    stock = AutoModelForCausalLM.from_pretrained(tiny(), dtype=torch.float32).eval()
+def test_the_start_changes_nothing(tiny, train_type, dtype):
+    """Step 0 of PiSSA is the base: exactly in 32 bits, also where the checkpoint has 16, and of a quantized one nearer
+    than the base quantized whole."""
+    base = tiny(dtype=dtype)
+    stock = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     error = {}
     for start in STARTS:
-        run = prepared(make_config(model_name=tiny(), train_type=train_type, lora_init=start, lora_rank=16))
+        run = prepared(make_config(model_name=base, train_type=train_type, lora_init=start, lora_rank=16))
         error[start] = ((logits(run.model.eval()) - logits(stock)).norm() / logits(stock).norm()).item()
     if train_type in ("custom_lora", "dora"):
         assert max(error.values()) < 1e-5
@@ -129,20 +135,25 @@ def test_the_start_changes_nothing(tiny, train_type):
         assert max(error["pissa"], error["pissa_niter_16"]) < error["default"]
 
 
-def test_the_residual_is_what_is_quantized(tiny):
-    """Its bytes are those of `W - s B0 A0`, quantized; A0 and B0 are the principal part of W."""
-    config = make_config(model_name=tiny(), train_type="bnb_dora", lora_init="pissa", lora_alpha=12)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_residual_is_what_is_quantized(tiny, dtype):
+    """Its bytes are those of `W - s B0 A0` in the checkpoint's dtype, quantized: with `--quant_scales auto` no scale
+    loses anything. A0 and B0 are the principal part of W."""
+    config = make_config(model_name=tiny(dtype=dtype), train_type="bnb_dora", lora_init="pissa", lora_alpha=12)
     run = prepared(config)
-    weights = AutoModelForCausalLM.from_pretrained(tiny(), dtype=torch.float32).state_dict()
+    weights = AutoModelForCausalLM.from_pretrained(tiny(dtype=dtype), dtype=torch.float32).state_dict()
     for path, layer in layers(run.model).items():
         whole = weights[f"{path}.weight"]
         u, s, vt = torch.linalg.svd(whole, full_matrices=False)
         principal = (u[:, :8] * s[:8]) @ vt[:8]
         found = layer.scaling * layer.initial_B @ layer.initial_A
         assert (found - principal).norm() < 1e-5 * principal.norm()
-        residual = torch.addmm(whole, layer.initial_B, layer.initial_A, alpha=-layer.scaling)
+        residual = torch.addmm(whole, layer.initial_B, layer.initial_A, alpha=-layer.scaling).to(dtype)
         for got, want in zip(layer.base_layer.packed(), layer.base_layer.quantizer.quantize(residual), strict=True):
             assert torch.equal(got.contiguous().view(torch.uint8), want.contiguous().view(torch.uint8))
+        scales = layer.base_layer.scales
+        largest = residual.float().unflatten(1, (-1, config.quant_group_size)).abs().amax(-1)
+        assert scales.dtype == dtype and torch.equal(scales.float(), largest)
 
 
 @pytest.mark.parametrize("train_type", TRAIN_TYPES)
@@ -186,6 +197,34 @@ def test_saved_and_opened(save_run, tiny, export, train_type, how):
         torch.testing.assert_close(logits(served), expected, atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("train_type", ["custom_lora", "dora"])
+def test_peft_opens_what_was_trained_on_16_bits(save_run, tiny, train_type):
+    """A bf16 checkpoint trained in fp32: PEFT adds the saved folder to the fp32 base, and that is the run."""
+    folder, trained = save_run(tiny(dtype=torch.bfloat16), train_type, lora_init="pissa")
+    stock = AutoModelForCausalLM.from_pretrained(tiny(dtype=torch.bfloat16), dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(stock, folder).eval()
+    torch.testing.assert_close(logits(theirs), logits(trained), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("train_type", ["bnb_dora", "hqq_dora", "custom_lora"])
+def test_every_reader_makes_the_same_base(save_run, tiny, train_type):
+    """The base under a saved adapter, on a bf16 checkpoint: evaluation's and export's bytes are those of training."""
+    folder, trained = save_run(tiny(dtype=torch.bfloat16), train_type, lora_init="pissa")
+    opened, exported = load_for_inference(describe(folder), device=CPU), TrainedWeights(describe(folder), device=CPU)
+    for path, layer in layers(trained).items():
+        again = opened.get_submodule(path).base_layer
+        if train_type == "custom_lora":
+            wanted, found = (layer.base_layer.weight,), [(again.weight,), (exported.tensor(f"{path}.weight"),)]
+        else:
+            wanted, found = layer.base_layer.packed(), [again.packed(), exported.packed(path)]
+        for tensors in found:
+            assert all(torch.equal(bytes_of(got), bytes_of(want)) for got, want in zip(tensors, wanted, strict=True))
+
+
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().view(torch.uint8)
+
+
 @pytest.mark.parametrize("train_type", ["qlora", "lora"])
 def test_pefts_own_layers_scale_alike(save_run, tiny, export, train_type):
     """--use_rslora reaches PEFT's layers, the folder and the merge."""
@@ -210,14 +249,51 @@ def test_an_adapter_trained_elsewhere(tiny, tmp_path):
 def test_the_cache_keeps_residuals_apart(tiny, tmp_path):
     """The packed base under PiSSA is another one: it neither reads nor overwrites that of the unchanged base."""
     flags = dict(model_name=tiny(), train_type="bnb_dora")
-    name = "model.layers.0.self_attn.q_proj.base_layer.codes"
-    plain, residual = (packed_bytes({**flags, "lora_init": start})[name] for start in ("default", "pissa"))
+    plain, residual = (packed_bytes({**flags, "lora_init": start})[CODES] for start in ("default", "pissa"))
     assert not torch.equal(plain, residual)
     for _ in range(2):
         for start, expected in (("default", plain), ("pissa", residual)):
             cached = packed_bytes({**flags, "lora_init": start, "quantized_cache": tmp_path})
-            assert torch.equal(cached[name], expected)
+            assert torch.equal(cached[CODES], expected)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("flags", [dict(lora_init="pissa_niter_16"), dict(load_format="dummy")], ids=str)
+def test_the_cache_keeps_seeds_apart(tiny, tmp_path, flags):
+    """A base that depends on the seed, by a start found at random or weights that are, is read only under that seed."""
+    flags = dict(model_name=tiny(), train_type="bnb_dora", **flags)
+    plain = {seed: packed_bytes({**flags, "seed": seed})[CODES] for seed in (1, 2)}
+    assert not torch.equal(plain[1], plain[2])
+    for _ in range(2):
+        for seed, expected in plain.items():
+            assert torch.equal(packed_bytes({**flags, "seed": seed, "quantized_cache": tmp_path})[CODES], expected)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_cache_follows_a_saved_adapter(save_run, tiny, tmp_path):
+    """The base under an adapter that training goes on with lacks that one's start, whatever this run's own would be;
+    it is the base that the first run left in the cache."""
+    flags = dict(lora_init="pissa_niter_16", lora_rank=4, quantized_cache=tmp_path)
+    folder, trained = save_run(tiny(), "bnb_dora", **flags)
+    config = make_config(model_name=tiny(), train_type="bnb_dora", **flags, seed=7)
+    expected = bytes_of(trained.get_parameter(CODES))
+    assert not torch.equal(bytes_of(prepared(config).model.get_parameter(CODES)), expected)
+    planned = plan(config)
+    planned.method.begin_as(adapter_tensors(folder))
+    run = assemble.load(planned, config, mesh=None, device=CPU)
+    assert torch.equal(bytes_of(run.model.get_parameter(CODES)), expected)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_dummies_are_told_apart(tiny):
+    """Their fingerprint names all that the values depend on."""
+    dummies = lambda **more: make_config(model_name=tiny(), load_format="dummy", **more)
+    found = {
+        assemble.build(config, task=CAUSAL_LM, device=device).base_fingerprint
+        for device in (CPU, torch.device("meta"))
+        for config in (dummies(), dummies(seed=7), dummies(precision="bf16"))
+    }
+    assert len(found) == 6
 
 
 def test_each_process_decomposes_its_share(pair, tiny):

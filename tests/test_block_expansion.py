@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 from block_expansion import LAYERS_NAME, Expansion, expand, expanded_layout
 
 from fsdp_utils.core.errors import UserError
+from fsdp_utils.model.build import DEMO_MODEL
 
 SHAPE = {
     "vocab_size": 96,
@@ -150,26 +151,34 @@ def no_weights(folder):
     (folder / "model.safetensors").unlink()
 
 
+def no_config(folder):
+    (folder / "config.json").unlink()
+
+
 @pytest.mark.parametrize(
     "config, damage, flags, message",
     [
-        (GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=96), None, {}, "gpt2: .*o_proj"),
+        (GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=96), None, {}, "gpt2: .*o_proj.*; choose a model"),
         (MixtralConfig(**SHAPE, num_local_experts=2), None, {}, "mixtral: "),
         (FAMILIES["llama"], stale_config, {}, "has 3 layers, the weights 4"),
-        (FAMILIES["llama"], quantized, {}, "is quantized"),
+        (FAMILIES["llama"], quantized, {}, "quantized already; give the 16-bit model"),
         (FAMILIES["llama"], truncated, {}, "truncated"),
         (FAMILIES["llama"], no_weights, {}, "no model.safetensors"),
+        (FAMILIES["llama"], no_config, {}, "config.json"),
         (FAMILIES["llama"], None, {"num_new_blocks": 5}, "--num_new_blocks 5: must be from 1"),
+        (FAMILIES["llama"], None, {"model_name": "/nonexistent"}, "/nonexistent: no such folder; give .* or demo"),
     ],
 )
 def test_refusals_leave_no_folder(tmp_path, config, damage, flags, message):
-    """What is not understood is refused in one line, and nothing is left that looks like a model."""
+    """What is not understood is refused in one line that begins with the flag, and nothing is left that looks like a
+    model."""
     save_model(config, tmp_path / "in")
     if damage:
         damage(tmp_path / "in")
     with pytest.raises(UserError, match=message) as error:
-        expand(Expansion(str(tmp_path / "in"), str(tmp_path / "out"), **flags))
+        expand(Expansion(**{"model_name": str(tmp_path / "in"), "output_dir": str(tmp_path / "out"), **flags}))
     assert "\n" not in str(error.value)
+    assert str(error.value).startswith("--num_new_blocks 5" if "num_new_blocks" in flags else "--model_name ")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
@@ -200,7 +209,18 @@ def test_interruption_leaves_the_old_folder(tmp_path, monkeypatch):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 5
 
 
-def test_wrong_flags_are_named():
-    """Before anything is read, a line for each."""
+def test_wrong_flags_are_named(monkeypatch):
+    """Before anything is read, a line for each; so is a launch as several processes."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
     missing = Expansion(max_shard_size="big").errors()
     assert [line.split(":")[0] for line in missing] == ["--model_name", "--output_dir", "--max_shard_size"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (several,) = Expansion("demo", "out").errors()
+    assert several == "torchrun: an expansion is one process; start it with plain python"
+
+
+def test_demo_is_the_built_in_model(tmp_path):
+    """As in the other scripts."""
+    expand(Expansion("demo", str(tmp_path / "out"), num_new_blocks=1))
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (DEMO_MODEL, tmp_path / "out"))
+    assert after["num_hidden_layers"] == before["num_hidden_layers"] + 1

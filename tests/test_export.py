@@ -314,6 +314,25 @@ def test_unsupported_combinations(save_run, tiny, export, monkeypatch):
         export(nf4, "merged")
 
 
+def test_what_is_refused_leaves_no_trace(save_run, tiny, export, tmp_path):
+    """The reason is the run's, also where the report could not be made; no folder is made on the way to the target."""
+    full, _ = save_run(tiny(), "full")
+    nf4 = export(full, "bnb_nf4", name="nf4")
+    with pytest.raises(UserError, match=f"^--model {nf4}: is quantized for serving already"):
+        export(nf4, "merged", name="new/out", fidelity_samples=4)
+    with pytest.raises(UserError, match="no adapter on a bitsandbytes base"):
+        export(full, "bnb_dora", name="new/out")
+    assert [path.name for path in tmp_path.iterdir()] == ["nf4"]
+
+
+@pytest.mark.parametrize("lora_init", ["default", "pissa"])
+def test_the_grid_is_mentioned_where_there_is_one(save_run, tiny, export, capsys, lora_init):
+    """The merged weight of a run lies near the grid of its base, unless the base is the rest that PiSSA leaves."""
+    run, _ = save_run(tiny(), "bnb_dora", lora_init=lora_init)
+    export(run, "bnb_nf4")
+    assert ("rounding to the grid it was trained on" in capsys.readouterr().out) is (lora_init == "default")
+
+
 def test_flags_are_required():
     """Without --model and --save_dir nothing can be done."""
     assert replace(ExportConfig()).errors() == ["--model: required", "--save_dir: required"]

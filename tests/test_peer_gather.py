@@ -11,6 +11,7 @@ from closeness import assert_close, assert_learns
 from commands import losses
 from real_run import first_step, make_config, packed_bytes, plan, prepared
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from workers import Workers
 
@@ -21,11 +22,13 @@ from fsdp_utils.core.ranks import rank
 from fsdp_utils.core.rows import local
 from fsdp_utils.data.batches import with_targets
 from fsdp_utils.memory.budget import remedies, resident
-from fsdp_utils.sharding import peer_gather
+from fsdp_utils.sharding import fsdp, peer_gather
 from fsdp_utils.sharding.mesh import mesh_for
 from fsdp_utils.training.step import TrainStep
 from fsdp_utils.training.task import CAUSAL_LM
 from methods import TRAIN_TYPES
+from methods.adapter import LORA_A
+from methods.lora import LoRALinear
 from methods.targets import decoder_blocks
 
 CPU = torch.device("cpu")
@@ -264,6 +267,43 @@ def test_estimate_for_auto(pair, flags):
     """`--use_gradient_checkpointing auto` counts adapters that are whole, and sharded weights as it did before."""
     for (before, sharded, together), whole in pair.run(estimates, flags(train_type="bnb_dora")):
         assert before == sharded and together - sharded == whole > 0
+
+
+def kept_to_be_saved(flags: dict) -> tuple[dict[str, int], bool, int, bool, list]:
+    """What memory is said to go to; whether what trains is whole during a step; rows of PiSSA's start in this process,
+    by the bytes they take; whether it has only these while FSDP2's groups are whole; and the start as it is saved."""
+    run = prepared(make_config(**flags))
+    layers = [m for m in run.model.modules() if isinstance(m, LoRALinear)]
+    starts = [p for m in layers for name, p in m.named_parameters(recurse=False) if name.startswith("initial_")]
+    for module in run.model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+    still = [p for m in layers for name, p in m.named_parameters(recurse=False) if name.startswith("initial_")]
+    rows_only = all(isinstance(p, DTensor) for p in still)
+    fsdp.leave_sharded(run)
+    saved = [run.method.layer_tensors(m)[LORA_A].whole().detach().clone() for m in layers]
+    return run.sizes, run.gathered_with_root, sum(local(p).nbytes for p in starts), rows_only, saved
+
+
+@pytest.mark.parametrize("more", [{}, dict(use_cpu_offload=True), dict(sharding_strategy="hybrid_full_shard")], ids=str)
+@pytest.mark.parametrize("peer_gather", [False, True])
+def test_nobody_gathers_what_is_kept_to_be_saved(pair, flags, peer_gather, more):
+    """PiSSA's start is rows in every process, also while its block is whole; it is counted as base, and what else is
+    gathered, and how, is what it is without. Saved, it is whole."""
+    if peer_gather and "use_cpu_offload" in more:
+        pytest.skip("refused together")
+    settings = flags(train_type="custom_qlora", lora_rank=2, **more)
+    little = 0.5  # of the frozen bytes: adapters are less, with as much again for their start more
+    alone = kept_to_be_saved({**settings, "lora_init": "pissa", "use_cpu_offload": False})[-1]
+    plain, pissa = (
+        pair.run(with_little, little, kept_to_be_saved, settings | dict(lora_init=start, peer_gather=peer_gather))
+        for start in ("default", "pissa")
+    )
+    for (sizes, with_root, _, _, _), (kept, root_now, nbytes, rows_only, saved) in zip(plain, pissa, strict=True):
+        assert rows_only and with_root == root_now == peer_gather
+        counted = 0 if more.get("use_cpu_offload") else nbytes
+        assert kept == sizes | dict(base=sizes["base"] + counted) and nbytes
+        assert all(torch.equal(got, want) for got, want in zip(saved, alone, strict=True))
 
 
 def left_of_sharing(flags: dict) -> tuple[list[str], int, int]:

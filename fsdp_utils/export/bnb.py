@@ -87,7 +87,9 @@ class BnbNF4(Bnb):
         own = trained.quantizer if isinstance(trained.quantizer, Bnb4bit) else Bnb4bit()
         self.quantizer = replace(own, scales="fp32")
         self.check_group(self.quantizer.group_size, way_out="use --infer_type merged")
-        if trained.run.kind == "adapter" and isinstance(trained.quantizer, Bnb4bit):
+        # under PiSSA the grid is that of the base's rest, and the merged weight lies on it no more than any other
+        on_its_grid = trained.run.kind == "adapter" and not trained.method.base_recipe
+        if on_its_grid and isinstance(trained.quantizer, Bnb4bit):
             say(
                 "note: rounding to the grid it was trained on undoes part of an adapter; --infer_type bnb_dora is exact"
             )

@@ -14,6 +14,7 @@ from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.ranks import world_size
 from fsdp_utils.memory.activations import Kept
 from fsdp_utils.options import OPTIMIZERS, STRATEGIES
+from fsdp_utils.sharding.peer_gather import unread_parameters
 from fsdp_utils.sharding.prepared import Prepared
 from methods.kernels.cross_entropy import LOGITS_BYTES
 
@@ -83,7 +84,8 @@ def resident(
 def _gathered(model: nn.Module, blocks: dict, config, *, away: set[int], gathered_with_root: bool) -> tuple[int, int]:
     """Bytes of what FSDP2 makes whole at the worst moment, gradients of it included, and of the fp32 buffers that
     gradients are reduced in."""
-    in_blocks = [list(block.parameters()) for block in blocks.values()]
+    away = away | {id(p) for p in unread_parameters(model)}
+    in_blocks = [[p for p in block.parameters() if id(p) not in away] for block in blocks.values()]
     inside = {id(p) for parameters in in_blocks for p in parameters} | away
     root = [p for p in model.parameters() if id(p) not in inside or (gathered_with_root and p.requires_grad)]
     whole = lambda parameters: sum(p.nbytes for p in parameters)

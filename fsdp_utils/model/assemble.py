@@ -115,8 +115,7 @@ def build(config, *, task, device: torch.device) -> Built:
     weights = open_weights(
         model, config.source, load_format=config.load_format, dtype=dtypes.stored, device=device, seed=config.seed
     )
-    known_as = fingerprint(weights) if config.load_format != "dummy" else "dummy"
-    return Built(model, task, weights, dtypes, known_as)
+    return Built(model, task, weights, dtypes, fingerprint(weights))
 
 
 def check_trainable(built: Built, config, *, device: torch.device) -> None:
@@ -208,11 +207,11 @@ def _fill(planned: Plan, config, *, on_host: dict, rows_on_host: bool, device: t
     model, method, weights = planned.model, planned.method, planned.weights
     offload.move_embedding_to_host(model, on_host, device=device)
     materialize(model, device=torch.device("cpu") if rows_on_host else device, buffer_device=device)
+    method.before_loading(whole_reader(model, weights, device=device), device=device)
     cache = None
     if config.quantized_cache and planned.quantizer:
-        base = planned.base_fingerprint + method.base_recipe
+        base = planned.base_fingerprint + method.base_recipe  # only now does the method know which base it wants
         cache = QuantizedCache(cache_folder(config.quantized_cache, model, base=base), device=device)
-    method.before_loading(whole_reader(model, weights, device=device), device=device)
     load_weights(model, weights, device=device, base_rows=method.base_rows, cache=cache)
     if cache:
         cache.write(model)

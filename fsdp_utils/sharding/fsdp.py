@@ -5,6 +5,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from fsdp_utils.options import STRATEGIES
+from fsdp_utils.sharding.peer_gather import sharded, unread
 from fsdp_utils.sharding.prepared import Prepared
 
 
@@ -26,11 +27,12 @@ def shard(
     Args:
         apart: the embedding's parameters where every process holds them whole (`offload.whole_embedding`), or none.
             What is a gigabyte to gather, and shows at the start of every step, is a few rows to read.
-        frozen: the parameters of blocks that `peer_gather` gathers, or none.
+        frozen: the parameters of blocks that `peer_gather` gathers, or none. What no forward reads joins them.
         gathered_with_root: what else is in the blocks is one group with the rest, and whole during a step.
     """
     if mesh is None:
         return
+    frozen = frozen | _kept_as_rows(model, mesh)
     pin = torch.cuda.is_available() and mesh.device_type == "cuda"
     settings = dict(
         mesh=mesh,
@@ -44,6 +46,15 @@ def shard(
     _shard_ends(model, settings, embedding=not apart)
     whole = dict(reshard_after_forward=False) if gathered_with_root else {}
     fully_shard(model, **settings | whole, ignored_params=apart | frozen)
+
+
+def _kept_as_rows(model: nn.Module, mesh) -> set[nn.Parameter]:
+    """Shards what no forward reads, and gives it back for FSDP2 to ignore: it would gather it with its group."""
+    found = set()
+    for module, name in unread(model):
+        module._parameters[name] = sharded(module._parameters[name], mesh)
+        found.add(module._parameters[name])
+    return found
 
 
 def _shard_ends(model: nn.Module, settings: dict, *, embedding: bool) -> None:

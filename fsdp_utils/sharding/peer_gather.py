@@ -36,7 +36,17 @@ def frozen_weights(block: nn.Module) -> list[tuple[nn.Module, str]]:
     return [(m, name) for m in linears for name, p in m.named_parameters(recurse=False) if not p.requires_grad]
 
 
-def _sharded(parameter: nn.Parameter, mesh) -> nn.Parameter:
+def unread(module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Module and name of every frozen parameter that is kept to be saved, and that no forward reads."""
+    return [(m, name) for m in module.modules() for name in getattr(m, "unread_names", ())]
+
+
+def unread_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Those of `unread`: nobody gathers them."""
+    return [m._parameters[name] for m, name in unread(module)]
+
+
+def sharded(parameter: nn.Parameter, mesh) -> nn.Parameter:
     """A parameter on meta as FSDP2 would shard it: dim 0 over the last dimension of the mesh."""
     last = mesh.ndim - 1
     rows, mine = parameter.data.chunk(mesh.size(last)), mesh.get_local_rank(last)
@@ -167,12 +177,13 @@ class PeerShards:
         ]
         self.slot_sizes = [max(sizes[i::count]) for i in range(count)]
         for module, name in chain.from_iterable(self.weights):
-            module._parameters[name] = _sharded(module._parameters[name], mesh)
+            module._parameters[name] = sharded(module._parameters[name], mesh)
 
     @staticmethod
     def _trains_little(block: nn.Module, weights: list[tuple[nn.Module, str]]) -> bool:
         frozen = sum(module._parameters[name].nbytes for module, name in weights)
-        return sum(p.nbytes for p in block.parameters()) - frozen <= LITTLE * frozen
+        left = sum(p.nbytes for p in unread_parameters(block))
+        return sum(p.nbytes for p in block.parameters()) - frozen - left <= LITTLE * frozen
 
     @property
     def parameters(self) -> set[nn.Parameter]:
