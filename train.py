@@ -17,11 +17,12 @@ from contextlib import nullcontext
 import torch
 
 from fsdp_utils.core import devices, processes
-from fsdp_utils.core.errors import Diverged, UserError, naming
+from fsdp_utils.core.errors import Diverged, naming
 from fsdp_utils.core.ranks import rank, say, world_size
-from fsdp_utils.data.batches import Batches
-from fsdp_utils.data.tokens import TokenizedData, prepare_dataset
-from fsdp_utils.folders import saving
+from fsdp_utils.data.batches import accumulation_for
+from fsdp_utils.data.prepare import batch_arithmetic, hold_out, make_batches, prepare_data
+from fsdp_utils.folders import checkpoints, saving
+from fsdp_utils.folders.session import Session
 from fsdp_utils.memory.budget import out_of_memory
 from fsdp_utils.model.assemble import cannot_compile, compiler, load, plan, size_report
 from fsdp_utils.model.build import read_model_config, read_tokenizer
@@ -30,15 +31,26 @@ from fsdp_utils.training import metrics
 from fsdp_utils.training.loss import check_packing
 from fsdp_utils.training.optim import schedule_factor
 from fsdp_utils.training.step import TrainStep
+from fsdp_utils.training.stopping import Stopping
 from fsdp_utils.training.task import CAUSAL_LM
+from fsdp_utils.training.validation import Validation
 
 
 def main(config: TrainConfig) -> None:
+    """A run: from here on a signal ends it in good order."""
+    with Stopping(config) as stopping:
+        tell(config, stopping)
+
+
+def tell(config: TrainConfig, stopping: Stopping) -> None:
     """The story of a run up to the first weight that is read: every check comes before."""
     device = devices.pick_device(config.device)
-    saving.check_output(config)
+    if config.deterministic:
+        devices.repeat_exactly()
     metrics.check_sink(config)
     processes.start(device, alone=config.use_cpu_offload)
+    checkpoint = checkpoints.find(config)
+    saving.check_output(config, resumes=checkpoints.is_own(checkpoint, config))
     for note in config.notes():
         say(f"note: {note}")
     if config.verbose:
@@ -50,16 +62,22 @@ def main(config: TrainConfig) -> None:
         tokenizer = read_tokenizer(config.source)
     data = prepare_data(config, tokenizer, model_config)
     say(data.report)
+    data, held_out = hold_out(config, data, tokenizer, model_config)
+    split_global_batch(config, checkpoint)
     batches = make_batches(config, data, tokenizer, task=task)
     batches.check()
+    validation = Validation(config, batches, held_out) if held_out else None
     planned = plan(config, task=task, device=device)
+    begins = dict(stopping=stopping, checkpoint=checkpoint, validation=validation)
+    session = Session(config, planned, tokenizer, batches, **begins)
     mesh = mesh_for(config, device)
-    with saving.begun(planned, config):
-        carry_out(planned, batches, tokenizer, config, mesh=mesh, device=device)
+    with session.begun():
+        carry_out(session, mesh=mesh, device=device)
 
 
-def carry_out(planned, batches: Batches, tokenizer, config, *, mesh, device) -> None:
+def carry_out(session: Session, *, mesh, device) -> None:
     """Loads what was planned, trains and saves it."""
+    config, planned = session.config, session.planned
     prepared = load(planned, config, mesh=mesh, device=device, compile_block=compiler(config, device))
     say(*size_report(prepared.model, planned.quantizer), sep="\n")
     if prepared.host_activations:
@@ -69,34 +87,38 @@ def carry_out(planned, batches: Batches, tokenizer, config, *, mesh, device) -> 
     try:
         if config.packing:
             check_packing(prepared.model, device=device, autocast=prepared.autocast)
-        train(prepared, batches, config, task=planned.task)
+        train(prepared, session)
     except torch.OutOfMemoryError as error:
         raise out_of_memory(prepared, config, error) from None
     except torch._dynamo.exc.BackendCompilerFailed as error:
         raise cannot_compile(error) from None
     if config.save_model:
-        saving.save(prepared.model, tokenizer, planned, config)
+        saving.save(prepared.model, session.tokenizer, planned, config)
         say(f"saved to {config.output_dir}")
     prepared.close()
 
 
-def train(prepared, batches: Batches, config, *, task) -> None:
+def train(prepared, session: Session) -> None:
     """The loop: one optimizer step after another, metrics after each."""
-    total = config.max_steps if config.max_steps > 0 else sum(map(batches.count, range(config.num_epochs)))
-    say(batch_arithmetic(batches, steps=total))
-    step = TrainStep(prepared, config, task=task)
-    logger = metrics.make_logger(config, total=total)
+    config = session.config
+    total = session.total_steps
+    say(batch_arithmetic(session.batches, steps=total))
+    step = TrainStep(prepared, config, task=session.planned.task)
+    start = session.begin(step)
+    logger = metrics.make_logger(config, total=total, start=start, run_id=session.run_id)
+    session.run_id = logger.run_id
     clock = metrics.Clock(prepared.device)
-    stepped = False
+    stepped = start > 0
     with metrics.make_profiler(config, prepared.device) or nullcontext() as profiler:
-        for number, micro_batches in enumerate(step.batches(batches).first(total)):
+        for number, micro_batches in enumerate(step.batches(session.batches).first(total, start=start), start + 1):
             clock.begin()
-            factor = schedule_factor(config.lr_scheduler, number, total=total, warmup_ratio=config.lr_warmup_ratio)
-            result = step(micro_batches, lr=config.lr * factor)
+            factor = schedule_factor(config.lr_scheduler, number - 1, total=total, warmup_ratio=config.lr_warmup_ratio)
+            with session.explaining(number, lr=config.lr * factor):
+                result = step(micro_batches, lr=config.lr * factor, votes=session.votes())
             stepped = stepped or result.stepped
             logger.log(
                 dict(
-                    step=number + 1,
+                    step=number,
                     loss=result.loss,
                     lr=config.lr * factor,
                     grad_norm=result.grad_norm,
@@ -108,44 +130,25 @@ def train(prepared, batches: Batches, config, *, task) -> None:
             )
             if profiler:
                 profiler.step()
+            if session.after(number, result.votes, logger=logger):
+                break
     logger.close()
     step.close()
+    session.end()
     if not stepped:
         raise Diverged(f"all {total} steps overflowed in fp16 and were skipped; use --precision bf16 or fp32")
     mean, peak = clock.mean(), devices.peak_memory_gib(prepared.device)
     say(f"tokens/s: {mean:.0f} ({mean / world_size():.0f} per process), peak {peak:.2f} GiB")
 
 
-def prepare_data(config, tokenizer, model_config) -> TokenizedData:
-    """The tokenized training set; every process returns the same one.
-
-    Raises:
-        UserError: bad data, or token ids that the embedding has no row for.
-    """
-    tokenized = prepare_dataset(config, tokenizer)
-    rows = model_config.get_text_config().vocab_size
-    if tokenized.report.max_token_id >= rows:
-        raise UserError(
-            f"--model_name {config.source}: the tokenizer yields id {tokenized.report.max_token_id}, but the "
-            f"vocabulary of the embedding has {rows} rows; use the model's own tokenizer or resize the embedding"
-        )
-    return tokenized
-
-
-def make_batches(config, data: TokenizedData, tokenizer, *, task) -> Batches:
-    """How this process's micro-batches are made."""
-    # padding is told by its place: any id does that the embedding has, and a tokenizer's own may lie beyond it
-    pad = min(tokenizer.pad_token_id or 0, data.report.max_token_id)
-    return Batches.of(config, data, collate=task.collate, rank=rank(), world_size=world_size(), pad_token_id=pad)
-
-
-def batch_arithmetic(batches: Batches, *, steps: int) -> str:
-    """How samples become optimizer steps, in one line."""
-    return (
-        f"global batch: {batches.batch_size} rows x {batches.world_size} processes x {batches.accumulation} "
-        f"accumulation = {batches.rows_per_step} {'packs' if batches.packing else 'samples'}; "
-        f"{len(batches.data)} samples, {steps} steps"
-    )
+def split_global_batch(config, checkpoint) -> None:
+    """Sets the accumulation from --global_batch_size, or so that a resumed run has the rows a step that it had."""
+    rows, named = config.global_batch_size, "--global_batch_size"
+    if checkpoint and rows < 1:
+        rows, named = checkpoints.read_state(checkpoint)["rows_per_step"], f"--resume {checkpoint}"
+    if rows > 0:
+        split = dict(batch_size=config.batch_size, world_size=world_size())
+        config.gradient_accumulation_steps = accumulation_for(rows, named=named, **split)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def samples(count: int, *, vocabulary: int) -> TokenizedData:
     ids = [rng.integers(0, vocabulary, n).astype(np.int32) for n in lengths]
     labels = [np.concatenate([[IGNORED], row[1:]]) for row in ids]
     rows = datasets.Dataset.from_dict({"input_ids": ids, "labels": labels}).with_format("numpy")
-    return TokenizedData(dataset=rows, lengths=lengths, report=None, name="lognormal")
+    return TokenizedData(dataset=rows, lengths=lengths, rows=np.arange(len(lengths)), report=None, name="lognormal")
 
 
 def useful_speed(run: Run, batches: Batches, *, steps: int, warmup: int = 6) -> float:

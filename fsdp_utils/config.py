@@ -19,8 +19,10 @@ class TrainConfig:
 
     _method: str = section("what is trained")
     train_type: str = flag("qlora", "how the model is adapted, and on which base", choices=tuple(TRAIN_TYPES))
-    model_name: str = flag("meta-llama/Llama-2-7b-hf", "hub name or local folder; `demo` is the built-in model")
-    llama_pro_path: str | None = flag(None, "folder of a block-expanded model (*_llama_pro)")
+    model_name: str = flag(
+        "meta-llama/Llama-2-7b-hf", "hub name or local folder; `demo` is the built-in model", may_change=True
+    )
+    llama_pro_path: str | None = flag(None, "folder of a block-expanded model (*_llama_pro)", may_change=True)
     lora_rank: int = flag(64, "rank r of the adapters", minimum=1, maximum=2**16)
     lora_alpha: int = flag(16, "adapters are scaled by alpha / r", above=0)
     lora_dropout: float = flag(0.1, "dropout before the adapters", minimum=0.0, maximum=0.99)
@@ -48,7 +50,9 @@ class TrainConfig:
 
     _data: str = section("data")
     dataset: str = flag(
-        "alpaca_sample", "name (see docs/data.md) or local .jsonl, .json, .parquet file or dataset folder"
+        "alpaca_sample",
+        "name (see docs/data.md) or local .jsonl, .json, .parquet file or dataset folder",
+        may_change=True,  # the content may not
     )
     dataset_samples: int = flag(
         512, "samples used of alpaca_sample, dummy, orca_math; of others only when passed", minimum=1
@@ -57,10 +61,15 @@ class TrainConfig:
     packing: bool = flag(False, "fill rows of context_length with several samples that do not see each other")
 
     _training: str = section("training")
-    batch_size: int = flag(1, "rows per process and forward pass", minimum=1)
-    gradient_accumulation_steps: int = flag(1, "forward passes per optimizer step", minimum=1)
-    num_epochs: int = flag(1, "passes over the data", minimum=1)
-    max_steps: int = flag(-1, "stop after this many optimizer steps; -1: at the end of the epochs", minimum=-1)
+    batch_size: int = flag(1, "rows per process and forward pass", minimum=1, may_change=True)
+    gradient_accumulation_steps: int = flag(1, "forward passes per optimizer step", minimum=1, may_change=True)
+    global_batch_size: int = flag(
+        -1, "rows of an optimizer step, over all processes: sets the accumulation; -1: as it comes", may_change=True
+    )
+    num_epochs: int = flag(1, "passes over the data", minimum=1, may_change=True)
+    max_steps: int = flag(
+        -1, "stop after this many optimizer steps; -1: at the end of the epochs", minimum=-1, may_change=True
+    )
     lr: float = flag(1e-5, "peak learning rate", above=0.0)
     lr_scheduler: str = flag("constant", "linear and cosine warm up first", choices=tuple(SCHEDULES))
     lr_warmup_ratio: float = flag(0.1, "share of the steps that warm up (linear, cosine)", minimum=0.0, maximum=1.0)
@@ -75,8 +84,30 @@ class TrainConfig:
     grad_norm: float = flag(0.3, "the norm clipped to", above=0.0)
     precision: str = flag("bf16", "storage and compute precision", choices=tuple(PRECISIONS))
     seed: int = flag(42, "seeds adapters, data order and dropout", minimum=0, maximum=2**63)
+    deterministic: bool = flag(False, "on GPUs too, every run of a command comes to the same bits; attention is slower")
 
-    _sharding: str = section("sharding and memory")
+    _checkpoints: str = section("checkpoints: a run that is interrupted goes on", may_change=True)
+    save_every_steps: int = flag(0, "write a checkpoint every so many steps; 0: none", minimum=0)
+    save_every_minutes: float = flag(0.0, "and every so many minutes; 0: none", minimum=0.0)
+    keep_checkpoints: int = flag(2, "how many of the newest to keep", minimum=1)
+    resume: str = flag(
+        "false", "auto: the newest valid checkpoint in output_dir, or a new run; or a checkpoint's folder"
+    )
+    init_adapter: str | None = flag(None, "folder of a saved adapter to go on training, on new data")
+    stop_at_step: int = flag(0, "write a checkpoint after this step and end; 0: no", minimum=0)
+    stop_after_minutes: float = flag(0.0, "write a checkpoint after so many minutes and end; 0: no", minimum=0.0)
+
+    _validation: str = section("validation, at the end and on the way", may_change=True)
+    eval_dataset: str | None = flag(None, "name or file, as of --dataset, that is not trained on")
+    eval_samples: int = flag(0, "or so many samples of --dataset, held out before training", minimum=0)
+    eval_every_steps: int = flag(0, "validate every so many steps too", minimum=0)
+    eval_generate: int = flag(0, "of so many questions, count the answers that greedy decoding gets right", minimum=0)
+    save_best: bool = flag(False, "keep the checkpoint of the lowest validation loss; it becomes the result")
+    early_stopping_patience: int = flag(
+        0, "end after so many validations in a row without a lower loss; 0: no", minimum=0
+    )
+
+    _sharding: str = section("sharding and memory", may_change=True)
     world_size: int = flag(-1, "processes when started by plain `python`; -1: one per visible GPU", minimum=-1)
     device: str = flag("auto", "where to compute", choices=("auto", "cuda", "cpu"))
     sharding_strategy: str = flag("full_shard", "what is sharded, over whom", choices=tuple(STRATEGIES))
@@ -115,7 +146,7 @@ class TrainConfig:
     low_memory: bool = flag(True, "accepted for old commands; loading is always sharded")
     loading_workers: int = flag(-1, "accepted for old commands; every process streams its own rows")
 
-    _output: str = section("output and logging")
+    _output: str = section("output and logging", may_change=True)
     save_model: bool = flag(False, "write adapters or the model to output_dir")
     output_dir: str = flag("output", "where the result, metrics.jsonl and run.json go")
     overwrite: bool = flag(False, "replace a non-empty output_dir")
@@ -126,11 +157,11 @@ class TrainConfig:
     entity: str | None = flag(None, "wandb entity")
     verbose: bool = flag(False, "print every flag and the sharded model")
 
-    _launch: str = section("launch without torchrun")
+    _launch: str = section("launch without torchrun", may_change=True)
     master_addr: str = flag("localhost", "address of process 0")
     master_port: str = flag("12355", "port of process 0")
 
-    _profiling: str = section("profiling")
+    _profiling: str = section("profiling", may_change=True)
     profile_memory: bool = flag(False, "log allocated and reserved memory at every step, and into the profile")
     profile: bool = flag(False, "run torch.profiler")
     profiling_output: str = flag("profiles", "folder of the profiles")
@@ -173,6 +204,10 @@ class TrainConfig:
     def rounds_stochastically(self) -> bool:
         return self.stochastic_rounding and self.stores_bf16 and OPTIMIZERS[self.optimizer].rounds
 
+    @property
+    def validates(self) -> bool:
+        return bool(self.eval_dataset or self.eval_samples)
+
     def errors(self) -> list[str]:
         """One line for each flag that cannot work beside the others."""
         found = self._quantizer_errors()
@@ -181,6 +216,13 @@ class TrainConfig:
             found.append(f"--lora_init {self.lora_init}: not with {self.train_type}; use one of {', '.join(able)}")
         if not self.output_dir:
             found.append("--output_dir: name a folder")
+        if self.eval_dataset and self.eval_samples:
+            found.append("--eval_samples: --eval_dataset gives the validation samples already; drop one")
+        if not self.validates:
+            needing = ("eval_every_steps", "eval_generate", "save_best", "early_stopping_patience")
+            found += [f"--{name}: add --eval_dataset or --eval_samples" for name in needing if getattr(self, name)]
+        elif self.early_stopping_patience and not self.eval_every_steps:
+            found.append("--early_stopping_patience: add --eval_every_steps")
         if self.method == "llama_pro" and not self.llama_pro_path:
             found.append(f"--llama_pro_path: {self.train_type} needs the folder that scripts/block_expansion.py wrote")
         if self.llama_pro_path and self.method != "llama_pro":

@@ -84,8 +84,7 @@ def save_trained(config):
     planned, run = planned_and_prepared(config)
     off_zero(run)
     saving.save(run.model, read_tokenizer(config.source), planned, config)
-    facts = dict(base_fingerprint=planned.base_fingerprint, quantizer=planned.quantizer)
-    saving.write_run(config, **facts, finished=True)
+    saving.write_run(config, planned, finished=True)
     return run.model.eval()
 
 

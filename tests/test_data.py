@@ -115,7 +115,9 @@ def fake_data(lengths):
     ids = [[1000 * (i + 1) + p for p in range(n)] for i, n in enumerate(lengths)]
     labels = [[-100, *row[1:]] for row in ids]
     rows = datasets.Dataset.from_dict({"input_ids": ids, "labels": labels}).with_format("numpy")
-    return TokenizedData(dataset=rows, lengths=np.array(lengths, dtype=np.int64), report=None, name="fake")
+    return TokenizedData(
+        dataset=rows, lengths=np.array(lengths, dtype=np.int64), rows=np.arange(len(lengths)), report=None, name="fake"
+    )
 
 
 def samples_of(batch):

@@ -37,7 +37,7 @@ def saved(flags: dict):
     planned, run = planned_and_prepared(config)
     model = off_zero(run).model
     tokenizer = read_tokenizer(config.source)
-    saving.write_run(config, base_fingerprint=planned.base_fingerprint, quantizer=planned.quantizer, finished=False)
+    saving.write_run(config, planned, finished=False)
     saving.save(model, tokenizer, planned, config)
     return logits_of(model), dequantized(model)
 
@@ -251,13 +251,13 @@ def test_one_run_at_a_time(tiny, tiny_data, tmp_path, monkeypatch):
         carry_out(*args, **kwargs)
 
     monkeypatch.setattr(train, "carry_out", second)
-    monkeypatch.setattr(saving, "check_output", lambda config: None)  # both looked before either wrote
+    monkeypatch.setattr(saving, "check_output", lambda config, **_: None)  # both looked before either wrote
     train.main(config)
     assert len(said) == 2 and json.loads((tmp_path / "out/run.json").read_text())["finished"]
     monkeypatch.undo()
-    early = iter([lambda config: None])
+    early = iter([lambda config, **_: None])
     check = saving.check_output
-    monkeypatch.setattr(saving, "check_output", lambda config: next(early, check)(config))
+    monkeypatch.setattr(saving, "check_output", lambda config, **how: next(early, check)(config, **how))
     with pytest.raises(UserError, match="is not empty"):
         train.main(config)
 

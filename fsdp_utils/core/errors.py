@@ -2,6 +2,8 @@
 
 from contextlib import contextmanager
 
+PREEMPTED = 75  # exit code (EX_TEMPFAIL) of a run that was told to stop, and goes on when it is started again
+
 
 class UserError(ValueError):
     """Bad input. The message is one line: the flag or file, the value, the way out."""
@@ -26,3 +28,11 @@ class CheckpointError(UserError):
 
 class DataError(UserError):
     """Bad data. The message is one line: the flag or file, the value, the way out."""
+
+
+class Ended(Exception):
+    """The run ends here in good order, with an exit code of its own."""
+
+    def __init__(self, code: int):
+        super().__init__(f"exit code {code}")
+        self.code = code

@@ -14,15 +14,19 @@ class ConfigError(UserError):
     """One line for each wrong flag."""
 
 
-def flag(default, help, *, choices=None, minimum=None, above=None, maximum=None):
-    """A dataclass field that is also a flag; choices and bounds are checked by `parse`."""
-    metadata = dict(help=help, choices=choices, minimum=minimum, above=above, maximum=maximum)
+def flag(default, help, *, choices=None, minimum=None, above=None, maximum=None, may_change=False):
+    """A dataclass field that is also a flag; choices and bounds are checked by `parse`.
+
+    Args:
+        may_change: a run that is resumed may have another value.
+    """
+    metadata = dict(help=help, choices=choices, minimum=minimum, above=above, maximum=maximum, may_change=may_change)
     return field(default=default, metadata=metadata)
 
 
-def section(title):
-    """Starts a group of flags in --help."""
-    return field(default=title, init=False, repr=False, metadata={"section": True})
+def section(title, *, may_change=False):
+    """Starts a group of flags in --help; `may_change` as of `flag`, for all of them."""
+    return field(default=title, init=False, repr=False, metadata={"section": True, "may_change": may_change})
 
 
 def flags(config):
@@ -33,6 +37,17 @@ def flags(config):
 def as_dict(config) -> dict:
     """Every flag and its value."""
     return {f.name: getattr(config, f.name) for f in flags(config)}
+
+
+def lasting_flags(config) -> list[str]:
+    """Names of the flags that a run keeps when it is resumed."""
+    names, group_may = [], False
+    for f in fields(config):
+        if f.metadata.get("section"):
+            group_may = f.metadata["may_change"]
+        elif f.metadata and not (group_may or f.metadata["may_change"]):
+            names.append(f.name)
+    return names
 
 
 def field_errors(config) -> list[str]:

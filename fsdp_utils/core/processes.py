@@ -1,14 +1,16 @@
 """Processes: how they start, what they sum, and how they end together."""
 
 import os
+import signal
 import sys
 import traceback
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
-from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.errors import PREEMPTED, Ended, UserError
 from fsdp_utils.core.ranks import fail, read_slurm_environment, world_size
 
 
@@ -35,10 +37,40 @@ def start(device: torch.device, *, alone: bool = False) -> None:
     if dist.is_initialized() or (world_size() == 1 and not alone):
         return
     on_gpu = device.type == "cuda"
-    settings = dict(store=dist.HashStore(), rank=0, world_size=1) if world_size() == 1 else {}
+    settings = dict(store=dist.HashStore(), rank=0, world_size=1) if world_size() == 1 else _of_a_restart()
     settings["timeout"] = timedelta(hours=2)  # the others wait while process 0 tokenizes or writes
     device_id = device if on_gpu else None
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", device_id=device_id, **settings)
+
+
+def _of_a_restart() -> dict:
+    """torchrun keeps its store when it starts processes again, in which the addresses of those that ended still stand.
+
+    Of one host only: the counts of several differ.
+    """
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return {}
+    store, number, count = next(rendezvous("env://"))
+    return dict(store=dist.PrefixStore(f"start-{restarts}", store), rank=number, world_size=count)
+
+
+def all_reduce_each(values: list[float], device: torch.device) -> list[float]:
+    """The sum of each number over all processes, by one collective."""
+    if not dist.is_initialized():
+        return values
+    reduced = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(reduced)
+    return reduced.tolist()
+
+
+def all_gather_objects(mine) -> list:
+    """What every process gave, in their order."""
+    if not dist.is_initialized():
+        return [mine]
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
 
 
 def _spawned(index: int, function, count: int, config) -> None:
@@ -64,21 +96,35 @@ def launch(function, config) -> None:
         return
     os.environ.setdefault("MASTER_ADDR", config.master_addr)
     os.environ.setdefault("MASTER_PORT", config.master_port)
-    started = None
+    told = []
     try:
         started = torch.multiprocessing.spawn(_spawned, args=(function, count, config), nprocs=count, join=False)
+        _pass_signals_on(started.processes, told)
         while not started.join():
             pass
-    except KeyboardInterrupt:  # sent to this process alone: those that it started would go on, and it would wait
-        for process in started.processes if started else ():
-            process.terminate()
-        os._exit(130)
     except torch.multiprocessing.ProcessExitedException as error:
+        if told and error.signal_name:  # before it could listen
+            sys.exit(PREEMPTED)
         if error.signal_name:
             memory = "; the machine may have run out of memory" if error.signal_name == "SIGKILL" else ""
             print(f"error: process {error.error_index} was ended by {error.signal_name}{memory}", file=sys.stderr)
             sys.exit(1)
         sys.exit(error.exit_code or 1)  # the process has already said why
+
+
+def _pass_signals_on(children: list, told: list[int]) -> None:
+    """What tells this process to stop tells those that it started, once; a second time ends them all. `told` grows by
+    each signal."""
+
+    def tell(number, frame):
+        for child in children:
+            child.kill() if told else child.terminate()
+        if told:
+            os._exit(PREEMPTED)
+        told.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, tell)
 
 
 def run(function, config) -> None:
@@ -87,6 +133,10 @@ def run(function, config) -> None:
         function(config)
     except UserError as error:
         fail(error)
+    except Ended as end:
+        sys.stdout.flush()
+        if end.code:  # not sys.exit, which would wait for the other processes
+            os._exit(end.code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         os._exit(130)  # as a shell reports it

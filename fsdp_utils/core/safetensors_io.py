@@ -140,6 +140,39 @@ def _open(path):
         raise CheckpointError(f"{path}: corrupt ({error})") from None
 
 
+def start_file(path, specs, *, metadata=None):
+    """Makes a file of these tensors, name -> (dtype, shape), without values; returns where each begins, in bytes."""
+    header, offset = {"__metadata__": {"format": "pt"} if metadata is None else metadata}, 0
+    # wide dtypes first: a float32 after an odd number of uint8 would lie unaligned in the mapped file
+    for name in sorted(specs, key=lambda name: -specs[name][0].itemsize):
+        dtype, shape = specs[name]
+        stop = offset + _nbytes(dtype, shape)
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, stop]}
+        offset = stop
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + offset)
+    return {name: 8 + len(text) + header[name]["data_offsets"][0] for name in specs}
+
+
+def write_rows(path, rows):
+    """Writes rows into a file that `start_file` made: pairs of (name, first row) and a CPU tensor `[n, ...]`.
+
+    Several processes may write rows of one file at once: rows of a tensor lie one after another.
+    """
+    header, length = read_header(path), int.from_bytes(Path(path).open("rb").read(8), "little")
+    with open(path, "r+b") as file:
+        for (name, first), tensor in rows:
+            begin, end = header[name]["data_offsets"]
+            count = max(header[name]["shape"][0], 1)
+            file.seek(8 + length + begin + first * ((end - begin) // count))
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        file.flush()
+        os.fsync(file.fileno())
+
+
 class StreamingWriter:
     """Writes tensors one at a time, in any order, into shards of at most `max_shard_bytes` (one tensor may exceed it).
 
@@ -156,24 +189,9 @@ class StreamingWriter:
         shards = _split(self.specs, max_shard_bytes)
         for number, names in enumerate(shards, 1):
             shard = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            self._start_shard(shard, names, {"format": "pt"} if metadata is None else metadata)
-
-    def _start_shard(self, shard, names, metadata):
-        header, offset = {"__metadata__": metadata}, 0
-        # wide dtypes first: a float32 after an odd number of uint8 would lie unaligned in the mapped file
-        for name in sorted(names, key=lambda name: -self.specs[name][0].itemsize):
-            dtype, shape = self.specs[name]
-            stop = offset + _nbytes(dtype, shape)
-            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [offset, stop]}
-            offset = stop
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        with open(self.folder / shard, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(8 + len(text) + offset)
-        for name in names:
-            self.shard_of[name] = shard
-            self._position[name] = 8 + len(text) + header[name]["data_offsets"][0]
+            of_shard = {name: self.specs[name] for name in names}
+            self._position |= start_file(self.folder / shard, of_shard, metadata=metadata)
+            self.shard_of |= dict.fromkeys(names, shard)
 
     def write(self, name, tensor):
         if name not in self._pending:

@@ -220,6 +220,26 @@ def collate(rows: list, *, packing: bool, targets_multiple: int, **shape) -> dic
     return with_targets(padded(rows, **shape), multiple=targets_multiple)
 
 
+def accumulation_for(rows: int, *, batch_size: int, world_size: int, named: str) -> int:
+    """Micro-batches of a process in a step of so many rows.
+
+    Args:
+        named: what asks for this number of rows, for the message.
+
+    Raises:
+        DataError: it is no whole number; says which batch sizes would work.
+    """
+    accumulation, rest = divmod(rows, batch_size * world_size)
+    if rest or not accumulation:
+        sizes = [size for size in range(1, rows // world_size + 1) if rows % (size * world_size) == 0]
+        way_out = f"--batch_size {' or '.join(map(str, sizes[-4:]))}" if sizes else "another number of processes"
+        raise DataError(
+            f"{named}: {rows} rows a step are no multiple of --batch_size {batch_size} x {world_size} processes; "
+            f"take {way_out}"
+        )
+    return accumulation
+
+
 @dataclass(frozen=True)
 class Batches:
     """How samples become the micro-batches of this process: a pure function of seed, epoch and step.
@@ -296,10 +316,24 @@ class Batches:
             shares = deal(tokens[first : first + self.rows_per_step], **split)
             yield [self._micro_batch([rows[first + i] for i in share]) for share in shares]
 
-    def first(self, total: int) -> Iterator[list[dict[str, torch.Tensor]]]:
-        """Exactly so many steps, epoch after epoch."""
-        endless = (step for epoch in itertools.count() for step in self.steps(epoch))
-        return itertools.islice(endless, total)
+    def first(self, total: int, *, start: int = 0) -> Iterator[list[dict[str, torch.Tensor]]]:
+        """Exactly so many steps, epoch after epoch; without the first `start` of them."""
+        epoch, done = self.epoch_of(start)
+        later = (step for following in itertools.count(epoch + 1) for step in self.steps(following))
+        return itertools.islice(itertools.chain(self.steps(epoch, start=done), later), max(total - start, 0))
+
+    def epoch_of(self, number: int) -> tuple[int, int]:
+        """The epoch of the step that follows `number` steps, and how many of its steps come before."""
+        epoch = 0
+        while number >= (count := self.count(epoch)):
+            epoch, number = epoch + 1, number - count
+        return epoch, number
+
+    def samples_of(self, number: int) -> list[int]:
+        """The samples of the global batch that follows `number` steps, by their places in `data`."""
+        epoch, done = self.epoch_of(number)
+        rows, first = self._rows(epoch)[0], done * self.rows_per_step
+        return sorted(int(sample) for row in rows[first : first + self.rows_per_step] for sample in row)
 
     def _micro_batch(self, rows: list[Sequence[int]]) -> dict[str, torch.Tensor]:
         """Reads the samples of `rows` and pads them."""

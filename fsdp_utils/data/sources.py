@@ -334,6 +334,20 @@ def load_examples(config) -> Dataset:
     return examples
 
 
+def held_out_rows(name: str) -> Dataset:
+    """The raw rows of a dataset's validation set, or of a local file or folder.
+
+    Raises:
+        DataError: as `load_examples`; no validation set.
+    """
+    check_name(name)
+    spec = DATASETS.get(name)
+    if spec and not spec.validation:
+        having = ", ".join(key for key, value in DATASETS.items() if value.validation)
+        raise DataError(f"--dataset {name}: has no validation set; give one of {having}, or a local file")
+    return spec.validation() if spec else read_local(name)
+
+
 def validation_examples(name: str, *, samples: int | None = None) -> Dataset:
     """Held-out rows with string columns `prompt` (as in training), `question` and `answer`.
 
@@ -342,14 +356,9 @@ def validation_examples(name: str, *, samples: int | None = None) -> Dataset:
         samples: only the first so many.
 
     Raises:
-        DataError: as `load_examples`; no validation set; chats or plain text, which have no one answer.
+        DataError: as `held_out_rows`; chats or plain text, which have no one answer.
     """
-    check_name(name)
-    spec = DATASETS.get(name)
-    if spec and not spec.validation:
-        having = ", ".join(key for key, value in DATASETS.items() if value.validation)
-        raise DataError(f"--dataset {name}: has no validation set; give one of {having}, or a local file")
-    examples = spec.validation() if spec else read_local(name)
+    examples = held_out_rows(name)
     layout = layout_of(name, examples)
     if layout in ("messages", "text"):
         raise DataError(f"--dataset {name}: rows of {layout} have no answer to compare with; give question and answer")

@@ -4,8 +4,9 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
@@ -73,17 +74,43 @@ class TokenizedData:
         dataset: columns `input_ids` and `labels`, int32 [tokens] a row; label -100 where there is no loss, as of the
             first token, which nothing predicts.
         lengths: tokens of each row, int64 [samples].
+        rows: number of each among the raw rows, int64 [samples].
         report: what became of the raw rows.
         name: the value of --dataset, for messages.
     """
 
     dataset: Dataset
     lengths: np.ndarray
+    rows: np.ndarray
     report: DataReport
     name: str
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def split(self, held_out: int, *, seed: int) -> tuple["TokenizedData", "TokenizedData"]:
+        """Other samples, and so many drawn at random, both in their order.
+
+        Raises:
+            DataError: nothing would be left to train on.
+        """
+        if held_out >= len(self):
+            raise DataError(f"--eval_samples {held_out}: --dataset {self.name} has {len(self)} samples; hold out fewer")
+        held = np.zeros(len(self), dtype=bool)
+        held[np.random.default_rng([seed, held_out]).permutation(len(self))[:held_out]] = True
+        return self._select(~held), self._select(held)
+
+    def _select(self, keep: np.ndarray) -> "TokenizedData":
+        kept = self.dataset.select(np.flatnonzero(keep))
+        return replace(self, dataset=kept, lengths=self.lengths[keep], rows=self.rows[keep])
+
+    def digest(self) -> str:
+        """Tells these samples, in this order, from others; reads them all."""
+        found = hashlib.sha256(self.lengths.tobytes())
+        for batch in self.dataset.with_format("arrow").iter(batch_size=10_000):
+            for column in ("input_ids", "labels"):
+                found.update(batch[column].combine_chunks().flatten().to_numpy().tobytes())
+        return found.hexdigest()
 
 
 def special_prefix(tokenizer) -> list[int]:
@@ -297,19 +324,19 @@ def _processes(samples: int) -> int | None:
     return wanted if wanted > 1 else None
 
 
-def prepare_dataset(config, tokenizer, *, examples: Dataset | None = None) -> TokenizedData:
+def prepare_dataset(config, tokenizer, *, load: Callable = load_examples) -> TokenizedData:
     """Tokenizes the rows of `config.dataset`, once a machine: the result is kept in the cache of `datasets`.
 
     Every process must call it.
 
     Args:
-        examples: rows to use instead of `load_examples(config)`, of the same layout.
+        load: from the flags to the rows of `config.dataset`.
 
     Raises:
         DataError: as `load_examples`; a row of the wrong type; chats without a chat template; no row with a label.
     """
     with main_process_first():
-        examples = load_examples(config) if examples is None else examples
+        examples = load(config)
         layout = layout_of(config.dataset, examples)
         if layout == "messages" and not tokenizer.chat_template:
             raise DataError(f"--dataset {config.dataset}: has messages, but the model's tokenizer has no chat template")
@@ -355,4 +382,5 @@ def _without_unlabelled(tokenized: Dataset, config, *, has_eos: bool) -> Tokeniz
     )
     kept = tokenized if keep.all() else tokenized.select(np.flatnonzero(keep))
     columns = kept.select_columns(["input_ids", "labels"]).with_format("numpy")
-    return TokenizedData(dataset=columns, lengths=lengths[keep], report=report, name=config.dataset)
+    rows = np.flatnonzero(keep)
+    return TokenizedData(dataset=columns, lengths=lengths[keep], rows=rows, report=report, name=config.dataset)

@@ -226,10 +226,22 @@ def _find_base(folder: Path, adapter: dict, record: dict | None) -> Path:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def adapter_tensors(run: Run) -> dict[str, torch.Tensor]:
+def adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of an adapter on the CPU, `<module path>.lora_A.weight` and so on, without PEFT's prefix."""
-    stored = load_file(run.adapter_folder / ADAPTER_WEIGHTS)
+    stored = load_file(folder / ADAPTER_WEIGHTS)
     return {name.removeprefix(KEY_PREFIX): tensor for name, tensor in stored.items()}
+
+
+def check_adapter(run: Run, stored: dict, expected: dict) -> None:
+    """Raises UserError for a tensor that is missing, of another shape, or has no place in the model."""
+    for name in sorted(expected.keys() | stored.keys()):
+        if name not in stored:
+            raise UserError(f"{run.folder}: {name} is missing from {ADAPTER_WEIGHTS}")
+        if name not in expected:
+            raise UserError(f"{run.folder}: {name} of {ADAPTER_WEIGHTS} has no place in {run.base}")
+        if stored[name].shape != expected[name].shape:
+            shapes = f"{tuple(stored[name].shape)}, the model wants {tuple(expected[name].shape)}"
+            raise UserError(f"{run.folder}: {name} has shape {shapes}")
 
 
 def check_base(run: Run, fingerprint: str) -> None:

@@ -1,6 +1,7 @@
 """Saving: what is trainable is what is saved, gathered tensor by tensor, in formats that stock libraries load."""
 
 import copy
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -25,9 +26,12 @@ from fsdp_utils.data.sources import DATASETS
 from fsdp_utils.folders.names import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    CHECKPOINTS,
     DESCRIPTIONS,
+    DIVERGED_FILE,
     FOLDERS,
     MARKS,
+    METRICS_FILE,
     OF_AN_EXPORT,
     OWN_FILES,
     PACKAGES,
@@ -39,11 +43,15 @@ from methods.llama_pro import EXPANDED_LAYERS_FILE
 from methods.quantizers.linear import QuantizedWeight, weight_rows
 
 READ = ("model_name", "llama_pro_path", "dataset")  # flags that may name a place
+SAVING = ".saving"  # the folder of a result that is not whole yet
 BUILT_IN = ("demo", *DATASETS)
 
 
-def check_output(config) -> None:
+def check_output(config, *, resumes: bool = False) -> None:
     """Refuses an output folder that holds a result, before anything is read or written.
+
+    Args:
+        resumes: the run goes on from a checkpoint; what lies in the folder is its own.
 
     Raises:
         UserError: naming the folder and the way out.
@@ -51,6 +59,13 @@ def check_output(config) -> None:
     folder = Path(config.output_dir)
     check_place(folder, flag="output_dir", sources=[resolve_model(config.source)])
     held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if resumes or (config.resume == "auto" and _left_behind(folder, held)):
+        return
+    if CHECKPOINTS in held and not config.overwrite:
+        raise UserError(
+            f"--output_dir {folder}: holds checkpoints; pass --resume auto to go on from them, --overwrite true to "
+            "begin anew, or choose another"
+        )
     if held & (MARKS - OWN_FILES) and not config.save_model:
         raise UserError(
             f"--output_dir {folder}: holds a model, which a run that saves none would leave beside its own metrics; "
@@ -64,48 +79,73 @@ def check_output(config) -> None:
         )
 
 
+def _left_behind(folder: Path, held: set[str]) -> bool:
+    """Whether a folder holds only what a run leaves that was killed before its first checkpoint was whole."""
+    unfinished = {SAVING, f".{RUN_FILE}", f".{METRICS_FILE}"}
+    return bool(held) and held <= OWN_FILES | {CHECKPOINTS} | unfinished and not is_finished(folder)
+
+
+def is_finished(folder: str | Path) -> bool:
+    """Whether a run has ended there."""
+    try:
+        return bool(json.loads((Path(folder) / RUN_FILE).read_text()).get("finished"))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 @contextmanager
-def begun(planned, config):
+def begun(planned, config, *, resumes: bool = False):
     """Claims the output folder for a run, which is unfinished until the block ends well.
 
     Raises:
         UserError: another run got there first, or the result will not fit on the disk.
     """
-    facts = dict(base_fingerprint=planned.base_fingerprint, quantizer=planned.quantizer)
-    with _claimed(planned, config) if is_main() else nullcontext():
-        write_run(config, **facts, finished=False)
+    with _claimed(planned, config, resumes=resumes) if is_main() else nullcontext():
+        write_run(config, planned, finished=False)
         yield
-        write_run(config, **facts, finished=True)
+        write_run(config, planned, finished=True)
 
 
 @contextmanager
-def _claimed(planned, config):
+def _claimed(planned, config, *, resumes: bool):
     folder = Path(config.output_dir)
     make_writable(folder, named=f"--output_dir {folder}")
     with claim(folder, named=f"--output_dir {folder}"):
-        check_output(config)  # again: a run that was started together with this one may have ended
+        check_output(config, resumes=resumes)  # again: a run that was started together with this one may have ended
         if config.save_model:
             refuse_full_disk(folder, _SAVERS[planned.method.saves].specs(planned.model, planned, config))
+        if not resumes:  # of an older run: nobody shall go on from them
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        (folder / DIVERGED_FILE).unlink(missing_ok=True)
         yield
 
 
-def write_run(config, *, base_fingerprint: str, quantizer, finished: bool) -> None:
-    """Writes `run.json`: every flag, the versions, which base it was. `finished` is the mark of a complete folder."""
+def run_record(config, planned, *, finished: bool, saved: bool) -> dict:
+    """Content of `run.json`: every flag, the versions, which base it was. `finished` marks a complete folder."""
+    return dict(
+        finished=finished,
+        saved=saved,
+        base_fingerprint=planned.base_fingerprint,
+        quantizer=asdict(planned.quantizer) if planned.quantizer else None,
+        processes=world_size(),
+        flags=lasting_values(config),
+        versions={name: _version(name) for name in PACKAGES},
+    )
+
+
+def lasting_values(config) -> dict:
+    """Every flag and its value; places by names that mean the same from another working directory."""
+    return as_dict(config) | {name: _lasting(getattr(config, name)) for name in READ}
+
+
+def write_run(config, planned, *, finished: bool) -> None:
+    """Writes `run.json`."""
     if not is_main():
         return
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    content = dict(
-        finished=finished,
-        saved=config.save_model and finished,
-        base_fingerprint=base_fingerprint,
-        quantizer=asdict(quantizer) if quantizer else None,
-        processes=world_size(),
-        flags=as_dict(config) | {name: _lasting(getattr(config, name)) for name in READ},
-        versions={name: _version(name) for name in PACKAGES},
-    )
     temporary = folder / f".{RUN_FILE}"
-    write_json(temporary, content)
+    write_json(temporary, run_record(config, planned, finished=finished, saved=config.save_model and finished))
     os.replace(temporary, folder / RUN_FILE)
 
 
@@ -121,17 +161,31 @@ def _version(package: str) -> str | None:
         return None
 
 
+def describe_checkpoint(model: nn.Module, tokenizer, planned, config, folder: Path, *, number: int) -> None:
+    """What makes a checkpoint's folder readable as a run: tokenizer, `run.json`, and what describes its weights."""
+    tokenizer.save_pretrained(folder)
+    record = run_record(config, planned, finished=True, saved=True)
+    write_json(folder / RUN_FILE, record | dict(checkpoint_of_step=number))
+    whole = all(p.requires_grad for p in model.parameters())
+    if planned.method.saves == "adapter" or whole:
+        _SAVERS[planned.method.saves].describe(model, planned, config, folder)
+
+
 def save(model: nn.Module, tokenizer, planned, config) -> None:
     """Writes the result into the output folder. Collective; process 0 writes, into a temporary folder first."""
     folder = Path(config.output_dir)
-    temporary = folder / ".saving"
-    if is_main():
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        tokenizer.save_pretrained(temporary)
-    _SAVERS[planned.method.saves].save(model, planned, config, temporary)
-    if is_main():
-        _move_in(temporary, folder)
+    temporary = folder / SAVING
+    try:
+        if is_main():
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            tokenizer.save_pretrained(temporary)
+        _SAVERS[planned.method.saves].save(model, planned, config, temporary)
+        if is_main():
+            _move_in(temporary, folder)
+    except OSError as error:
+        way_out = "make room; --resume auto goes on from the last checkpoint, if there is one"
+        raise UserError(f"--output_dir {folder}: the result could not be saved ({error}); {way_out}") from None
     barrier()
 
 
@@ -171,9 +225,13 @@ def _save_adapter(model, planned, config, folder: Path) -> None:
     specs = {name: (stored.dtype, stored.shape) for name, stored in tensors.items()}
     _write_tensors(folder, specs, lambda name: tensors[name].whole(), single_name=ADAPTER_WEIGHTS)
     if is_main():
-        base = dict(base_model_name_or_path=_lasting(resolve_model(config.model_name)))
-        described = planned.method.peft_config(model) | dict(task_type=planned.task.peft_type) | base
-        write_json(folder / ADAPTER_CONFIG, described)
+        _describe_adapter(model, planned, config, folder)
+
+
+def _describe_adapter(model, planned, config, folder: Path) -> None:
+    base = dict(base_model_name_or_path=_lasting(resolve_model(config.model_name)))
+    described = planned.method.peft_config(model) | dict(task_type=planned.task.peft_type) | base
+    write_json(folder / ADAPTER_CONFIG, described)
 
 
 def dense_tensors(model: nn.Module) -> dict[str, object]:
@@ -207,8 +265,11 @@ def _save_model(model, planned, config, folder: Path) -> None:
         return weight_rows(source, gather, dtype=planned.dtype).view(source.shape)
 
     _write_tensors(folder, specs, whole)
-    if not is_main():
-        return
+    if is_main():
+        _describe_model(model, planned, config, folder)
+
+
+def _describe_model(model, planned, config, folder: Path) -> None:
     described = copy.deepcopy(model.config)
     described.use_cache = True  # training switched it off; generation without it is slow
     described.save_pretrained(folder)
@@ -223,10 +284,14 @@ def _has_files(config) -> bool:
 
 
 class _Saver(NamedTuple):
-    """specs: what will be written, name -> (dtype, shape), known on meta."""
+    """specs: what will be written, name -> (dtype, shape), known on meta; describe: the documents beside weights."""
 
     specs: Callable
     save: Callable
+    describe: Callable
 
 
-_SAVERS = {"adapter": _Saver(_adapter_specs, _save_adapter), "model": _Saver(_model_specs, _save_model)}
+_SAVERS = {
+    "adapter": _Saver(_adapter_specs, _save_adapter, _describe_adapter),
+    "model": _Saver(_model_specs, _save_model, _describe_model),
+}

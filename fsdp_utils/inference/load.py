@@ -9,8 +9,7 @@ from transformers import GenerationConfig
 from fsdp_utils.config import TrainConfig
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.safetensors_io import CheckpointReader
-from fsdp_utils.folders.describe import Run, _quantization, adapter_tensors, check_base
-from fsdp_utils.folders.names import ADAPTER_WEIGHTS
+from fsdp_utils.folders.describe import Run, _quantization, adapter_tensors, check_adapter, check_base
 from fsdp_utils.model.assemble import Dtypes, Plan, attach, build, load_whole
 from fsdp_utils.model.build import build_on_meta, quantize_on_meta, read_model_config
 from fsdp_utils.model.weights import check_loaded, checkpoint_dtype, load_weights, materialize
@@ -125,7 +124,7 @@ def inference_config(run: Run, *, dtype: torch.dtype, eval_type: str | None = No
 
 def _foreign_config(run: Run) -> TrainConfig:
     """The flags that would have made a PEFT adapter that was trained elsewhere."""
-    paths = {n.rpartition(".lora_")[0] for n in adapter_tensors(run)}
+    paths = {n.rpartition(".lora_")[0] for n in adapter_tensors(run.adapter_folder)}
     return TrainConfig(
         train_type="dora" if run.dora else "custom_lora",
         model_name=str(run.base),
@@ -147,8 +146,8 @@ def plan_adapter(run: Run, *, device, dtype, eval_type=None) -> tuple[Plan, dict
     built = asdict(planned.quantizer) if planned.quantizer else None
     if run.config and as_trained and built != run.quantizer:
         raise UserError(f"{run.folder}: trained on a base quantized as {run.quantizer}, this version makes {built}")
-    stored = adapter_tensors(run)
-    _check_adapter(run, stored, dict(planned.method.tensors(planned.model)))
+    stored = adapter_tensors(run.adapter_folder)
+    check_adapter(run, stored, dict(planned.method.tensors(planned.model)))
     planned.method.begin_as(stored)
     return planned, stored, config
 
@@ -159,18 +158,6 @@ def _load_adapter(run: Run, *, device, dtype, eval_type) -> nn.Module:
     loaded = load_whole(planned, config, device=device)
     planned.method.fill(loaded, stored, device=device)
     return loaded
-
-
-def _check_adapter(run: Run, stored: dict, expected: dict) -> None:
-    """Raises UserError for a tensor that is missing, of another shape, or has no place in the model."""
-    for name in sorted(expected.keys() | stored.keys()):
-        if name not in stored:
-            raise UserError(f"{run.folder}: {name} is missing from {ADAPTER_WEIGHTS}")
-        if name not in expected:
-            raise UserError(f"{run.folder}: {name} of {ADAPTER_WEIGHTS} has no place in {run.base}")
-        if stored[name].shape != expected[name].shape:
-            shapes = f"{tuple(stored[name].shape)}, the model wants {tuple(expected[name].shape)}"
-            raise UserError(f"{run.folder}: {name} has shape {shapes}")
 
 
 def load_stock(run: Run, *, device, dtype) -> nn.Module:

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,13 +14,15 @@ from tqdm import tqdm
 from fsdp_utils.core.devices import synchronize
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.locks import make_writable
-from fsdp_utils.core.ranks import rank
+from fsdp_utils.core.ranks import rank, say
 
 
 class Stdout:
     """One line per step."""
 
-    def __init__(self, config, total):
+    run_id = None
+
+    def __init__(self, config, total, *, start=0, run_id=None):
         self.total = total
 
     def log(self, row):
@@ -32,10 +35,13 @@ class Stdout:
 class Tqdm(Stdout):
     """A progress bar over optimizer steps."""
 
-    def __init__(self, config, total):
-        self.bar = tqdm(total=total, desc="training", unit="step", file=sys.stderr)
+    def __init__(self, config, total, *, start=0, run_id=None):
+        self.bar = tqdm(total=total, initial=start, desc="training", unit="step", file=sys.stderr)
 
     def log(self, row):
+        if "loss" not in row:
+            self.bar.write(" ".join(f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
+            return
         self.bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{row['lr']:.2e}", tok_s=f"{row['tokens_per_s']:.0f}")
         self.bar.update()
 
@@ -46,14 +52,18 @@ class Tqdm(Stdout):
 class Wandb(Tqdm):
     """Weights & Biases beside the bar; WANDB_MODE=offline works without a network."""
 
-    def __init__(self, config, total):
+    def __init__(self, config, total, *, start=0, run_id=None):
         import wandb
 
         from fsdp_utils.core.flags import as_dict
 
         names = dict(project=config.project_name, name=config.name, group=config.group, entity=config.entity)
-        self.run = wandb.init(**names, config=as_dict(config))
-        super().__init__(config, total)
+        self.run = wandb.init(**names, config=as_dict(config), id=run_id, resume="allow" if run_id else None)
+        super().__init__(config, total, start=start)
+
+    @property
+    def run_id(self):
+        return self.run.id
 
     def log(self, row):
         self.run.log(row, step=row["step"])
@@ -96,6 +106,8 @@ def _check_wandb() -> None:
 class Silent:
     """What the other processes log to, so that the loop asks no one's rank."""
 
+    run_id = None
+
     def log(self, row):
         pass
 
@@ -106,24 +118,56 @@ class Silent:
 class Logger:
     """Process 0's logger: the chosen sink and `metrics.jsonl` in the output folder."""
 
-    def __init__(self, config, *, total: int):
-        self.file = open(Path(config.output_dir) / "metrics.jsonl", "w", buffering=1)
-        self.sink = SINKS[config.log_to](config, total)
+    def __init__(self, config, *, total: int, start: int = 0, run_id: str | None = None):
+        path = Path(config.output_dir) / "metrics.jsonl"
+        kept = [line for line in _lines(path) if start and line["step"] <= start]  # a step is told once
+        temporary = path.with_name(f".{path.name}")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.replace(path)
+        self.file, self.unwritten, self.failing = open(path, "ab", buffering=0), b"", False
+        self.sink = SINKS[config.log_to](config, total, start=start, run_id=run_id)
+
+    @property
+    def run_id(self) -> str | None:
+        """By which a later process goes on logging to the same place."""
+        return self.sink.run_id
 
     def log(self, row: dict) -> None:
         # a skipped step's infinite norm is no JSON
         finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()}
-        self.file.write(json.dumps(finite, allow_nan=False) + "\n")
+        self._write(json.dumps(finite, allow_nan=False) + "\n")
         self.sink.log(row)
 
+    def _write(self, line: str = "") -> None:
+        """Also what could not be written before: a full disk ends no run."""
+        self.unwritten += line.encode()
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+            self.failing = False
+        except OSError as error:
+            if not self.failing:
+                say(f"WARNING: {self.file.name} could not be written ({error}); it is tried again with the next step")
+            self.failing = True
+
     def close(self) -> None:
+        self._write()
         self.sink.close()
         self.file.close()
 
 
-def make_logger(config, *, total: int):
-    """The logger of this process."""
-    return Logger(config, total=total) if rank() == 0 else Silent()
+def _lines(path: Path) -> list[dict]:
+    """The whole lines of a file of metrics."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with suppress(ValueError):  # the process was killed while it wrote this line
+            found.append(json.loads(line))
+    return found
+
+
+def make_logger(config, **settings):
+    """The logger of this process: see `Logger`."""
+    return Logger(config, **settings) if rank() == 0 else Silent()
 
 
 class Clock:

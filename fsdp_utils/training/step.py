@@ -5,15 +5,15 @@ the GPU busy for less time than the host needs to launch it.
 """
 
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from fsdp_utils.core.errors import Diverged
-from fsdp_utils.core.processes import all_reduce
+from fsdp_utils.core.processes import all_reduce, all_reduce_each
 from fsdp_utils.core.ranks import world_size
 from fsdp_utils.data.batches import Batches, predicting_tokens
 from fsdp_utils.memory.graphs import graph_tokens
@@ -86,9 +86,13 @@ class MicroStep:
         """The batch on the device."""
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
+    def in_autocast(self):
+        """The context in which the model computes."""
+        return torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
+
     def loss_sum(self, batch: Batch) -> torch.Tensor:
         """The summed loss of a batch on the device, with its graph."""
-        with torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext():
+        with self.in_autocast():
             return self.loss_of(batch)
 
     def _run(self, batch: Batch) -> torch.Tensor:
@@ -121,6 +125,7 @@ class StepResult(NamedTuple):
     grad_norm: float  # before clipping, over all processes
     tokens: int  # of the global batch, in the loss
     stepped: bool  # false where fp16 overflowed, and the step was skipped
+    votes: list[float]  # sums over all processes
 
 
 class LossSum(NamedTuple):
@@ -154,30 +159,33 @@ class TrainStep:
         self.scaler = LossScaler(config.precision == "fp16_autocast")
         self.group = None if prepared.mesh is None else shard_group(prepared.mesh)
         self.clip_to = config.grad_norm if config.apply_gradient_clipping else None
-        self.no_sync, self.taken = config.no_sync, 0
+        self.no_sync, self.taken, self.votes, self.task = config.no_sync, 0, [], task
 
-    def __call__(self, micro_batches: list[Batch], *, lr: float) -> StepResult:
+    def __call__(self, micro_batches: list[Batch], *, lr: float, votes: Sequence[float] = ()) -> StepResult:
         """One step. Collective.
 
+        Args:
+            votes: numbers of this process, summed over all beside the tokens: what they have to agree on.
+
         Raises:
-            Diverged: loss or gradient is no number, and it is not the loss scale's fault.
+            Diverged: loss or gradient is no number, and it is not the loss scale's fault; no parameter has changed.
         """
-        loss_sum, tokens = self.backward(micro_batches)
+        loss_sum, tokens = self.backward(micro_batches, votes=votes)
         gradients = self.trained.collect_gradients()
         self.scaler.unscale_(gradients)
         norm = global_norm(gradients, group=self.group, device=self.device)
-        finite = not self.scaler.enabled or bool(norm.isfinite())  # only fp16 waits for the GPU before it steps
+        loss, value = self.mean_loss(loss_sum, tokens), norm.item()  # wait for the GPU: what diverged is not stepped on
+        finite = math.isfinite(value)
+        # too large a scale overflows gradients, never the loss
+        if not math.isfinite(loss) or not (finite or self.scaler.can_shrink):
+            raise Diverged(f"step {self.taken + 1}: loss {loss}, gradient norm {value}; lower --lr or check the data")
         if finite:
             self._update(gradients, norm, lr=lr)
         fsdp.gather_ahead(self.prepared)
-        loss, norm = self.mean_loss(loss_sum, tokens), norm.item()
         self.taken += 1
-        # too large a scale overflows gradients, never the loss
-        if not math.isfinite(loss) or not (self.scaler.can_shrink or math.isfinite(norm)):
-            raise Diverged(f"step {self.taken}: loss {loss}, gradient norm {norm}; lower --lr or check the data")
         self.scaler.update(finite)
         self.trained.zero_grad()
-        return StepResult(loss, norm, tokens, finite)
+        return StepResult(loss, value, tokens, finite, self.votes)
 
     def batches(self, batches: Batches) -> Batches:
         """The same samples in the shapes that suit this device: compiled blocks, matrix units and CUDA graphs like few,
@@ -185,10 +193,11 @@ class TrainStep:
         multiple = 64 if self.device.type == "cuda" else 1
         return replace(batches, multiple=multiple, targets_multiple=self.micro_step.targets_multiple)
 
-    def backward(self, micro_batches: list[Batch]) -> tuple[torch.Tensor, int]:
+    def backward(self, micro_batches: list[Batch], *, votes: Sequence[float] = ()) -> tuple[torch.Tensor, int]:
         """Adds the gradients of the mean loss of the global batch. Returns the summed loss of this process's
         micro-batches, fp32 scalar, and the tokens of the global batch. Collective."""
-        tokens = int(all_reduce(sum(map(predicting_tokens, micro_batches)), self.device))
+        tokens, *self.votes = all_reduce_each([sum(map(predicting_tokens, micro_batches)), *votes], self.device)
+        tokens = int(tokens)
         total = torch.zeros((), device=self.device)
         for i, batch in enumerate(micro_batches, 1):
             fsdp.prepare_backward(self.prepared, last=i == len(micro_batches), no_sync=self.no_sync)
@@ -208,16 +217,36 @@ class TrainStep:
         """Per token of the global batch, from what `backward` returned; waits for the GPU. Collective."""
         return LossSum(all_reduce(total.item(), self.device), tokens).mean
 
-    @torch.no_grad()
-    def loss(self, batch: Batch) -> LossSum:
-        """The loss of a batch, each process its own, in eval mode; nothing is learned from it. Collective."""
+    @contextmanager
+    def _looking(self):
+        """Eval mode without gradients; afterwards all is as a step left it."""
         self.model.eval()
         try:
-            total = self.micro_step.loss_sum(self.micro_step.moved(batch))
+            with torch.no_grad():
+                yield
         finally:
             self.model.train()
-        tokens = all_reduce(predicting_tokens(batch), self.device)
-        return LossSum(all_reduce(total.item(), self.device), int(tokens))
+            fsdp.leave_sharded(self.prepared)
+            fsdp.gather_ahead(self.prepared)
+
+    def loss(self, batch: Batch) -> LossSum:
+        """The loss of a batch, each process its own; nothing is learned from it. Collective."""
+        return self.loss_over([batch])
+
+    def loss_over(self, batches: Iterable[Batch]) -> LossSum:
+        """`loss` of batches, as many on each process."""
+        total, tokens = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        with self._looking():
+            for batch in batches:
+                total += self.micro_step.loss_sum(self.micro_step.moved(batch))
+                tokens += predicting_tokens(batch)
+        total, tokens = all_reduce_each([total.item(), tokens], self.device)
+        return LossSum(total, int(tokens))
+
+    def predictions(self, ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of one sample, as `task.predictions`; nothing is learned from it. Every process must call it."""
+        with self._looking(), self.micro_step.in_autocast():
+            return self.task.predictions(self.model, ids.to(self.device), labels.to(self.device))
 
     def close(self) -> None:
         """Makes every parameter this process's rows again."""
@@ -226,17 +255,29 @@ class TrainStep:
     def state_dict(self) -> dict:
         """What a run needs besides its trained parameters to go on exactly: the optimizer's state by the parameters'
         names, of this process's rows; the loss scale; the number of steps."""
-        state = self.optimizer.state_dict()
-        groups = [{key: value for key, value in group.items() if key != "params"} for group in state["param_groups"]]
-        by_name = {self.trained.names[number]: values for number, values in state["state"].items()}
-        optimizer = dict(state=by_name, groups=groups)
-        return dict(optimizer=optimizer, scaler=self.scaler.state_dict(), taken=self.taken)
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        state = {name: self.optimizer.state.get(p, {}) for name, p in self._named()}
+        return dict(optimizer=dict(state=state, groups=groups), scaler=self.scaler.state_dict(), taken=self.taken)
 
     def load_state_dict(self, state: dict) -> None:
-        """Raises KeyError for a parameter that does not train here."""
-        numbers = {name: number for number, name in enumerate(self.trained.names)}
-        by_number = {numbers[name]: values for name, values in state["optimizer"]["state"].items()}
-        groups = [{**group, "params": list(numbers.values())} for group in state["optimizer"]["groups"]]
-        self.optimizer.load_state_dict(dict(state=by_number, param_groups=groups))
+        """As `state_dict` gave it, on any device."""
+        for group, saved in zip(self.optimizer.param_groups, state["optimizer"]["groups"], strict=True):
+            group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+        # not by the optimizer's load_state_dict, which casts states to the dtype of their parameter
+        for name, p in self._named():
+            saved = state["optimizer"]["state"].get(name)
+            if saved:
+                self.optimizer.state[p] = {key: self._placed(value, p) for key, value in saved.items()}
         self.scaler.load_state_dict(state["scaler"])
         self.taken = state["taken"]
+
+    def _named(self):
+        return zip(self.trained.names, self.trained.plain, strict=True)
+
+    def _placed(self, value, parameter: torch.Tensor):
+        """A state where the optimizer wants it: only a fused one counts steps on the device."""
+        if not isinstance(value, torch.Tensor) or (
+            value.dim() == 0 and not self.optimizer.param_groups[0].get("fused")
+        ):
+            return value
+        return value.to(parameter.device)

@@ -1,0 +1,61 @@
+"""The samples of a run: tokenized, checked against the model, split, and made into batches."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from fsdp_utils.core.errors import DataError, UserError, naming
+from fsdp_utils.core.ranks import rank, say, world_size
+from fsdp_utils.data.batches import Batches
+from fsdp_utils.data.sources import DATASETS, held_out_rows, load_examples
+from fsdp_utils.data.tokens import TokenizedData, prepare_dataset
+
+
+def prepare_data(config, tokenizer, model_config, *, load=load_examples) -> TokenizedData:
+    """The tokenized samples; every process returns the same ones.
+
+    Raises:
+        UserError: bad data, or token ids that the embedding has no row for.
+    """
+    tokenized = prepare_dataset(config, tokenizer, load=load)
+    rows = model_config.get_text_config().vocab_size
+    if tokenized.report.max_token_id >= rows:
+        raise UserError(
+            f"--model_name {config.source}: the tokenizer yields id {tokenized.report.max_token_id}, but the "
+            f"vocabulary of the embedding has {rows} rows; use the model's own tokenizer or resize the embedding"
+        )
+    return tokenized
+
+
+def hold_out(config, data: TokenizedData, tokenizer, model_config) -> tuple[TokenizedData, TokenizedData | None]:
+    """The samples to train on, and those to validate with."""
+    if config.eval_samples:
+        data, held_out = data.split(config.eval_samples, seed=config.seed)
+        say(f"validation: {len(held_out)} of these samples, held out")
+        return data, held_out
+    if not config.eval_dataset:
+        return data, None
+    if config.dataset not in DATASETS and Path(config.eval_dataset).resolve() == Path(config.dataset).resolve():
+        raise DataError(
+            f"--eval_dataset {config.eval_dataset}: is what is trained on; hold samples out by --eval_samples"
+        )
+    with naming("--eval_dataset, as"):
+        named = replace(config, dataset=config.eval_dataset)
+        held_out = prepare_data(named, tokenizer, model_config, load=lambda config: held_out_rows(config.dataset))
+    say(f"validation: {config.eval_dataset}: {held_out.report}")
+    return data, held_out
+
+
+def make_batches(config, data: TokenizedData, tokenizer, *, task) -> Batches:
+    """How this process's micro-batches are made."""
+    # padding is told by its place: any id does that the embedding has, and a tokenizer's own may lie beyond it
+    pad = min(tokenizer.pad_token_id or 0, data.report.max_token_id)
+    return Batches.of(config, data, collate=task.collate, rank=rank(), world_size=world_size(), pad_token_id=pad)
+
+
+def batch_arithmetic(batches: Batches, *, steps: int) -> str:
+    """How samples become optimizer steps, in one line."""
+    return (
+        f"global batch: {batches.batch_size} rows x {batches.world_size} processes x {batches.accumulation} "
+        f"accumulation = {batches.rows_per_step} {'packs' if batches.packing else 'samples'}; "
+        f"{len(batches.data)} samples, {steps} steps"
+    )
