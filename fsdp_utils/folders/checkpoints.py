@@ -156,8 +156,8 @@ def _rows_of(trained: dict[str, torch.Tensor], copied: dict[tuple, torch.Tensor]
 
 
 def _rows_of_adapter(tensors: dict, copied: dict[tuple, torch.Tensor]) -> Rows:
-    """Most of them are what trains, and were copied already. Others are made for this and gone afterwards, so that their
-    place says nothing."""
+    """Most of them are what trains, and were copied already. Others are made for this and gone afterwards: their place
+    says nothing."""
     found = []
     for name, stored in tensors.items():
         for first, rows in stored.rows():
