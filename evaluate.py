@@ -35,6 +35,7 @@ from fsdp_utils.inference.generation import HFGenerator, Output, VLLMGenerator, 
 from fsdp_utils.inference.load import check_eval_type, load_for_inference
 from fsdp_utils.inference.partial import Partial
 from fsdp_utils.inference.scoring import compare, cut_at_next_prompt, wilson_interval
+from fsdp_utils.inference.whole import whole
 from fsdp_utils.options import DTYPES
 
 NOT_SETTINGS = ("batch_size", "output_file", "overwrite", "device", "world_size", "master_addr", "master_port")
@@ -141,6 +142,7 @@ def main(config: EvalConfig) -> None:
     if config.backend == "vllm":
         check_vllm(run, config.reading)
     processes.start(device)
+    run = whole(run, device=device)
     tokenizer = tokenizer_of(run)
     questions, shots = read_questions(config)
     prompts = prompt_ids([shots + question["prompt"] for question in questions], tokenizer)

@@ -36,6 +36,7 @@ from fsdp_utils.export.formats import Format, write_rest, write_weights
 from fsdp_utils.export.gptq import check_gptq, write_gptq
 from fsdp_utils.export.trained import TrainedWeights
 from fsdp_utils.folders.describe import Run, describe, tokenizer_of
+from fsdp_utils.inference.whole import whole
 from fsdp_utils.options import DTYPES
 
 
@@ -98,7 +99,7 @@ def main(config: ExportConfig) -> None:
     """
     device = pick_device(config.device)
     with naming("--model"):
-        run = describe(config.model)
+        run = whole(describe(config.model), device=device)
     target = check_target(config, run)
     check_reader(config)
     if config.gptq:

@@ -33,8 +33,8 @@ def command(args: argparse.Namespace, folder: Path, output: str, **flags) -> lis
         context_length=args.length, max_steps=STEPS, save_model=True, use_cpu_offload=False, lr=1e-4,
         output_dir=folder / output, log_to="stdout",
     ) | flags  # fmt: skip
-    start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={args.processes}", str(TRAIN)]
-    return [*start, *(f"--{name}={value}" for name, value in given.items()), *args.extra]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.processes}"]
+    return [*start, str(TRAIN), *(f"--{name}={value}" for name, value in given.items()), *args.extra]
 
 
 def run(words: list[str]) -> dict[int, float]:

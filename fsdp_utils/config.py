@@ -13,6 +13,10 @@ from methods import METHODS, QUANTIZERS, SCALINGS, STARTS, TRAIN_TYPES
 ROUNDED_AWAY_LR = 1e-4
 
 
+PROFILING = ("profiling_output", "export_trace", "export_memory_timeline", "with_stack", "with_shapes", "wait_steps",
+             "warmup_steps", "active_steps", "repeat", "profiling_frequency")  # fmt: skip
+
+
 @dataclass
 class TrainConfig:
     """The settings of one run; see `python train.py --help`."""
@@ -64,7 +68,10 @@ class TrainConfig:
     batch_size: int = flag(1, "rows per process and forward pass", minimum=1, may_change=True)
     gradient_accumulation_steps: int = flag(1, "forward passes per optimizer step", minimum=1, may_change=True)
     global_batch_size: int = flag(
-        -1, "rows of an optimizer step, over all processes: sets the accumulation; -1: as it comes", may_change=True
+        -1,
+        "rows of an optimizer step, over all processes: sets the accumulation; -1: as it comes",
+        minimum=-1,
+        may_change=True,
     )
     num_epochs: int = flag(1, "passes over the data", minimum=1, may_change=True)
     max_steps: int = flag(
@@ -229,6 +236,11 @@ class TrainConfig:
             found.append(
                 f"--llama_pro_path: has no meaning for --train_type {self.train_type}; use bnb_llama_pro or its like"
             )
+        found += [
+            f"--{name} 0: means nothing; pass -1 for what fits"
+            for name in ("world_size", "hybrid_shard_size", "global_batch_size")
+            if getattr(self, name) == 0
+        ]
         if self.max_steps == 0:
             found.append("--max_steps 0: trains nothing; pass -1 for all epochs")
         if self.peer_gather is True and self.use_cpu_offload:
@@ -299,6 +311,9 @@ class TrainConfig:
                 ("stochastic_rounding",),
             ),
             (self.lr_scheduler == "constant", "--lr_scheduler is constant", ("lr_warmup_ratio",)),
+            (self.max_steps > 0, "--max_steps says how long the run is", ("num_epochs",)),
+            (self.log_to != "wandb", f"--log_to is {self.log_to}", ("project_name", "name", "group", "entity")),
+            (not self.profile, "--profile is false", PROFILING),
             (
                 STRATEGIES[self.sharding_strategy].copies != "nodes",
                 f"--sharding_strategy is {self.sharding_strategy}",
@@ -322,6 +337,12 @@ class TrainConfig:
             said.append(
                 f"--lr {self.lr:g} with --precision {self.precision}: bf16 weights round updates of this size away; "
                 f"{' with '.join(ways)} rounds at random instead, --precision bf16_autocast keeps weights in fp32"
+            )
+        starts_with_weight = self.lora_init != "default"
+        if starts_with_weight and (self.lora_dropout or self.wd):
+            said.append(
+                f"--lora_init {self.lora_init}: the adapter holds a part of the weight itself, which --lora_dropout "
+                f"{self.lora_dropout:g} drops and --wd {self.wd:g} shrinks; 0 leaves it alone"
             )
         if self.no_sync and self.gradient_accumulation_steps == 1:
             said.append("--no_sync has no effect with --gradient_accumulation_steps 1")

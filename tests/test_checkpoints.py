@@ -14,7 +14,10 @@ from transformers import AutoModelForCausalLM
 import train
 from fsdp_utils.core.errors import Ended, UserError
 from fsdp_utils.folders import checkpoints
+from fsdp_utils.folders.describe import describe
 from fsdp_utils.folders.names import ADAPTER_WEIGHTS, OPTIMIZER_FILE, TRAINED_FILE
+from fsdp_utils.inference.load import load_for_inference
+from fsdp_utils.inference.whole import whole
 from methods import TRAIN_TYPES
 
 # every source of randomness, four steps an epoch on two processes
@@ -314,6 +317,23 @@ def test_stock_peft_reads_a_checkpoint(stopped, tiny):
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny()), folder)
     with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
         assert len(file.keys()) == sum(".lora_A." in name or ".lora_B." in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("train_type", ["bnb_dora", "full", "bnb_llama_pro"])
+def test_any_checkpoint_is_a_model(pair, flags, export, tmp_path, train_type):
+    """Evaluation and export make of a checkpoint what they make of a run that ended at its step."""
+    given = flags(train_type=train_type) | dict(batch_size=2)
+    pair.run(run_train, output_dir=tmp_path / "ended", **given | dict(max_steps=5))
+    pair.run(run_train, output_dir=tmp_path / "stopped", stop_at_step=5, **given)
+    checkpoint = tmp_path / "stopped/checkpoints/step-000005"
+    ids, logits, cpu = torch.arange(20)[None], [], torch.device("cpu")
+    for folder in (checkpoint, tmp_path / "ended"):
+        model = load_for_inference(whole(describe(folder), device=cpu), device=cpu)
+        logits.append(model(input_ids=ids).logits)
+    assert torch.equal(*logits)
+    exports = [export(folder, "merged", name=f"export of {folder.name}") for folder in (checkpoint, tmp_path / "ended")]
+    assert bytes_of(exports[0]) == bytes_of(exports[1]) != {}
+    assert checkpoints.problem(checkpoint) is None  # what was made of it is no part of it
 
 
 @pytest.mark.parametrize("train_type", ["custom_lora", "bnb_dora"])

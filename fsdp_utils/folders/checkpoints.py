@@ -460,13 +460,12 @@ class _SharedFile:
 
 
 @torch.no_grad()
-def restore_parameters(prepared, folder: Path) -> None:
-    """Fills this process's rows of what trains."""
-    file = _SharedFile(folder / trained_file(prepared.model))
-    for name, p in prepared.model.named_parameters():
+def restore_parameters(model, folder: Path) -> None:
+    """Fills this process's rows of what trains; `Method.after_step` is left to the caller."""
+    file = _SharedFile(folder / trained_file(model))
+    for name, p in model.named_parameters():
         if p.requires_grad and local(p).numel():
             local(p).copy_(file.rows(name, *row_range(p)))
-    prepared.method.after_step(prepared.model, device=prepared.device)
 
 
 def restore(step, folder: Path) -> None:
@@ -482,7 +481,8 @@ def restore(step, folder: Path) -> None:
             f"--resume {folder}: its 8-bit optimizer states belong to {state['processes']} processes, not to "
             f"{world_size()}; start as many"
         )
-    restore_parameters(step.prepared, folder)
+    restore_parameters(step.model, folder)
+    step.prepared.method.after_step(step.model, device=step.device)
     own = load_file(folder / own_file(rank())) if same_processes else {}
     by_name = _optimizer_state(step, folder, state, own)
     optimizer = dict(state=by_name, groups=state["groups"])

@@ -12,7 +12,7 @@ from fsdp_utils.core.errors import CheckpointError, UserError
 from fsdp_utils.core.flags import flags
 from fsdp_utils.core.folders import model_folder
 from fsdp_utils.core.safetensors_io import read_header
-from fsdp_utils.folders.names import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, RUN_FILE
+from fsdp_utils.folders.names import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, RUN_FILE, TRAINED_FILE
 from fsdp_utils.model.build import read_tokenizer, resolve_model
 from methods import TRAIN_TYPES
 from methods.adapter import KEY_PREFIX, LORA_A, LORA_B, MAGNITUDE, peft_scaling_keys
@@ -25,6 +25,7 @@ TITLES = {
     "adapter": "adapter",
     "stock": "quantized model",
     "stock_adapter": "quantized model with adapter",
+    "checkpoint": "checkpoint of new blocks",
 }
 # the settings of a PEFT adapter that the layers here compute, or that only matter while it trains
 PEFT_READ = {
@@ -43,7 +44,8 @@ class Run:
     Args:
         folder: the folder itself (of a hub name: its snapshot).
         kind: "base" (no run.json), "model" (full fine-tune), "llama_pro", "adapter",
-            "stock" (quantized in a format that transformers reads) or "stock_adapter" (PEFT adapter on one of those).
+            "stock" (quantized in a format that transformers reads), "stock_adapter" (PEFT adapter on one of those) or
+            "checkpoint" (new blocks only: `inference.whole` makes a model of it).
         base: folder or hub name of the weights under an adapter; of the other kinds the folder.
         config: the flags it was trained with, `model_name` being `base`; None without run.json.
         quantizer: fields of the quantizer it was trained with; None if there was none or it is not known.
@@ -93,6 +95,9 @@ def describe(name: str | Path) -> Run:
     record = _read_run(folder)
     if (folder / ADAPTER_CONFIG).exists():
         return _describe_adapter(folder, record)
+    if record and (folder / TRAINED_FILE).exists():
+        known = _known_from(record, base=None)
+        return Run(folder, "checkpoint", Path(resolve_model(known["config"].source)), **known)
     if not (folder / "config.json").exists():
         raise UserError(f"{folder}: holds neither a model (config.json) nor an adapter ({ADAPTER_CONFIG})")
     if (folder / ADAPTER_FOLDER / ADAPTER_CONFIG).exists():

@@ -254,8 +254,9 @@ def _model_specs(model, planned, config) -> dict[str, tuple[torch.dtype, tuple]]
     return {name: (planned.dtype, tuple(source.shape)) for name, source in dense_tensors(model).items()}
 
 
-def _save_model(model, planned, config, folder: Path) -> None:
-    """A Hugging Face folder. A quantized base is written dequantized: what the trained blocks were trained on."""
+def write_model(model, planned, config, folder: Path) -> None:
+    """A Hugging Face folder, without tokenizer. A quantized base is written dequantized: what the trained blocks were
+    trained on. Collective."""
     sources, specs = dense_tensors(model), _model_specs(model, planned, config)
 
     def whole(name):
@@ -293,5 +294,5 @@ class _Saver(NamedTuple):
 
 _SAVERS = {
     "adapter": _Saver(_adapter_specs, _save_adapter, _describe_adapter),
-    "model": _Saver(_model_specs, _save_model, _describe_model),
+    "model": _Saver(_model_specs, write_model, _describe_model),
 }

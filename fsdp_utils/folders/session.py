@@ -182,7 +182,8 @@ class Session:
         if best.step != self.step.taken:
             if why := all_gather_objects(checkpoints.problem(folder) if is_main() else None)[0]:
                 raise UserError(f"--save_best true: {folder} is no valid checkpoint ({why}); the last one stays")
-            checkpoints.restore_parameters(self.step.prepared, folder)
+            checkpoints.restore_parameters(self.step.model, folder)
+            self.planned.method.after_step(self.step.model, device=self.step.device)
         say(f"the result is that of step {best.step}, which has the lowest validation loss, {best.loss:.6g}")
 
     def _take(self, number: int) -> checkpoints.Snapshot:
