@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
-from real_run import make_config
+from peft import LoraConfig, PeftModel, get_peft_model
+from real_run import make_config, tokenized
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -94,6 +94,8 @@ def test_resumed_is_uninterrupted(pair, flags, tmp_path, train_type):
         dict(precision="bf16"),  # rounds at random
         dict(precision="fp16_autocast"),
         dict(lora_init="pissa"),
+        dict(sharding_strategy="ddp"),
+        dict(sharding_strategy="hybrid_full_shard", hybrid_shard_size=1),
         dict(use_gradient_checkpointing=False),
         dict(no_sync=True, gradient_accumulation_steps=2, batch_size=1),
     ],
@@ -348,6 +350,42 @@ def test_init_adapter_goes_on(flags, tmp_path, train_type, capsys):
     run_train(**second | dict(output_dir=tmp_path / "third", stop_at_step=2))
     run_train(**second | dict(output_dir=tmp_path / "third", resume="auto"))
     assert bytes_of(tmp_path / "third") == bytes_of(tmp_path / "second")
+
+
+def test_init_adapter_that_peft_trained(flags, tiny, tmp_path):
+    """A folder without run.json: the first loss is that of PEFT's model."""
+    given = flags(train_type="custom_lora") | dict(batch_size=15, lora_dropout=0.0, max_steps=1)
+    torch.manual_seed(0)
+    names = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
+    stock = LoraConfig(r=4, lora_alpha=16, target_modules=names, init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny()), stock)
+    model.save_pretrained(tmp_path / "peft")
+    run_train(output_dir=tmp_path / "ours", init_adapter=tmp_path / "peft", **given)
+    run_train(output_dir=tmp_path / "new", **given)
+    total = tokens = 0
+    for row in tokenized(make_config(**given)).dataset:
+        labels = torch.as_tensor(row["labels"]).long()[None]
+        loss = model(input_ids=torch.as_tensor(row["input_ids"]).long()[None], labels=labels).loss.item()
+        count = int((labels[:, 1:] != -100).sum())
+        total, tokens = total + loss * count, tokens + count
+    first = rows_of(tmp_path / "ours")[0]["loss"]
+    assert (
+        first
+        == pytest.approx(total / tokens, rel=1e-5)
+        != pytest.approx(rows_of(tmp_path / "new")[0]["loss"], rel=1e-3)
+    )
+
+
+def test_wandb_goes_on_in_the_same_run(flags, tmp_path, monkeypatch):
+    """By the id in the checkpoint."""
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    given = flags(train_type="custom_lora") | dict(output_dir=tmp_path / "run", batch_size=4, log_to="wandb")
+    run_train(stop_at_step=2, **given)
+    known = checkpoints.read_state(tmp_path / "run/checkpoints/step-000002")["run_id"]
+    run_train(resume="auto", **given | dict(max_steps=4))
+    runs = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
+    assert known and len(runs) == 2 and all(name.endswith(f"-{known}") for name in runs)
 
 
 @pytest.mark.parametrize(

@@ -55,11 +55,12 @@ class Session:
             raise UserError(f"--resume {self.checkpoint}: is of another run: {'; '.join(found)}")
         done, total = self.state["step"], self.total_steps
         if done > total:
-            raise UserError(f"--resume {self.checkpoint}: {done} steps are done, and this run has {total}; raise them")
+            more = "give more by --max_steps or --num_epochs"
+            raise UserError(f"--resume {self.checkpoint}: {done} steps are done, and this run has {total}; {more}")
         if done == total and all_gather_objects(saving.is_finished(self.config.output_dir))[0]:
             say(f"{self.config.output_dir}: the run has ended after its {total} steps; nothing is left to do")
             raise Ended(0)
-        if total != self.state["total_steps"] and self.config.lr_scheduler != "constant":
+        if done < total != self.state["total_steps"] and self.config.lr_scheduler != "constant":
             say(f"note: the learning rate now runs over {total} steps; until here over {self.state['total_steps']}")
 
     def _go_on_validating(self) -> None:
