@@ -254,7 +254,8 @@ class TrainStep:
 
     def state_dict(self) -> dict:
         """What a run needs besides its trained parameters to go on exactly: the optimizer's state by the parameters'
-        names, of this process's rows; the loss scale; the number of steps."""
+        names, of this process's rows; the loss scale; the number of steps. Random states are the process's, and what a
+        method derives from parameters (DoRA's norms) follows from `Method.after_step`: see `folders.checkpoints`."""
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         state = {name: self.optimizer.state.get(p, {}) for name, p in self._named()}
         return dict(optimizer=dict(state=state, groups=groups), scaler=self.scaler.state_dict(), taken=self.taken)
