@@ -292,6 +292,29 @@ def test_finished_run_has_nothing_left(flags, tmp_path, capsys):
     assert [row["step"] for row in rows_of(tmp_path / "run")] == list(range(1, 17))
 
 
+def test_finished_run_without_checkpoints(flags, tmp_path, capsys):
+    """So too where it kept none, or only that of a stop."""
+    given = flags(train_type="custom_lora") | dict(output_dir=tmp_path / "run", resume="auto", batch_size=4)
+    assert run_train(stop_at_step=2, **given) == run_train(**given) == 0
+    before = bytes_of(tmp_path / "run")
+    assert run_train(**given) == 0
+    assert "nothing is left to do" in capsys.readouterr().out and bytes_of(tmp_path / "run") == before
+    assert "--overwrite true" in refused(**given | dict(resume="false"))
+
+
+def test_old_checkpoints_stay_until_there_is_something_to_train(stopped, tmp_path, monkeypatch):
+    """--overwrite true, and a run that fails while it loads."""
+    given = stopped | dict(output_dir=tmp_path / "run")
+    run_train(stop_at_step=2, **given)
+    monkeypatch.setattr(train, "load", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_train(overwrite=True, **given)
+    assert checkpoints.problem(tmp_path / "run/checkpoints/step-000002") is None
+    monkeypatch.undo()
+    run_train(overwrite=True, stop_at_step=1, **given)
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000001"]
+
+
 def test_resume_from_an_older_one_drops_the_newer(flags, tmp_path):
     """What was written after it belongs to a run that did not take place."""
     given = flags(train_type="custom_lora") | dict(output_dir=tmp_path / "run", batch_size=4, keep_checkpoints=9)

@@ -158,6 +158,18 @@ def test_early_stopping(flags, other_data, tmp_path, capsys):
     assert "nothing is left to do" in capsys.readouterr().out
 
 
+def test_losses_of_other_samples_are_not_compared(flags, other_data, tmp_path, capsys):
+    """A resumed run with another validation set judges anew: the lowest loss was that of other samples."""
+    given = flags(train_type="custom_lora") | dict(batch_size=5, num_epochs=2, eval_every_steps=1, save_best=True)
+    run_train(output_dir=tmp_path / "a", eval_dataset=other_data, stop_at_step=3, **given)
+    more = make_data(tmp_path / "more.jsonl", samples=7, seed=9)
+    run_train(output_dir=tmp_path / "a", eval_dataset=more, resume="auto", **given)
+    said = capsys.readouterr().out
+    rows = [row for row in logged(tmp_path / "a")[1] if row["step"] > 3]
+    best = min(rows, key=lambda row: row["eval_loss"])
+    assert "validation is of other samples" in said and f"that of step {best['step']}," in said
+
+
 @pytest.mark.parametrize(
     ("given", "names"),
     [

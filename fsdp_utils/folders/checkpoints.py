@@ -363,7 +363,7 @@ def write_manifest(folder: Path) -> None:
 
 def number_of(folder: Path) -> int:
     """The step of a checkpoint's name; -1 for a name that has none."""
-    digits = folder.name.removeprefix("step-")
+    digits = folder.name.removeprefix(".").removeprefix("step-")
     return int(digits) if digits.isdecimal() else -1
 
 
@@ -434,7 +434,7 @@ def find(config) -> Path | None:
 
 def remove_after(root: Path, number: int) -> None:
     """Removes what is newer than the checkpoint of step `number`, from which the run goes on otherwise."""
-    for folder in root.glob("step-*"):
+    for folder in [*root.glob("step-*"), *root.glob(".step-*")]:
         if number_of(folder) > number:
             shutil.rmtree(folder)
 
@@ -611,6 +611,9 @@ def differences(state: dict, config, *, facts: dict) -> list[str]:
         for name in lasting_flags(config)
         if state["flags"].get(name, now[name]) != now[name]
     ]
+    hints = dict(data=" (--dataset, --eval_samples, the tokenizer)", rows_per_step=f" ({facts['rows_per_step']})")
     return found + [
-        f"{name}: another one than in the checkpoint" for name, value in facts.items() if state[name] != value
+        f"{name}: another one than in the checkpoint{hints.get(name, '')}"
+        for name, value in facts.items()
+        if state[name] != value
     ]

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fsdp_utils.core.errors import UserError
-from fsdp_utils.core.flags import as_dict
+from fsdp_utils.core.flags import as_dict, lasting_flags
 from fsdp_utils.core.folders import check_place, model_folder, write_json
 from fsdp_utils.core.locks import claim, make_writable
 from fsdp_utils.core.processes import barrier
@@ -93,6 +93,16 @@ def is_finished(folder: str | Path) -> bool:
         return False
 
 
+def has_ended(config) -> bool:
+    """Whether the output folder holds the result of this very run."""
+    folder = Path(config.output_dir)
+    if not is_finished(folder):
+        return False
+    record, now = json.loads((folder / RUN_FILE).read_text()), lasting_values(config)
+    same = [*lasting_flags(config), *READ, "num_epochs", "max_steps", "save_model"]
+    return all(record["flags"].get(name) == now[name] for name in same)
+
+
 @contextmanager
 def begun(planned, config, *, resumes: bool = False):
     """Claims the output folder for a run, which is unfinished until the block ends well.
@@ -114,8 +124,6 @@ def _claimed(planned, config, *, resumes: bool):
         check_output(config, resumes=resumes)  # again: a run that was started together with this one may have ended
         if config.save_model:
             refuse_full_disk(folder, _SAVERS[planned.method.saves].specs(planned.model, planned, config))
-        if not resumes:  # of an older run: nobody shall go on from them
-            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         (folder / DIVERGED_FILE).unlink(missing_ok=True)
         yield
 

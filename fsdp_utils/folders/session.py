@@ -64,10 +64,20 @@ class Session:
             say(f"note: the learning rate now runs over {total} steps; until here over {self.state['total_steps']}")
 
     def _go_on_validating(self) -> None:
-        if self.validation and self.state["validation"]:
-            self.validation.load_state_dict(self.state["validation"])
-            if self.validation.exhausted:
-                self.total_steps = self.state["step"]
+        """What earlier validations said counts only beside later ones of the same samples."""
+        if not self.validation or not self.state["validation"]:
+            return
+        if all_gather_objects(is_main() and self.state["validation_data"] != self.validation_data)[0]:
+            say("note: validation is of other samples than before; the lowest loss so far does not count")
+            return
+        self.validation.load_state_dict(self.state["validation"])
+        if self.validation.exhausted:
+            self.total_steps = self.state["step"]
+
+    @cached_property
+    def validation_data(self) -> str | None:
+        """Process 0 knows it."""
+        return self.validation.batches.data.digest() if self.validation and is_main() else None
 
     @cached_property
     def facts(self) -> dict:
@@ -115,6 +125,8 @@ class Session:
     def begin(self, step) -> int:
         """Gives a new TrainStep the state that the run begins or goes on with; the steps that are done."""
         self.step = step
+        if is_main() and not checkpoints.is_own(self.checkpoint, self.config):
+            checkpoints.remove_after(self.root, -1)  # of an older run: only now does this one have something to train
         if self.checkpoint:
             checkpoints.restore(step, self.checkpoint)
             say(f"goes on after step {step.taken} of {self.total_steps}, from {self.checkpoint}")
@@ -199,6 +211,7 @@ class Session:
             total_steps=self.total_steps,
             run_id=self.run_id,
             validation=self.validation.state_dict() if self.validation else None,
+            validation_data=self.validation_data,
         )
         return checkpoints.take(self.step, self.planned, describe=documents, state=state)
 
