@@ -22,11 +22,7 @@ def barrier() -> None:
 
 def all_reduce(value: float, device: torch.device, *, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> float:
     """The sum of a number over all processes, or what `op` makes of it."""
-    if not dist.is_initialized():
-        return value
-    reduced = torch.tensor(value, dtype=torch.float64, device=device)
-    dist.all_reduce(reduced, op=op)
-    return reduced.item()
+    return all_reduce_each([value], device, op=op)[0]
 
 
 def start(device: torch.device, *, alone: bool = False) -> None:
@@ -55,12 +51,14 @@ def _of_a_restart() -> dict:
     return dict(store=dist.PrefixStore(f"start-{restarts}", store), rank=number, world_size=count)
 
 
-def all_reduce_each(values: list[float], device: torch.device) -> list[float]:
-    """The sum of each number over all processes, by one collective."""
+def all_reduce_each(
+    values: list[float], device: torch.device, *, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+) -> list[float]:
+    """`all_reduce` of each number, by one collective."""
     if not dist.is_initialized():
         return values
     reduced = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(reduced)
+    dist.all_reduce(reduced, op=op)
     return reduced.tolist()
 
 
