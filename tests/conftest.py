@@ -110,6 +110,18 @@ def save_run(tmp_path_factory, tiny_data):
 
 
 @pytest.fixture
+def offline_wandb(tmp_path, monkeypatch):
+    """wandb writes into `tmp_path / "wandb"`. It reads its variables once a process: what it read is forgotten after."""
+    import wandb
+
+    for name, value in dict(MODE="offline", DIR=tmp_path, SILENT="true").items():
+        monkeypatch.setenv(f"WANDB_{name}", str(value))
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+@pytest.fixture
 def export(tmp_path):
     """`export(run, infer_type, **flags)`: the folder that prepare_weights.py writes; no report unless asked for."""
 

@@ -399,10 +399,8 @@ def test_init_adapter_that_peft_trained(flags, tiny, tmp_path):
     )
 
 
-def test_wandb_goes_on_in_the_same_run(flags, tmp_path, monkeypatch):
+def test_wandb_goes_on_in_the_same_run(flags, tmp_path, offline_wandb):
     """By the id in the checkpoint."""
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    monkeypatch.setenv("WANDB_MODE", "offline")
     given = flags(train_type="custom_lora") | dict(output_dir=tmp_path / "run", batch_size=4, log_to="wandb")
     run_train(stop_at_step=2, **given)
     known = checkpoints.read_state(tmp_path / "run/checkpoints/step-000002")["run_id"]

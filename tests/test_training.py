@@ -324,11 +324,8 @@ def test_profiles_need_a_folder(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_wandb_offline(flags, tmp_path, monkeypatch):
+def test_wandb_offline(flags, tmp_path, monkeypatch, offline_wandb):
     """--log_to wandb writes an offline run without a network, with the flags and the same numbers as metrics.jsonl."""
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    monkeypatch.setenv("WANDB_SILENT", "true")
     logged, original = [], metrics.Wandb.log
     monkeypatch.setattr(metrics.Wandb, "log", lambda self, row: (logged.append(row), original(self, row))[1])
     rows, _ = run(flags(log_to="wandb", project_name="trial", name="first", max_steps=2))
