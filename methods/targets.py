@@ -54,12 +54,15 @@ def has_dropout(model: nn.Module) -> bool:
 
 
 def refuse_experts(model: nn.Module) -> None:
-    """Raises UserError for 3-D expert weights: replacing nn.Linear would leave them in 16 bits (bitsandbytes#1849)."""
-    for path, parameter in model.named_parameters():
-        if parameter.dim() == 3:
-            raise UserError(
-                f"{type(model).__name__}: {path} {tuple(parameter.shape)} holds experts, which are not supported yet"
-            )
+    """Raises UserError for stacks of matrices that are no layers: replacing nn.Linear would leave them in 16 bits
+    (bitsandbytes#1849). The kernel of a convolution is none."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3 and min(parameter.shape[-2:]) > 1:
+                what = f"{path}.{name} {tuple(parameter.shape)}"
+                raise UserError(f"{type(model).__name__}: {what} holds experts, which are not supported yet")
 
 
 def refuse_in_place(model: nn.Module) -> None:

@@ -26,20 +26,25 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 class CheckpointReader:
     """Tensors of a safetensors folder by name; files stay mapped, so reads from several threads need no lock.
 
+    Of a folder with several sets of weights it reads what transformers reads.
     Returned tensors may be views of the private file mapping: do not write to them in place.
     Raises CheckpointError for pickled-only weights, a missing, truncated or corrupt shard, an index that points outside
-    its folder or names a tensor its shard lacks, and for a folder without weights.
+    its folder, names a tensor its shard lacks or leaves open in which shard it is, and for a folder without weights.
     """
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        self.shard_of = _shard_of_each_tensor(self.folder)  # tensor name -> file name
-        self._headers, self._files = {}, {}
-        for shard in sorted(set(self.shard_of.values())):
+        indexed = _shard_of_each_tensor(self.folder)  # tensor name -> file name
+        self._headers, self._files, self.shard_of = {}, {}, {}
+        for shard in sorted(set(indexed.values())):
             path = _inside(self.folder, shard)
             self._headers[shard] = read_header(path)
             self._files[shard] = _open(path)
-        for name, shard in self.shard_of.items():
+            for name in self._headers[shard]:  # transformers takes those that the index forgot, too
+                if self.shard_of.setdefault(name, shard) != shard:
+                    both = f"{self.shard_of[name]} and {shard}"
+                    raise CheckpointError(f"{self.folder}: {name} is in both {both}; remove the index and files of one")
+        for name, shard in indexed.items():
             if name not in self._headers[shard]:
                 raise CheckpointError(f"{self.folder}: the index puts {name} in {shard}, which does not hold it")
 
@@ -66,8 +71,8 @@ class CheckpointReader:
         return self._file(name).get_tensor(name)
 
     def rows(self, name, start, stop):
-        """Rows [start, stop) of dim 0, without reading the others."""
-        return self._file(name).get_slice(name)[start:stop]
+        """Rows [start, stop) of dim 0, without reading the others; of a scalar itself."""
+        return self._file(name).get_slice(name)[start:stop] if self.shape(name) else self.tensor(name)
 
     def _file(self, name):
         self._entry(name)
@@ -80,38 +85,52 @@ class CheckpointReader:
 
 
 def _shard_of_each_tensor(folder):
-    if (folder / INDEX_NAME).exists():
-        try:
-            shard_of = json.loads((folder / INDEX_NAME).read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{folder / INDEX_NAME}: not a safetensors index ({error!r})") from None
-        if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
-            raise CheckpointError(f"{folder / INDEX_NAME}: weight_map must map tensor names to file names")
-        if shard_of:
-            return shard_of
-        raise CheckpointError(f"{folder / INDEX_NAME}: weight_map is empty")
-    if (folder / SINGLE_NAME).exists():
-        return dict.fromkeys(read_header(_inside(folder, SINGLE_NAME)), SINGLE_NAME)
+    name = _weights_of(folder)
+    if not name.endswith(".index.json"):
+        return dict.fromkeys(read_header(_inside(folder, name)), name)
+    try:
+        shard_of = json.loads(_inside(folder, name).read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{folder / name}: not a safetensors index ({error!r})") from None
+    if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
+        raise CheckpointError(f"{folder / name}: weight_map must map tensor names to file names")
+    if not shard_of:
+        raise CheckpointError(f"{folder / name}: weight_map is empty")
+    return shard_of
+
+
+def _weights_of(folder):
+    """The file that transformers begins with: the one that config.json names, else the single file, else the index."""
+    try:
+        named = json.loads((folder / "config.json").read_text()).get("transformers_weights")
+    except (OSError, ValueError, AttributeError):
+        named = None  # no model's folder
+    if named:
+        return named
+    for name in (SINGLE_NAME, INDEX_NAME):
+        if (folder / name).exists():
+            return name
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
         raise CheckpointError(
             f"{folder}: only pickled weights (.bin), which can run code when read; convert them to safetensors first"
         )
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    beside = f", only {others[0]}, which transformers does not read by itself; rename it" if others else ""
     raise CheckpointError(
-        f"{folder}: no {SINGLE_NAME} and no {INDEX_NAME}" if folder.is_dir() else f"{folder}: no such folder"
+        f"{folder}: no {SINGLE_NAME} and no {INDEX_NAME}{beside}" if folder.is_dir() else f"{folder}: no such folder"
     )
 
 
 def _inside(folder, name):
-    """The path of a shard. An index is untrusted text: it must not make us read a file elsewhere."""
-    root = folder.resolve()
-    # files of a hub cache snapshot are links into ../../blobs
-    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
-    resolved = (folder / name).resolve()
-    outside = Path(name).is_absolute() or ".." in Path(name).parts
-    if outside or not any(resolved.is_relative_to(allowed) for allowed in roots):
+    """The path of a shard. An index is untrusted text: no name in it may leave the folder. Links may, as those do by
+    which a cache keeps models: they were made by whoever made the folder."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
         raise CheckpointError(f"{folder}: {name} lies outside the folder")
-    if not resolved.is_file():
-        raise CheckpointError(f"{folder}: {name} is missing")
+    if not (folder / name).is_file():
+        broken = (folder / name).is_symlink()
+        raise CheckpointError(f"{folder}: {name} is {'a link to what is not there' if broken else 'missing'}")
     return folder / name
 
 
@@ -166,7 +185,7 @@ def write_rows(path, rows):
     with open(path, "r+b") as file:
         for (name, first), tensor in rows:
             begin, end = header[name]["data_offsets"]
-            count = max(header[name]["shape"][0], 1)
+            count = max(header[name]["shape"][0], 1) if header[name]["shape"] else 1
             file.seek(8 + length + begin + first * ((end - begin) // count))
             file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
         file.flush()

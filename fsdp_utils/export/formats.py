@@ -82,11 +82,12 @@ class Format:
         """Writes what belongs beside the model; `target` is the name that `folder` will have."""
 
     def specs(self) -> dict[str, Spec]:
-        """Of every tensor in the order they are written."""
+        """Of every tensor in the order they are written, under the names of the base's files."""
         found = {}
         for name, shape in self.trained.shapes.items():
             path = name.removesuffix(".weight")
-            found |= self.linear_specs(path) if path in self.packed else {name: (self.dtype, shape)}
+            plain = {self.trained.weights.stored_name(name): (self._dtype_of(name), shape)}
+            found |= self.linear_specs(path) if path in self.packed else plain
         return found
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -95,10 +96,12 @@ class Format:
             path = name.removesuffix(".weight")
             if path in self.packed:
                 yield from self.linear_tensors(path).items()
-            elif path in self.trained.linears:
-                yield name, self.trained.merged(path).to(self.dtype)
-            else:
-                yield name, self.trained.tensor(name).to(self.dtype)
+                continue
+            whole = self.trained.merged(path) if path in self.trained.linears else self.trained.tensor(name)
+            yield self.trained.weights.stored_name(name), whole.to(self._dtype_of(name))
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        return self.trained.own_dtypes.get(name, self.dtype)
 
 
 class Merged(Format):

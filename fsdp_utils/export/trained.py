@@ -9,8 +9,9 @@ from fsdp_utils.core.safetensors_io import CheckpointReader
 from fsdp_utils.folders.describe import Run
 from fsdp_utils.inference.load import default_dtype, plan_adapter
 from fsdp_utils.model.build import build_on_meta, read_model_config
+from fsdp_utils.model.checkpoint import match
 from fsdp_utils.model.quantized_cache import packed_modules
-from fsdp_utils.model.weights import plan_reads
+from fsdp_utils.model.weights import plan_reads, saved_buffers
 from fsdp_utils.training.task import CAUSAL_LM
 from methods import quantizer_of
 from methods.adapter import Pair, by_layer
@@ -27,7 +28,9 @@ class TrainedWeights:
         device: where weights are quantized, dequantized and merged.
 
     Attributes:
-        shapes: of every parameter by its name in the model; tied ones come once.
+        weights: the tensors of base or model (`model.checkpoint.Checkpoint`).
+        shapes: of every parameter and stored buffer by its name in the model; tied ones come once.
+        own_dtypes: of those among them that have the same dtype under any precision.
         linears: path and `nn.Linear` (on meta) of every linear of the model.
         in_blocks: paths of those in decoder blocks, which quantized formats pack.
         has_conv1d: whether some layers are GPT-2's transposed linears, which are in neither of the two.
@@ -51,11 +54,14 @@ class TrainedWeights:
             planned, stored, _ = plan_adapter(run, device=device, dtype=self._trained_dtype)
             self.method, self._adapter = planned.method, by_layer(stored)
             self._packed = packed_modules(planned.model)
-        self.reader = CheckpointReader(run.base)
         model_config = read_model_config(str(run.base), task=CAUSAL_LM)
-        built = build_on_meta(model_config, task=CAUSAL_LM, dtype=torch.float32)
-        self._stored = {read.name: read.stored for read in plan_reads(built, self.reader)}
-        self.shapes = {name: self.reader.shape(stored) for name, stored in self._stored.items()}
+        # in 16 bits: what a family keeps in fp32 shows
+        built = build_on_meta(model_config, task=CAUSAL_LM, dtype=torch.bfloat16)
+        self.weights = match(built, CheckpointReader(run.base))
+        whole = {read.name: read for read in plan_reads(built)} | saved_buffers(built)
+        self.shapes = {name: self.weights.shape(name) for name in whole if name in self.weights}
+        dtypes = {name: tensor.dtype for name, tensor in built.state_dict().items()}
+        self.own_dtypes = {name: dtypes[name] for name in self.shapes if dtypes[name] != torch.bfloat16}
         self.linears = {path: m for path, m in built.named_modules() if isinstance(m, nn.Linear)}
         self.in_blocks = list(block_linears(built))
         self.has_conv1d = any(isinstance(m, Conv1D) for m in built.modules())
@@ -73,7 +79,7 @@ class TrainedWeights:
     def nbytes(self) -> int:
         """Bytes of what is read: the base or model, and the adapter."""
         adapter = sum(t.nbytes for tensors in self._adapter.values() for t in tensors.values())
-        return sum(map(self.reader.nbytes, self._stored.values())) + adapter
+        return sum(map(self.weights.nbytes, self.shapes)) + adapter
 
     def adapted(self) -> list[str]:
         """Paths of the linears that have an adapter."""
@@ -84,7 +90,7 @@ class TrainedWeights:
         quantized."""
         path = name.removesuffix(".weight")
         if path not in self._packed:
-            return self._read(name).to(self._trained_dtype)
+            return self._read(name).to(self.own_dtypes.get(name) or self._trained_dtype)
         module = self._packed[path]
         return module.quantizer.dequantize(self.packed(path), in_features=module.in_features, dtype=self._trained_dtype)
 
@@ -114,6 +120,6 @@ class TrainedWeights:
         return {suffix: tensor.to(self.device) for suffix, tensor in self._adapter[path].items()}
 
     def _read(self, name: str) -> torch.Tensor:
-        rows = self.reader.tensor(self._stored[name]).to(self.device)
+        rows = self.weights.tensor(name).to(self.device)
         path = name.removesuffix(".weight")
         return self.method.base_rows(path, rows, start=0) if self.method else rows

@@ -42,6 +42,7 @@ from fsdp_utils.folders.names import (
     TRAINED_FILE,
 )
 from fsdp_utils.folders.saving import lasting_values
+from fsdp_utils.model.weights import saved_buffers
 from fsdp_utils.sharding import fsdp
 from methods.adapter import KEY_PREFIX
 
@@ -105,12 +106,14 @@ def take(step, planned, *, describe: Callable[[Path], None], state: dict) -> Sna
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = _OptimizerState(own_state["optimizer"]["state"], trained)
     agreed = all_gather_objects((optimizer.specs, optimizer.scalars, bool(optimizer.own)))  # not all hold rows of all
+    # buffers do not train, but a whole model is none without them
+    kept = trained | (saved_buffers(model) if trained_file(model) == MODEL_WEIGHTS else {})
     specs = {
-        trained_file(model): {name: (p.dtype, tuple(p.shape)) for name, p in trained.items()},
+        trained_file(model): {name: (p.dtype, tuple(p.shape)) for name, p in kept.items()},
         OPTIMIZER_FILE: {name: spec for found, _, _ in agreed for name, spec in found.items()},
     }
     copied = {}
-    rows = {trained_file(model): _rows_of(trained, copied), OPTIMIZER_FILE: optimizer.rows}
+    rows = {trained_file(model): _rows_of(kept, copied), OPTIMIZER_FILE: optimizer.rows}
     if planned.method.saves == "adapter":
         tensors = {f"{KEY_PREFIX}{name}": stored for name, stored in planned.method.tensors(model)}
         specs[ADAPTER_WEIGHTS] = {name: (stored.dtype, stored.shape) for name, stored in tensors.items()}

@@ -38,6 +38,7 @@ from fsdp_utils.folders.names import (
     RUN_FILE,
 )
 from fsdp_utils.model.build import resolve_model
+from fsdp_utils.model.weights import saved_buffers
 from methods.adapter import KEY_PREFIX
 from methods.llama_pro import EXPANDED_LAYERS_FILE
 from methods.quantizers.linear import QuantizedWeight, weight_rows
@@ -243,7 +244,7 @@ def _describe_adapter(model, planned, config, folder: Path) -> None:
 
 
 def dense_tensors(model: nn.Module) -> dict[str, object]:
-    """Checkpoint name of every weight of a model without adapters, and the parameter or packed linear behind it."""
+    """Name of everything that a model without adapters saves, and the parameter, buffer or packed linear behind it."""
     found, seen = {}, set()
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
@@ -254,18 +255,24 @@ def dense_tensors(model: nn.Module) -> dict[str, object]:
             if name not in getattr(module, "packed_names", ()) and id(parameter) not in seen:
                 seen.add(id(parameter))
                 found[prefix + name] = parameter
-    return found
+    return found | saved_buffers(model)
+
+
+def _stored_tensors(model, planned) -> dict[str, object]:
+    """`dense_tensors` under the names of the base's files."""
+    return {planned.weights.stored_name(name): source for name, source in dense_tensors(model).items()}
 
 
 def _model_specs(model, planned, config) -> dict[str, tuple[torch.dtype, tuple]]:
-    # not model.dtype, which is that of packed codes where the embedding is quantized
-    return {name: (planned.dtype, tuple(source.shape)) for name, source in dense_tensors(model).items()}
+    dtype_of = lambda source: planned.dtype if isinstance(source, QuantizedWeight) else source.dtype
+    sources = _stored_tensors(model, planned)
+    return {name: (dtype_of(source), tuple(source.shape)) for name, source in sources.items()}
 
 
 def write_model(model, planned, config, folder: Path) -> None:
     """A Hugging Face folder, without tokenizer. A quantized base is written dequantized: what the trained blocks were
     trained on. Collective."""
-    sources, specs = dense_tensors(model), _model_specs(model, planned, config)
+    sources, specs = _stored_tensors(model, planned), _model_specs(model, planned, config)
 
     def whole(name):
         source = sources[name]

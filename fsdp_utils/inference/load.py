@@ -12,6 +12,7 @@ from fsdp_utils.core.safetensors_io import CheckpointReader
 from fsdp_utils.folders.describe import Run, _quantization, adapter_tensors, check_adapter, check_base
 from fsdp_utils.model.assemble import Dtypes, Plan, attach, build, load_whole
 from fsdp_utils.model.build import build_on_meta, quantize_on_meta, read_model_config
+from fsdp_utils.model.checkpoint import match
 from fsdp_utils.model.weights import check_loaded, checkpoint_dtype, load_weights, materialize
 from fsdp_utils.training.task import CAUSAL_LM
 from methods import METHODS, TRAIN_TYPES, make_quantizer, method_of
@@ -75,7 +76,7 @@ def check_eval_type(run: Run, eval_type: str | None) -> None:
 def _load_model(run: Run, *, device, dtype, eval_type) -> nn.Module:
     """A dense model, or one whose linears are quantized while they are read."""
     built = build_on_meta(read_model_config(str(run.base), task=CAUSAL_LM), task=CAUSAL_LM, dtype=dtype)
-    weights = CheckpointReader(run.base)
+    weights = match(built, CheckpointReader(run.base))
     quantized = eval_type not in (None, "full", run.train_type)
     if quantized:
         train_type = "qlora" if eval_type == "full_post_quantized" else eval_type

@@ -25,7 +25,6 @@ from fsdp_utils.model.weights import (
     load_weights,
     materialize,
     open_weights,
-    plan_reads,
     whole_reader,
 )
 from fsdp_utils.options import PRECISIONS
@@ -136,7 +135,7 @@ def attach(built: Built, config) -> Plan:
     """Packs what is quantized and adds what trains, on meta.
 
     Raises:
-        UserError: targets that match nothing, a group size that does not divide a row, weights that do not fit.
+        UserError: targets that match nothing, a group size that does not divide a row.
     """
     model, weights = built.model, built.weights
     quantizer = make_quantizer(config.train_type, config, checkpoint_dtype=checkpoint_dtype(weights))
@@ -147,7 +146,6 @@ def attach(built: Built, config) -> Plan:
     refuse_in_place(model)
     if not any(p.requires_grad for p in model.parameters()):
         raise RuntimeError(f"{config.train_type} left no parameter to train")
-    plan_reads(model, weights)  # finds what is missing, superfluous or of another shape
     return Plan(**vars(built), method=method, quantizer=quantizer)
 
 
@@ -207,7 +205,7 @@ def _fill(planned: Plan, config, *, on_host: dict, rows_on_host: bool, device: t
     model, method, weights = planned.model, planned.method, planned.weights
     offload.move_embedding_to_host(model, on_host, device=device)
     materialize(model, device=torch.device("cpu") if rows_on_host else device, buffer_device=device)
-    method.before_loading(whole_reader(model, weights, device=device), device=device)
+    method.before_loading(whole_reader(weights, device=device), device=device)
     cache = None
     if config.quantized_cache and planned.quantizer:
         base = planned.base_fingerprint + method.base_recipe  # only now does the method know which base it wants

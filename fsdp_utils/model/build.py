@@ -6,6 +6,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
+from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import no_init_weights
 
 from fsdp_utils.core.errors import UserError
@@ -60,11 +61,31 @@ def read_tokenizer(name: str):
 
 
 def build_on_meta(model_config, *, task, dtype: torch.dtype) -> nn.Module:
-    """The frozen model, parameters on meta, buffers (rotary frequencies, scales) real and on the CPU."""
+    """The frozen model as `from_pretrained` begins it: parameters on meta, tied as the configuration says; buffers real
+    and on the CPU, with the values they have where a checkpoint holds none."""
     with no_init_weights(), init_empty_weights(include_buffers=False):
         model = task.auto_class.from_config(model_config, dtype=dtype)
+    _keep_in_fp32(model, dtype=dtype)
+    _compute_buffers(model)
     model.tie_weights()  # no_init_weights also skips this
     return model.requires_grad_(False)
+
+
+def _keep_in_fp32(model: nn.Module, *, dtype: torch.dtype) -> None:
+    """Widens the parameters and saved buffers that a family keeps in fp32 under any dtype."""
+    plan = model._get_dtype_plan(dtype)
+    kept = build_glob_alternation(list(plan))[0] if plan else None
+    for name, tensor in model.state_dict(keep_vars=True).items() if kept else ():
+        if kept.search(name):
+            tensor.data = tensor.data.float()
+
+
+def _compute_buffers(model: nn.Module) -> None:
+    """Gives buffers their values again: those of the constructor were computed in the dtype of the parameters, whereas
+    `from_pretrained` has the family's own function compute them in fp32."""
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # on meta, to be loaded: left alone
+    model.initialize_weights()
 
 
 def quantize_on_meta(model: nn.Module, quantizers: dict[str, Quantizer]) -> None:

@@ -17,6 +17,7 @@ from fsdp_utils.core.ranks import is_main
 from fsdp_utils.core.rows import local, row_range
 from fsdp_utils.core.safetensors_io import CheckpointReader
 from fsdp_utils.model.build import resolve_model
+from fsdp_utils.model.checkpoint import Checkpoint, match
 from fsdp_utils.sharding.host_memory import in_host_memory
 from methods.quantizers.linear import QuantizedWeight
 
@@ -58,6 +59,9 @@ class DummyWeights:
     def __contains__(self, name) -> bool:
         return name in self.shapes
 
+    def stored_name(self, name: str) -> str:
+        return name
+
     def shape(self, name) -> tuple[int, ...]:
         return self.shapes[name]
 
@@ -75,11 +79,15 @@ class DummyWeights:
 
 
 def open_weights(model: nn.Module, name: str, *, load_format: str, dtype: torch.dtype, device: torch.device, seed: int):
-    """Where the weights come from: a reader of the checkpoint, or dummies shaped like `model` (before quantization)."""
+    """Where the weights come from: the checkpoint, or dummies shaped like `model`, which is dense still.
+
+    Raises:
+        CheckpointError: as `CheckpointReader` and `match`.
+    """
     if load_format == "dummy":
         shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
         return DummyWeights(shapes, dtype=dtype, device=device, seed=seed)
-    return CheckpointReader(model_folder(resolve_model(name)))
+    return match(model, CheckpointReader(model_folder(resolve_model(name))))
 
 
 def checkpoint_dtype(weights) -> torch.dtype:
@@ -98,6 +106,8 @@ def fingerprint(weights) -> str:
     """
     if isinstance(weights, DummyWeights):  # which make the whole tensor anew for each row
         return weights.recipe
+    if isinstance(weights, Checkpoint):
+        weights = weights.reader
     digest = hashlib.sha256()
     for name in sorted(weights.names()):
         shape = weights.shape(name)
@@ -128,82 +138,63 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None, 
                 yield f"{prefix}{name}", module, name, parameter
 
 
-def _stored_name(weights, name: str, model: nn.Module) -> str:
-    """The name a checkpoint uses for a parameter: some are saved without the base model's prefix."""
-    prefix = f"{model.base_model_prefix}."
-    renamed = name.replace("lm_head.", "embed_out.")  # GPT-NeoX; transformers renames it while it loads
-    for candidate in (name, name.removeprefix(prefix), prefix + name, renamed):
-        if candidate in weights:
-            return candidate
-    raise CheckpointError(f"{weights.folder}: no tensor for {name}, which {type(model).__name__} needs")
+def saved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that a checkpoint holds, by their name in the model."""
+    return {
+        f"{path}.{name}".removeprefix(".").replace(".base_layer.", "."): buffer
+        for path, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
 
 
 class Read(NamedTuple):
-    """One tensor to read: its name in the model and in the checkpoint, where it goes, which rows."""
+    """One tensor to read: its name in the model, where it goes, which rows."""
 
     name: str
-    stored: str
     module: nn.Module
     parameter_name: str | None
     start: int
     stop: int
 
 
-def plan_reads(model: nn.Module, weights) -> list[Read]:
-    """What to read for this process.
-
-    Raises:
-        CheckpointError: a parameter without tensor, a tensor without parameter, or a shape that differs.
-    """
-    plan = []
-    for name, module, parameter_name, parameter in _parameters(model):
-        stored = _stored_name(weights, name, model)
-        expected = tuple(parameter.shape)
-        if parameter_name is None:
-            expected = module.shape
-        if weights.shape(stored) != expected:
-            shape = weights.shape(stored)
-            raise CheckpointError(f"{weights.folder}: {stored} has shape {shape}, the model wants {expected}")
-        plan.append(Read(name, stored, module, parameter_name, *row_range(parameter)))
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    ignorable = tied | {n for n in weights.names() if n.endswith("inv_freq")}
-    unused = set(weights.names()) - {step.stored for step in plan} - ignorable
-    if unused:
-        raise CheckpointError(f"{weights.folder}: {min(unused)} (of {len(unused)}) loads into nothing in this model")
-    return plan
+def plan_reads(model: nn.Module) -> list[Read]:
+    """What to read for this process."""
+    return [
+        Read(name, module, parameter_name, *row_range(parameter))
+        for name, module, parameter_name, parameter in _parameters(model)
+    ]
 
 
 def read_rows(weights, read: Read) -> torch.Tensor:
     """Of a packed weight `[n, in]`, the rows of a stack of matrices below one another; else `[n, ...]` of dim 0."""
     if read.parameter_name is not None or len(read.module.shape) == 2:
-        return weights.rows(read.stored, read.start, read.stop)
+        return weights.rows(read.name, read.start, read.stop)
     out = read.module.out_features
     first, last = read.start // out, -(-read.stop // out)  # the matrices that hold them
-    stack = weights.rows(read.stored, first, last)
+    stack = weights.rows(read.name, first, last)
     return stack.flatten(0, -2)[read.start - first * out : read.stop - first * out]
 
 
-def whole_reader(model: nn.Module, weights, *, device: torch.device):
+def whole_reader(weights, *, device: torch.device):
     """What reads the whole weight of the linear at a path, as it is in the checkpoint, onto `device`."""
-    stored = {read.name.removesuffix(".weight"): read.stored for read in plan_reads(model, weights)}
-    return lambda path: weights.rows(stored[path], 0, weights.shape(stored[path])[0]).to(device)
+    rows = lambda name: weights.rows(name, 0, weights.shape(name)[0])
+    return lambda path: rows(f"{path}.weight").to(device)
 
 
 @torch.no_grad()
 def load_weights(
     model: nn.Module, weights, *, device: torch.device, base_rows=None, cache=None, readers: int = 2
 ) -> None:
-    """Fills this process's rows of every base parameter: reads them, quantizes them on `device`, drops them.
+    """Fills this process's rows of every base parameter: reads them, quantizes them on `device`, drops them. Buffers
+    that are stored are filled whole.
 
     Args:
         base_rows: `Method.base_rows`, or None to store the checkpoint's own.
         cache: a QuantizedCache whose packed rows are taken as they are, or None.
         readers: threads that read ahead, one tensor each, so that reading and quantizing overlap.
-
-    Raises:
-        CheckpointError: naming the file and the tensor that is missing, superfluous or of another shape.
     """
-    plan = plan_reads(model, weights)
+    plan = plan_reads(model)
 
     def read(step: Read):
         path = step.name.removesuffix(".weight")
@@ -225,6 +216,9 @@ def load_weights(
                 step.module.packed(), rows if is_packed else step.module.quantizer.quantize(rows), strict=True
             ):
                 local(parameter).view(torch.uint8).copy_(packed.view(torch.uint8))
+    for name, buffer in saved_buffers(model).items():
+        if name in weights:
+            buffer.copy_(weights.tensor(name))
 
 
 def check_loaded(model: nn.Module) -> None:

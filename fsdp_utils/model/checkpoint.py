@@ -1,0 +1,149 @@
+"""Which tensor of a folder is which of a model, found as `from_pretrained` finds it."""
+
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
+
+from fsdp_utils.core.errors import CheckpointError
+from fsdp_utils.core.safetensors_io import CheckpointReader
+
+COMPARED = 2**24  # numbers at a time
+
+
+class Checkpoint:
+    """A folder's tensors under the names that a model has for them.
+
+    Args:
+        places: name in the model -> name in the files; tied ones have several names.
+        initial: what the folder lacks and the model's class allows to be missing, as its class begins it.
+    """
+
+    def __init__(self, reader: CheckpointReader, places: dict[str, str], initial: dict[str, torch.Tensor]):
+        self.reader, self.folder, self.places, self.initial = reader, reader.folder, places, initial
+
+    def names(self) -> list[str]:
+        return [*self.places, *self.initial]
+
+    def __contains__(self, name) -> bool:
+        return name in self.places or name in self.initial
+
+    def stored_name(self, name: str) -> str:
+        """What the files call a tensor, or would."""
+        return self.places.get(name, name)
+
+    def shape(self, name) -> tuple[int, ...]:
+        return tuple(self.initial[name].shape) if name in self.initial else self.reader.shape(self.stored_name(name))
+
+    def dtype(self, name) -> torch.dtype:
+        return self.initial[name].dtype if name in self.initial else self.reader.dtype(self.stored_name(name))
+
+    def nbytes(self, name) -> int:
+        return self.initial[name].nbytes if name in self.initial else self.reader.nbytes(self.stored_name(name))
+
+    def tensor(self, name) -> torch.Tensor:
+        return self.initial[name] if name in self.initial else self.reader.tensor(self.stored_name(name))
+
+    def rows(self, name, start, stop) -> torch.Tensor:
+        """Rows [start, stop) of dim 0."""
+        if name in self.initial:
+            return self.initial[name][start:stop]
+        return self.reader.rows(self.stored_name(name), start, stop)
+
+
+def match(model: nn.Module, reader: CheckpointReader) -> Checkpoint:
+    """The tensors of a folder for a dense model on meta. What its configuration ties, but the folder stores twice with
+    different values, becomes untied.
+
+    Raises:
+        CheckpointError: a tensor without place that the model's class does not ignore, a place without tensor, another
+            shape, two tensors for one place, or one that transformers makes of others.
+    """
+    wanted = model.state_dict(keep_vars=True)
+    found = _places(model, reader, wanted)
+    places = {place: name for place, name in found.items() if place in wanted}
+    tied = _untie(model, reader, places)
+    keys = SimpleNamespace(
+        unexpected_keys=found.keys() - places.keys(), missing_keys=wanted.keys() - places.keys() - tied.keys()
+    )
+    model._adjust_missing_and_unexpected_keys(keys)
+    if keys.unexpected_keys:
+        first, count = found[min(keys.unexpected_keys)], len(keys.unexpected_keys)
+        raise CheckpointError(f"{reader.folder}: {first} (of {count}) loads into nothing in this model")
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name in sorted(keys.missing_keys & parameters):
+        raise CheckpointError(f"{reader.folder}: no tensor for {name}, which {type(model).__name__} needs")
+    for place, name in places.items():
+        shape, expected = reader.shape(name), tuple(wanted[place].shape)
+        if shape != expected:
+            raise CheckpointError(f"{reader.folder}: {name} has shape {shape}, the model wants {expected}")
+    initial = {name: _initial(model, name) for name in sorted(parameters - places.keys() - tied.keys())}
+    return Checkpoint(reader, places | {name: places[source] for name, source in tied.items()}, initial)
+
+
+def _places(model, reader, wanted) -> dict[str, str]:
+    """Where each tensor of the folder goes, in the model or not."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if not isinstance(t, WeightRenaming)]
+    places = {}
+    for name in sorted(reader.names(), key=dot_natural_key):  # some renamings know by those before what a name means
+        place, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
+        if place not in wanted and name in wanted:
+            place, converter = rename_source_key(name, [], [], model.base_model_prefix, wanted)
+        if place in wanted and converter:
+            made = f"of {name} and its like, which is not supported"
+            raise CheckpointError(f"{reader.folder}: transformers makes {place} {made}; choose another model")
+        if place in wanted and place in places:
+            raise CheckpointError(f"{reader.folder}: {places[place]} and {name} are both {place} in this model")
+        places[place] = name
+    return places
+
+
+def _untie(model, reader, places) -> dict[str, str]:
+    """Unties what is stored twice with different values; other tied names without tensor, and who has it."""
+    groups, aliases = {}, {}
+    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        groups.setdefault(source, [source]).append(target)
+    for names in groups.values():
+        first, *others = [name for name in names if name in places] or [None]
+        aliases |= {name: first for name in names if first and name not in places}
+        for name in others:
+            if not _equal(reader, places[first], places[name], dtype=model.get_parameter(name).dtype):
+                _set_parameter(model, name, torch.empty_like(model.get_parameter(name)))
+                model.all_tied_weights_keys.pop(name)
+    if groups and not model.all_tied_weights_keys:
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
+    return aliases
+
+
+def _equal(reader, one: str, other: str, *, dtype: torch.dtype) -> bool:
+    """Whether two stored tensors are the same when they are loaded in `dtype`."""
+    shape = reader.shape(one)
+    if shape != reader.shape(other):
+        return False
+    step = max(1, COMPARED // max(1, shape[-1]))
+    rows = lambda name, start: reader.rows(name, start, min(start + step, shape[0])).to(dtype)
+    return all(torch.equal(rows(one, start), rows(other, start)) for start in range(0, shape[0], step))
+
+
+def _set_parameter(model, name: str, tensor: torch.Tensor) -> nn.Parameter:
+    path, _, leaf = name.rpartition(".")
+    module, parameter = model.get_submodule(path), nn.Parameter(tensor, requires_grad=False)
+    setattr(module, leaf, parameter)
+    return parameter
+
+
+def _initial(model, name: str) -> torch.Tensor:
+    """The value that its class gives to a parameter that may be missing; alike in every process."""
+    on_meta = model.get_parameter(name)
+    real = _set_parameter(model, name, torch.empty_like(on_meta, device="cpu"))
+    model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = False
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model.initialize_weights()
+    _set_parameter(model, name, on_meta)
+    return real.detach()
