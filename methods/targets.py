@@ -54,14 +54,13 @@ def has_dropout(model: nn.Module) -> bool:
 
 
 def refuse_experts(model: nn.Module) -> None:
-    """Raises UserError for stacks of matrices that are no layers: replacing nn.Linear would leave them in 16 bits
-    (bitsandbytes#1849). The kernel of a convolution is none."""
+    """Raises UserError for stacks of expert weights, which are no linears: replacing nn.Linear would leave them in 16
+    bits (bitsandbytes#1849). Other weights of three dimensions, as those of convolutions, are small and may stay so."""
     for path, module in model.named_modules():
-        if isinstance(module, nn.modules.conv._ConvNd):
-            continue
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() == 3 and min(parameter.shape[-2:]) > 1:
-                what = f"{path}.{name} {tuple(parameter.shape)}"
+            where = f"{path}.{name}"
+            if parameter.dim() == 3 and "expert" in f"{where} {type(module).__name__}".lower():
+                what = f"{where} {tuple(parameter.shape)}"
                 raise UserError(f"{type(model).__name__}: {what} holds experts, which are not supported yet")
 
 

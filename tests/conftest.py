@@ -111,7 +111,7 @@ def save_run(tmp_path_factory, tiny_data):
 
 @pytest.fixture
 def offline_wandb(tmp_path, monkeypatch):
-    """wandb writes into `tmp_path / "wandb"`. It reads its variables once a process: what it read is forgotten after."""
+    """wandb writes into `tmp_path / "wandb"`. It reads its variables once: what it read is forgotten after."""
     import wandb
 
     for name, value in dict(MODE="offline", DIR=tmp_path, SILENT="true").items():

@@ -1,6 +1,7 @@
 """The checkpoint reader and the streaming writer against the safetensors library."""
 
 import json
+import shutil
 import threading
 
 import pytest
@@ -139,10 +140,14 @@ def break_wrong_shard(folder):
     repoint(folder, "model-00003-of-00003.safetensors")
 
 
-def break_symlink(folder):
+def break_link(folder):
     path = folder / "model-00001-of-00003.safetensors"
-    path.rename(folder.parent / "elsewhere.safetensors")
-    path.symlink_to(folder.parent / "elsewhere.safetensors")
+    path.unlink()
+    path.symlink_to(folder.parent / "gone.safetensors")
+
+
+def break_choice(folder):
+    shutil.copy(folder / "model-00001-of-00003.safetensors", folder / "model-00002-of-00003.safetensors")
 
 
 def break_pickled(folder):
@@ -167,7 +172,8 @@ def break_empty(folder):
         (break_absolute, "outside the folder"),
         (break_parent, "outside the folder"),
         (break_wrong_shard, "puts t0 in model-00003-of-00003.safetensors"),
-        (break_symlink, "outside the folder"),
+        (break_link, "a link to what is not there"),
+        (break_choice, "t0 is in both model-00001-of-00003.safetensors and model-00002"),
         (break_pickled, "only pickled weights"),
         (break_empty, "no model.safetensors"),
     ],
@@ -183,14 +189,33 @@ def test_damaged_folders_are_refused_in_one_line(tmp_path, damage, message):
     assert "\n" not in str(error.value)
 
 
-def test_hub_cache_links_are_followed(tmp_path):
-    """A snapshot's files are links into the blobs folder of its own model, which is not an escape."""
-    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0123"
-    blobs.mkdir(parents=True)
-    snapshot.mkdir(parents=True)
-    save_file({"a": torch.ones(2)}, blobs / "abc")
-    (snapshot / "model.safetensors").symlink_to("../../blobs/abc")
-    assert torch.equal(CheckpointReader(snapshot).tensor("a"), torch.ones(2))
+def test_links_are_followed(tmp_path):
+    """Caches keep models as folders of links: to files elsewhere, the index among them, or of the folder itself."""
+    write(tmp_path, {f"t{i}": torch.full((10,), float(i)) for i in range(3)}, max_shard_bytes=40)
+    folder = tmp_path / "linked"
+    folder.mkdir()
+    for path in tmp_path.glob("model*"):
+        (folder / path.name).symlink_to(path)
+    (tmp_path / "link").symlink_to(folder)
+    assert torch.equal(CheckpointReader(tmp_path / "link").tensor("t2"), torch.full((10,), 2.0))
+
+
+def test_of_two_readings_that_of_transformers(tmp_path):
+    """One file wins over an index, the file that config.json names over both; a variant is read only if it is named."""
+    write(tmp_path, {f"t{i}": torch.zeros(10) for i in range(3)}, max_shard_bytes=40)
+    save_file({"single": torch.ones(2)}, tmp_path / "model.safetensors")
+    save_file({"variant": torch.ones(2)}, tmp_path / "model.fp16.safetensors")
+    (tmp_path / "pytorch_model.bin").touch()
+    assert CheckpointReader(tmp_path).names() == ["single"]
+    (tmp_path / "model.safetensors").unlink()
+    assert set(CheckpointReader(tmp_path).names()) == {"t0", "t1", "t2"}
+    (tmp_path / "config.json").write_text('{"transformers_weights": "model.fp16.safetensors"}')
+    assert CheckpointReader(tmp_path).names() == ["variant"]
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "model.safetensors.index.json").unlink()
+    (tmp_path / "pytorch_model.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"only model-00001-of-00003\.safetensors|only model\.fp16"):
+        CheckpointReader(tmp_path)
 
 
 def test_folder_appears_only_when_complete(tmp_path):

@@ -1,6 +1,5 @@
 """What a format is, the plain one, and the writing of a complete model folder."""
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +9,11 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from fsdp_utils.core.errors import UserError
-from fsdp_utils.core.folders import write_json
 from fsdp_utils.core.safetensors_io import StreamingWriter
 from fsdp_utils.export.trained import TrainedWeights
-from fsdp_utils.folders.describe import Run
+from fsdp_utils.folders.describe import generation_folder, tokenizer_folder
+from fsdp_utils.folders.documents import describe_generation, describe_model, describe_tokenizer
+from fsdp_utils.folders.names import GENERATION_CONFIG
 from fsdp_utils.model.build import read_model_config
 from fsdp_utils.options import DTYPES
 from fsdp_utils.training.task import CAUSAL_LM
@@ -126,21 +126,13 @@ def write_weights(chosen: Format, folder: Path, *, max_shard_bytes: int) -> None
 def write_rest(chosen: Format, tokenizer, folder: Path, *, target: Path) -> None:
     """Tokenizer, generation config, what the format adds, and last config.json, without which nothing loads."""
     run = chosen.trained.run
-    tokenizer.save_pretrained(folder)
+    describe_tokenizer(folder, tokenizer_folder(run), tokenizer=tokenizer)
     chosen.finish(folder, target=target)
     if (run.folder / EXPANDED_LAYERS_FILE).exists():
         shutil.copyfile(run.folder / EXPANDED_LAYERS_FILE, folder / EXPANDED_LAYERS_FILE)
-    _write_generation_config(run, folder)
-    config = json.loads((run.base / "config.json").read_text())
-    config.pop("torch_dtype", None)  # the old name would win over the new one
-    config |= {"dtype": str(chosen.dtype).removeprefix("torch."), "use_cache": True}  # training switches it off
+    describe_generation(folder, generation_folder(run), tokenizer=tokenizer, is_model=True)
+    if not (folder / GENERATION_CONFIG).exists():
+        GenerationConfig.from_model_config(read_model_config(str(run.base), task=CAUSAL_LM)).save_pretrained(folder)
     quantization = chosen.quantization_config()
-    write_json(folder / "config.json", config | ({"quantization_config": quantization} if quantization else {}))
-
-
-def _write_generation_config(run: Run, folder: Path) -> None:
-    source = run.base / "generation_config.json"
-    if source.exists():
-        shutil.copyfile(source, folder / source.name)
-        return
-    GenerationConfig.from_model_config(read_model_config(str(run.base), task=CAUSAL_LM)).save_pretrained(folder)
+    untied = chosen.trained.weights.untied
+    describe_model(folder, run.base, dtype=chosen.dtype, untied=untied, quantization_config=quantization)

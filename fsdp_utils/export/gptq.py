@@ -11,6 +11,7 @@ from fsdp_utils.core.errors import UserError
 from fsdp_utils.data.tokens import prepare_dataset
 from fsdp_utils.export.formats import Merged, write_rest, write_weights
 from fsdp_utils.export.w4a16 import W4A16, scheme
+from fsdp_utils.folders.documents import describe_tokenizer
 from fsdp_utils.training.task import CAUSAL_LM
 
 
@@ -46,5 +47,5 @@ def write_gptq(chosen: W4A16, tokenizer, folder: Path, *, samples: int, max_shar
         num_calibration_samples=len(rows),
     )
     model.save_pretrained(folder, save_compressed=True)
-    tokenizer.save_pretrained(folder)
+    describe_tokenizer(folder, temporary, tokenizer=tokenizer)
     shutil.rmtree(temporary)

@@ -12,7 +12,15 @@ from fsdp_utils.core.errors import CheckpointError, UserError
 from fsdp_utils.core.flags import flags
 from fsdp_utils.core.folders import model_folder
 from fsdp_utils.core.safetensors_io import read_header
-from fsdp_utils.folders.names import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, RUN_FILE, TRAINED_FILE
+from fsdp_utils.folders.documents import is_tokenizer_file
+from fsdp_utils.folders.names import (
+    ADAPTER_CONFIG,
+    ADAPTER_FOLDER,
+    ADAPTER_WEIGHTS,
+    GENERATION_CONFIG,
+    RUN_FILE,
+    TRAINED_FILE,
+)
 from fsdp_utils.model.build import read_tokenizer, resolve_model
 from methods import TRAIN_TYPES
 from methods.adapter import KEY_PREFIX, LORA_A, LORA_B, MAGNITUDE, peft_scaling_keys
@@ -264,8 +272,12 @@ def check_base(run: Run, fingerprint: str) -> None:
 
 def tokenizer_folder(run: Run) -> Path:
     """The run's folder if a tokenizer was saved in it, else its base's."""
-    own = any((run.folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
-    return run.folder if own else run.base
+    return run.folder if any(is_tokenizer_file(path.name) for path in run.folder.iterdir()) else run.base
+
+
+def generation_folder(run: Run) -> Path:
+    """Where it stands what ends an answer: in the run's folder, if training added to it, else in its base's."""
+    return run.folder if (run.folder / GENERATION_CONFIG).exists() else run.base
 
 
 def tokenizer_of(run: Run):

@@ -8,8 +8,15 @@ METRICS_FILE = "metrics.jsonl"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_FOLDER = "adapter"  # where an exported model folder keeps the adapter that belongs to it
-DESCRIPTIONS = (EXPANDED_LAYERS_FILE, "generation_config.json", "config.json", ADAPTER_CONFIG)
-OF_AN_EXPORT = ("fidelity.json", "chat_template.jinja")
+GENERATION_CONFIG = "generation_config.json"
+DESCRIPTIONS = (EXPANDED_LAYERS_FILE, GENERATION_CONFIG, "config.json", ADAPTER_CONFIG)
+OF_AN_EXPORT = ("fidelity.json",)
+TEMPLATE = "chat_template.jinja"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_FILES = (  # patterns
+    *("tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", TEMPLATE),
+    *("chat_template.json", "*.model", "vocab.*", "merges.txt", "*.tiktoken", "tekken.json", "tokenization_*.py"),
+)
 DIVERGED_FILE = "diverged.json"  # at which step, on which samples
 OWN_FILES = {RUN_FILE, METRICS_FILE, DIVERGED_FILE}  # what a run without --save_model leaves behind
 MARKS = {RUN_FILE, ADAPTER_CONFIG, "config.json"}  # of a folder that may be overwritten

@@ -23,6 +23,12 @@ from fsdp_utils.core.ranks import is_main, world_size
 from fsdp_utils.core.rows import gather
 from fsdp_utils.core.safetensors_io import INDEX_NAME, StreamingWriter, refuse_full_disk
 from fsdp_utils.data.sources import DATASETS
+from fsdp_utils.folders.documents import (
+    describe_generation,
+    describe_model,
+    describe_tokenizer,
+    is_tokenizer_file,
+)
 from fsdp_utils.folders.names import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -172,12 +178,12 @@ def _version(package: str) -> str | None:
 
 def describe_checkpoint(model: nn.Module, tokenizer, planned, config, folder: Path, *, number: int) -> None:
     """What makes a checkpoint's folder readable as a run: tokenizer, `run.json`, and what describes its weights."""
-    tokenizer.save_pretrained(folder)
+    describe_tokenizer(folder, source_folder(config), tokenizer=tokenizer)
     record = run_record(config, planned, finished=True, saved=True)
     write_json(folder / RUN_FILE, record | dict(checkpoint_of_step=number))
     whole = all(p.requires_grad for p in model.parameters())
     if planned.method.saves == "adapter" or whole:
-        _SAVERS[planned.method.saves].describe(model, planned, config, folder)
+        _SAVERS[planned.method.saves].describe(model, tokenizer, planned, config, folder)
 
 
 def save(model: nn.Module, tokenizer, planned, config) -> None:
@@ -188,9 +194,11 @@ def save(model: nn.Module, tokenizer, planned, config) -> None:
         if is_main():
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-            tokenizer.save_pretrained(temporary)
-        _SAVERS[planned.method.saves].save(model, planned, config, temporary)
+            describe_tokenizer(temporary, source_folder(config), tokenizer=tokenizer)
+        saver = _SAVERS[planned.method.saves]
+        saver.save(model, planned, config, temporary)
         if is_main():
+            saver.describe(model, tokenizer, planned, config, temporary)
             _move_in(temporary, folder)
     except OSError as error:
         way_out = "make room; --resume auto goes on from the last checkpoint, if there is one"
@@ -201,7 +209,8 @@ def save(model: nn.Module, tokenizer, planned, config) -> None:
 def _move_in(temporary: Path, folder: Path) -> None:
     """Replaces an older result: none of its files that say how to read weights may lie beside the new ones."""
     stale = (INDEX_NAME, *OF_AN_EXPORT, *DESCRIPTIONS)
-    for path in [*folder.glob("*.safetensors"), *(folder / name for name in stale)]:
+    older = [path for path in folder.iterdir() if path.suffix == ".safetensors" or is_tokenizer_file(path.name)]
+    for path in [*older, *(folder / name for name in stale)]:
         path.unlink(missing_ok=True)
     for name in FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -233,11 +242,10 @@ def _save_adapter(model, planned, config, folder: Path) -> None:
     tensors = {f"{KEY_PREFIX}{name}": stored for name, stored in planned.method.tensors(model)}
     specs = {name: (stored.dtype, stored.shape) for name, stored in tensors.items()}
     _write_tensors(folder, specs, lambda name: tensors[name].whole(), single_name=ADAPTER_WEIGHTS)
-    if is_main():
-        _describe_adapter(model, planned, config, folder)
 
 
-def _describe_adapter(model, planned, config, folder: Path) -> None:
+def _describe_adapter(model, tokenizer, planned, config, folder: Path) -> None:
+    describe_generation(folder, source_folder(config), tokenizer=tokenizer, is_model=False)
     base = dict(base_model_name_or_path=_lasting(resolve_model(config.model_name)))
     described = planned.method.peft_config(model) | dict(task_type=planned.task.peft_type) | base
     write_json(folder / ADAPTER_CONFIG, described)
@@ -269,8 +277,8 @@ def _model_specs(model, planned, config) -> dict[str, tuple[torch.dtype, tuple]]
     return {name: (dtype_of(source), tuple(source.shape)) for name, source in sources.items()}
 
 
-def write_model(model, planned, config, folder: Path) -> None:
-    """A Hugging Face folder, without tokenizer. A quantized base is written dequantized: what the trained blocks were
+def write_weights(model, planned, config, folder: Path) -> None:
+    """The weights of a Hugging Face folder. A quantized base is written dequantized: what the trained blocks were
     trained on. Collective."""
     sources, specs = _stored_tensors(model, planned), _model_specs(model, planned, config)
 
@@ -281,22 +289,26 @@ def write_model(model, planned, config, folder: Path) -> None:
         return weight_rows(source, gather, dtype=planned.dtype).view(source.shape)
 
     _write_tensors(folder, specs, whole)
-    if is_main():
-        _describe_model(model, planned, config, folder)
 
 
-def _describe_model(model, planned, config, folder: Path) -> None:
-    described = copy.deepcopy(model.config)
-    described.use_cache = True  # training switched it off; generation without it is slow
-    described.save_pretrained(folder)
-    source = model_folder(resolve_model(config.source)) if _has_files(config) else None
-    for name in ("generation_config.json", EXPANDED_LAYERS_FILE):
-        if source and (source / name).exists():
-            shutil.copy(source / name, folder / name)
+def describe_whole(model, tokenizer, planned, config, folder: Path) -> None:
+    """What stands beside the weights of a Hugging Face folder, but for its tokenizer."""
+    source = source_folder(config)
+    if source is None:
+        described = copy.deepcopy(model.config)
+        described.use_cache = True  # training switched it off; generation without it is slow
+        described.save_pretrained(folder)
+        return
+    describe_generation(folder, source, tokenizer=tokenizer, is_model=True)
+    if (source / EXPANDED_LAYERS_FILE).exists():
+        shutil.copyfile(source / EXPANDED_LAYERS_FILE, folder / EXPANDED_LAYERS_FILE)
+    describe_model(folder, source, dtype=planned.dtype, untied=planned.weights.untied)
 
 
-def _has_files(config) -> bool:
-    return config.load_format != "dummy"
+def source_folder(config) -> Path | None:
+    """The folder of the base; None for a name of the hub of which only the configuration is needed."""
+    name = resolve_model(config.source)
+    return model_folder(name) if config.load_format != "dummy" or Path(name).is_dir() else None
 
 
 class _Saver(NamedTuple):
@@ -309,5 +321,5 @@ class _Saver(NamedTuple):
 
 _SAVERS = {
     "adapter": _Saver(_adapter_specs, _save_adapter, _describe_adapter),
-    "model": _Saver(_model_specs, write_model, _describe_model),
+    "model": _Saver(_model_specs, write_weights, describe_whole),
 }

@@ -14,7 +14,8 @@ from fsdp_utils.core.devices import peak_memory_gib
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.ranks import is_main
 from fsdp_utils.data.tokens import special_prefix
-from fsdp_utils.folders.describe import Run, tokenizer_folder
+from fsdp_utils.folders.describe import Run, generation_folder, tokenizer_folder
+from fsdp_utils.folders.documents import end_tokens
 from fsdp_utils.inference import decoding
 from fsdp_utils.inference.scoring import NEXT_PROMPT
 
@@ -274,9 +275,8 @@ class VLLMGenerator:
             lora = dict(enable_lora=True, max_lora_rank=rank)
         self.llm = LLM(model=str(run.base), tokenizer=str(tokenizer_folder(run)), dtype=dtype, seed=seed, **lora)
         self.request = LoRARequest("adapter", 1, str(run.adapter_folder)) if run.adapter else None
-        self.sampling = SamplingParams(
-            temperature=temperature, max_tokens=max_new_tokens, seed=seed, stop=["###Question", "###Context"]
-        )
+        stops = dict(stop=["###Question", "###Context"], stop_token_ids=end_tokens(generation_folder(run)))
+        self.sampling = SamplingParams(temperature=temperature, max_tokens=max_new_tokens, seed=seed, **stops)
 
     def answers(self, prompts: list[tuple[int, list[int]]], *, batch_size: int) -> Iterator[Output]:
         """Generates from `(index, ids)` pairs; vLLM forms its own batches, `batch_size` is not used."""

@@ -9,7 +9,15 @@ from transformers import GenerationConfig
 from fsdp_utils.config import TrainConfig
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.safetensors_io import CheckpointReader
-from fsdp_utils.folders.describe import Run, _quantization, adapter_tensors, check_adapter, check_base
+from fsdp_utils.folders.describe import (
+    Run,
+    _quantization,
+    adapter_tensors,
+    check_adapter,
+    check_base,
+    generation_folder,
+)
+from fsdp_utils.folders.names import GENERATION_CONFIG
 from fsdp_utils.model.assemble import Dtypes, Plan, attach, build, load_whole
 from fsdp_utils.model.build import build_on_meta, quantize_on_meta, read_model_config
 from fsdp_utils.model.checkpoint import match
@@ -40,11 +48,12 @@ def load_for_inference(
     check_eval_type(run, eval_type)
     dtype = dtype or default_dtype(run)
     if run.kind.startswith("stock"):
-        return load_stock(run, device=device, dtype=dtype)
-    opened = _load_adapter if run.kind == "adapter" else _load_model
-    loaded = opened(run, device=device, dtype=dtype, eval_type=eval_type).requires_grad_(False).eval()
-    if (run.base / "generation_config.json").exists():  # names end-of-turn tokens that config.json may lack
-        loaded.generation_config = GenerationConfig.from_pretrained(run.base)
+        loaded = load_stock(run, device=device, dtype=dtype)
+    else:
+        opened = _load_adapter if run.kind == "adapter" else _load_model
+        loaded = opened(run, device=device, dtype=dtype, eval_type=eval_type).requires_grad_(False).eval()
+    if (generation_folder(run) / GENERATION_CONFIG).exists():  # names end-of-turn tokens that config.json may lack
+        loaded.generation_config = GenerationConfig.from_pretrained(generation_folder(run))
     return loaded
 
 

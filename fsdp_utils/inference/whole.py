@@ -9,7 +9,8 @@ from fsdp_utils.core.folders import new_folder
 from fsdp_utils.core.processes import barrier
 from fsdp_utils.core.ranks import is_main, say
 from fsdp_utils.folders import checkpoints, saving
-from fsdp_utils.folders.describe import Run, check_base, describe, tokenizer_of
+from fsdp_utils.folders.describe import Run, check_base, describe, tokenizer_folder, tokenizer_of
+from fsdp_utils.folders.documents import describe_tokenizer
 from fsdp_utils.folders.names import RUN_FILE
 from fsdp_utils.inference.load import default_dtype, inference_config
 from fsdp_utils.model.assemble import attach, build, load_whole
@@ -42,6 +43,8 @@ def _write(run: Run, folder: Path, *, device: torch.device) -> None:
     check_base(run, planned.base_fingerprint)
     model = load_whole(planned, config, device=device)
     checkpoints.restore_parameters(model, run.folder)
-    tokenizer_of(run).save_pretrained(folder)
-    saving.write_model(model, planned, config, folder)
+    tokenizer = tokenizer_of(run)
+    describe_tokenizer(folder, tokenizer_folder(run), tokenizer=tokenizer)
+    saving.write_weights(model, planned, config, folder)
+    saving.describe_whole(model, tokenizer, planned, config, folder)
     shutil.copy(run.folder / RUN_FILE, folder / RUN_FILE)

@@ -32,7 +32,7 @@ from fsdp_utils.sharding import fsdp, offload, peer_gather, wrapping
 from fsdp_utils.sharding.prepared import Prepared
 from methods import make_quantizer, method_of
 from methods.base import Method
-from methods.targets import decoder_blocks, learned_positions, refuse_experts, refuse_in_place
+from methods.targets import decoder_blocks, learned_positions, refuse_in_place
 
 
 class Dtypes(NamedTuple):
@@ -110,7 +110,6 @@ def build(config, *, task, device: torch.device) -> Built:
     except (ImportError, ValueError) as error:  # an attention that is unknown, not installed, or not for this family
         asked = f"--attn_implementation {config.attn_implementation}"
         raise UserError(f"{config.source} with {asked}: {str(error).splitlines()[0]}") from None
-    refuse_experts(model)
     weights = open_weights(
         model, config.source, load_format=config.load_format, dtype=dtypes.stored, device=device, seed=config.seed
     )

@@ -22,6 +22,8 @@ def supported(model, *, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether every layer is plain causal attention in 16 bits on CUDA, which is all that the kernels know, and asks
     transformers' attention interface for it."""
     text = model.config.get_text_config()
+    if getattr(text, "is_heterogeneous", False):  # Gemma 4: its layers differ in head_dim
+        return False
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     windows = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
     full = set(getattr(text, "layer_types", None) or ()) <= {"full_attention"}

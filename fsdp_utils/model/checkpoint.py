@@ -9,6 +9,7 @@ from transformers.core_model_loading import WeightRenaming, dot_natural_key, ren
 
 from fsdp_utils.core.errors import CheckpointError
 from fsdp_utils.core.safetensors_io import CheckpointReader
+from methods.targets import refuse_experts
 
 COMPARED = 2**24  # numbers at a time
 
@@ -19,10 +20,12 @@ class Checkpoint:
     Args:
         places: name in the model -> name in the files; tied ones have several names.
         initial: what the folder lacks and the model's class allows to be missing, as its class begins it.
+        untied: no two of its tensors are tied, though its configuration says so.
     """
 
-    def __init__(self, reader: CheckpointReader, places: dict[str, str], initial: dict[str, torch.Tensor]):
+    def __init__(self, reader: CheckpointReader, places: dict, initial: dict[str, torch.Tensor], *, untied: bool):
         self.reader, self.folder, self.places, self.initial = reader, reader.folder, places, initial
+        self.untied = untied
 
     def names(self) -> list[str]:
         return [*self.places, *self.initial]
@@ -58,10 +61,12 @@ def match(model: nn.Module, reader: CheckpointReader) -> Checkpoint:
     different values, becomes untied.
 
     Raises:
+        UserError: a model with experts.
         CheckpointError: a tensor without place that the model's class does not ignore, a place without tensor, another
             shape, two tensors for one place, or one that transformers makes of others.
     """
-    wanted = model.state_dict(keep_vars=True)
+    refuse_experts(model)
+    wanted, ties = model.state_dict(keep_vars=True), bool(_ties(model))
     found = _places(model, reader, wanted)
     places = {place: name for place, name in found.items() if place in wanted}
     tied = _untie(model, reader, places)
@@ -80,7 +85,12 @@ def match(model: nn.Module, reader: CheckpointReader) -> Checkpoint:
         if shape != expected:
             raise CheckpointError(f"{reader.folder}: {name} has shape {shape}, the model wants {expected}")
     initial = {name: _initial(model, name) for name in sorted(parameters - places.keys() - tied.keys())}
-    return Checkpoint(reader, places | {name: places[source] for name, source in tied.items()}, initial)
+    places |= {name: places[source] for name, source in tied.items()}
+    return Checkpoint(reader, places, initial, untied=ties and not _ties(model))
+
+
+def _ties(model) -> dict[str, str]:
+    return getattr(model, "all_tied_weights_keys", None) or {}
 
 
 def _places(model, reader, wanted) -> dict[str, str]:
@@ -105,7 +115,7 @@ def _places(model, reader, wanted) -> dict[str, str]:
 def _untie(model, reader, places) -> dict[str, str]:
     """Unties what is stored twice with different values; other tied names without tensor, and who has it."""
     groups, aliases = {}, {}
-    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+    for target, source in _ties(model).items():
         groups.setdefault(source, [source]).append(target)
     for names in groups.values():
         first, *others = [name for name in names if name in places] or [None]
@@ -114,7 +124,7 @@ def _untie(model, reader, places) -> dict[str, str]:
             if not _equal(reader, places[first], places[name], dtype=model.get_parameter(name).dtype):
                 _set_parameter(model, name, torch.empty_like(model.get_parameter(name)))
                 model.all_tied_weights_keys.pop(name)
-    if groups and not model.all_tied_weights_keys:
+    if groups and not _ties(model):
         for config in (model.config, model.config.get_text_config()):
             config.tie_word_embeddings = False
     return aliases

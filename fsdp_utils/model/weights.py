@@ -20,6 +20,7 @@ from fsdp_utils.model.build import resolve_model
 from fsdp_utils.model.checkpoint import Checkpoint, match
 from fsdp_utils.sharding.host_memory import in_host_memory
 from methods.quantizers.linear import QuantizedWeight
+from methods.targets import refuse_experts
 
 
 def materialize(model: nn.Module, *, device: torch.device, buffer_device: torch.device) -> None:
@@ -43,7 +44,7 @@ def materialize(model: nn.Module, *, device: torch.device, buffer_device: torch.
 class DummyWeights:
     """Random weights without files, for speed and memory measurements; the same for any number of processes."""
 
-    folder = "dummy weights"
+    folder, untied = "dummy weights", False
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], *, dtype: torch.dtype, device: torch.device, seed: int):
         self.shapes, self._dtype, self.device, self.seed = shapes, dtype, device, seed
@@ -82,9 +83,10 @@ def open_weights(model: nn.Module, name: str, *, load_format: str, dtype: torch.
     """Where the weights come from: the checkpoint, or dummies shaped like `model`, which is dense still.
 
     Raises:
-        CheckpointError: as `CheckpointReader` and `match`.
+        UserError: a model with experts; as `CheckpointReader` and `match`.
     """
     if load_format == "dummy":
+        refuse_experts(model)
         shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
         return DummyWeights(shapes, dtype=dtype, device=device, seed=seed)
     return match(model, CheckpointReader(model_folder(resolve_model(name))))

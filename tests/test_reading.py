@@ -1,0 +1,224 @@
+"""What people bring is read as transformers reads it, or refused for a reason that is true."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from all_families import make
+from real_run import logits, make_config, prepared
+from safetensors.torch import load_file, save_file
+from tiny import FAMILIES, OTHERS, SHAPE, byte_tokenizer
+from transformers import AutoModelForCausalLM, Gemma4TextConfig, Lfm2Config, MixtralConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from fsdp_utils.core.errors import CheckpointError, UserError
+from fsdp_utils.core.safetensors_io import CheckpointReader
+from fsdp_utils.folders.describe import describe
+from fsdp_utils.inference.load import load_for_inference
+from fsdp_utils.model.build import build_on_meta, read_model_config
+from fsdp_utils.model.checkpoint import match
+from fsdp_utils.model.weights import load_weights, materialize
+from fsdp_utils.training.task import CAUSAL_LM
+from methods.targets import decoder_blocks
+
+CPU = torch.device("cpu")
+UNBUILT = {  # families of which no tiny model is made here, and why
+    **dict.fromkeys(("blt", "longcat_flash"), "sizes of its own that stay large"),
+    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "drafts for another model, whose cache it reads"),
+    **dict.fromkeys(("musicgen", "musicgen_melody"), "decodes audio; its configuration holds two others"),
+    **dict.fromkeys(("emu3", "mllama"), "writes the configuration of its text model, which is no causal model"),
+    **dict.fromkeys(("cohere_compass_text", "lfm2_moe", "dots1", "dbrx"), "needs lists for each layer"),
+    **dict.fromkeys(("zamba", "zamba2", "zaya", "dots3_note", "dots3_note_text", "gemma3n_text"), "checks its sizes"),
+    "gemma3n": "needs an image library",
+}
+
+
+def ours(folder, *, dtype: torch.dtype = torch.float32):
+    """Our model of a folder."""
+    model = build_on_meta(read_model_config(str(folder), task=CAUSAL_LM), task=CAUSAL_LM, dtype=dtype)
+    decoder_blocks(model)
+    weights = match(model, CheckpointReader(folder))
+    materialize(model, device=CPU, buffer_device=CPU)
+    load_weights(model, weights, device=CPU)
+    return model
+
+
+def stock(folder, *, dtype: torch.dtype = torch.float32):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def tensors(model) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer under every name it has."""
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    return dict(model.named_parameters(remove_duplicate=False)) | buffers
+
+
+def assert_same(model, reference) -> None:
+    got, want = tensors(model), tensors(reference)
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        torch.testing.assert_close(got[name], tensor, atol=0, rtol=0, equal_nan=True, msg=lambda m: f"{name}: {m}")  # noqa: B023
+
+
+def is_true(reason: str, model) -> bool:
+    """Whether a family is refused for what it is."""
+    if "holds experts" in reason:
+        return any(p.dim() == 3 and "Expert" in type(model.get_submodule(n.rpartition(".")[0])).__name__
+                   for n, p in model.named_parameters())  # fmt: skip
+    if "names no decoder blocks" in reason:
+        return not model._no_split_modules
+    converts = any(isinstance(step, WeightConverter) for step in get_model_conversion_mapping(model, add_legacy=False))
+    return "transformers makes" in reason and converts
+
+
+@pytest.mark.parametrize("kind", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+def test_every_family(tmp_path, kind):
+    """Of each family of causal language models, every parameter and buffer is what `from_pretrained` makes of the same
+    folder, in fp32 and bf16; or the family is refused for a reason that its model shows."""
+    if kind in UNBUILT:
+        pytest.skip(f"{kind}: {UNBUILT[kind]}")
+    model = make(kind)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():  # a buffer that is not read would keep its start
+            if name not in dict(model.named_parameters()) and tensor.is_floating_point():
+                tensor.add_(0.5)
+    model.save_pretrained(tmp_path)
+    for dtype in (torch.float32, torch.bfloat16):
+        try:
+            found = ours(tmp_path, dtype=dtype)
+        except UserError as error:
+            assert is_true(str(error), model), error
+            return
+        assert_same(found, stock(tmp_path, dtype=dtype))
+
+
+@pytest.fixture
+def another_head(tiny, tmp_path):
+    """A model whose configuration ties the head to the embedding, and whose checkpoint stores another head."""
+    folder = tmp_path / "another_head"
+    shutil.copytree(tiny("qwen2"), folder)
+    stored = load_file(folder / "model.safetensors")
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"] + 0.1
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("train_type", ["full", "bnb_dora", "custom_lora"])
+def test_a_stored_head_wins_over_the_configuration(another_head, save_run, export, train_type):
+    """Trained, evaluated and exported is what `from_pretrained` loads: the head that is stored, not the embedding; and
+    the result says so to software that would believe its configuration."""
+    assert_same(ours(another_head), stock(another_head))
+    folder, trained = save_run(another_head, train_type)
+    torch.testing.assert_close(logits(load_for_inference(describe(folder), device=CPU)), logits(trained))
+    for result in [folder] * (train_type == "full") + [export(folder, "merged", dtype="fp32")]:
+        torch.testing.assert_close(logits(stock(result)), logits(trained), atol=1e-4, rtol=0)
+        assert "lm_head.weight" in load_file(result / "model.safetensors")
+        assert json.loads((result / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_a_head_stored_twice_stays_tied(tiny, another_head):
+    """Equal tensors under both names are one weight, as are two that are equal once they are rounded to bf16; one that
+    is stored under the head's name alone is read as both."""
+    path = another_head / "model.safetensors"
+    stored = load_file(path)
+    stored["model.embed_tokens.weight"] = stored["model.embed_tokens.weight"].bfloat16().float()
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"] * (1 + 2**-20)
+    save_file(stored, path, metadata={"format": "pt"})
+    for dtype, tied in ((torch.float32, False), (torch.bfloat16, True)):
+        found = ours(another_head, dtype=dtype)
+        assert_same(found, stock(another_head, dtype=dtype))
+        assert (found.lm_head.weight is found.model.embed_tokens.weight) is tied
+    del stored["model.embed_tokens.weight"]
+    save_file(stored, path, metadata={"format": "pt"})
+    found = ours(another_head)
+    assert found.lm_head.weight is found.model.embed_tokens.weight
+    assert_same(found, stock(another_head))
+
+
+OLD_BUFFERS = {
+    "gptneox": {"gpt_neox.layers.0.attention.bias": (1, 1, 8, 8), "gpt_neox.layers.1.attention.masked_bias": ()},
+    "gpt2": {"transformer.h.0.attn.bias": (1, 1, 8, 8)},
+    "gpt_neo": {"transformer.h.0.attn.attention.bias": (1, 1, 8, 8), "transformer.h.0.attn.attention.masked_bias": ()},
+    "llama": {"model.layers.0.self_attn.rotary_emb.inv_freq": (8,)},
+}
+
+
+@pytest.mark.parametrize("family", OLD_BUFFERS)
+def test_tensors_that_transformers_ignores(tiny, tmp_path, family):
+    """Buffers of old checkpoints are passed over where the model's class does so or computes them itself; a tensor that
+    nobody knows is not."""
+    if family in OTHERS | FAMILIES:
+        shutil.copytree(tiny(family), tmp_path / "model")
+    else:
+        make(family).save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    stored = load_file(path) | {name: torch.ones(shape) for name, shape in OLD_BUFFERS[family].items()}
+    save_file(stored, path, metadata={"format": "pt"})
+    assert_same(ours(tmp_path / "model"), stock(tmp_path / "model"))
+    save_file(stored | {"model.extra.weight": torch.ones(2)}, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"model\.extra\.weight .*loads into nothing"):
+        ours(tmp_path / "model")
+
+
+def test_tensors_that_may_be_missing(tiny, tmp_path, monkeypatch):
+    """What the model's class allows to be missing begins as the class begins it; another one is named."""
+    shutil.copytree(tiny("qwen2"), tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    stored = load_file(path)
+    del stored["model.norm.weight"], stored["model.layers.0.self_attn.q_proj.bias"]
+    save_file(stored, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"no tensor for model\.layers\.0\.self_attn\.q_proj\.bias"):
+        ours(tmp_path / "model")
+    kind = type(stock(tiny("qwen2")))
+    monkeypatch.setattr(kind, "_keys_to_ignore_on_load_missing", [r"model\.norm", r"q_proj\.bias"])
+    assert_same(ours(tmp_path / "model"), stock(tmp_path / "model"))
+
+
+KINDS = {
+    "lfm2": lambda: Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"]),
+    "gemma4": lambda: Gemma4TextConfig(
+        **SHAPE, head_dim=16, vocab_size_per_layer_input=300, hidden_size_per_layer_input=64
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def kind_of(tmp_path_factory):
+    """The folder of a tiny model of one of these kinds, its stored buffers off their start."""
+
+    def get(kind):
+        folder = tmp_path_factory.mktemp(kind)
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(KINDS[kind]())
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.fill_(0.75)
+        model.save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
+        return folder
+
+    return get
+
+
+@pytest.mark.parametrize("train_type", ["full", "bnb_dora"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_layers(kind_of, save_run, export, kind, train_type):
+    """Convolutions in decoder blocks stay as they are under adapters; layers that differ in shape, and stored buffers,
+    are trained on, evaluated and exported as transformers computes them."""
+    base = kind_of(kind)
+    torch.testing.assert_close(logits(prepared(make_config(model_name=base, train_type="full")).model.eval()),
+                               logits(stock(base)))  # fmt: skip
+    folder, trained = save_run(base, train_type)
+    torch.testing.assert_close(logits(load_for_inference(describe(folder), device=CPU)), logits(trained))
+    for result in [folder] * (train_type == "full") + [export(folder, "merged", dtype="fp32")]:
+        torch.testing.assert_close(logits(stock(result)), logits(trained), atol=1e-4, rtol=0)
+
+
+def test_experts_are_refused_by_their_name(tmp_path):
+    """Evaluation and export refuse what training refuses, and name it."""
+    AutoModelForCausalLM.from_config(MixtralConfig(**SHAPE, num_local_experts=2)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"mlp\.experts\.gate_up_proj \(2, 256, 64\) holds experts"):
+        load_for_inference(describe(tmp_path), device=CPU)
