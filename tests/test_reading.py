@@ -141,6 +141,7 @@ def test_a_head_stored_twice_stays_tied(tiny, another_head):
 OLD_BUFFERS = {
     "gptneox": {"gpt_neox.layers.0.attention.bias": (1, 1, 8, 8), "gpt_neox.layers.1.attention.masked_bias": ()},
     "gpt2": {"transformer.h.0.attn.bias": (1, 1, 8, 8)},
+    "gptj": {"transformer.h.0.attn.bias": (1, 1, 8, 8), "transformer.h.0.attn.masked_bias": ()},
     "gpt_neo": {"transformer.h.0.attn.attention.bias": (1, 1, 8, 8), "transformer.h.0.attn.attention.masked_bias": ()},
     "llama": {"model.layers.0.self_attn.rotary_emb.inv_freq": (8,)},
 }
@@ -148,8 +149,8 @@ OLD_BUFFERS = {
 
 @pytest.mark.parametrize("family", OLD_BUFFERS)
 def test_tensors_that_transformers_ignores(tiny, tmp_path, family):
-    """Buffers of old checkpoints are passed over where the model's class does so or computes them itself; a tensor that
-    nobody knows is not."""
+    """Buffers of old checkpoints are passed over where the model's class does so, and masks of old attention; a tensor
+    that nobody knows is not."""
     if family in OTHERS | FAMILIES:
         shutil.copytree(tiny(family), tmp_path / "model")
     else:

@@ -1,5 +1,6 @@
 """Which tensor of a folder is which of a model, found as `from_pretrained` finds it."""
 
+import re
 from types import SimpleNamespace
 
 import torch
@@ -11,6 +12,7 @@ from fsdp_utils.core.errors import CheckpointError
 from fsdp_utils.core.safetensors_io import CheckpointReader
 from methods.targets import refuse_experts
 
+MASK = re.compile(r"attn(\.attention)?\.(bias|masked_bias|causal_mask)$")
 COMPARED = 2**24  # numbers at a time
 
 
@@ -70,9 +72,9 @@ def match(model: nn.Module, reader: CheckpointReader) -> Checkpoint:
     found = _places(model, reader, wanted)
     places = {place: name for place, name in found.items() if place in wanted}
     tied = _untie(model, reader, places)
-    keys = SimpleNamespace(
-        unexpected_keys=found.keys() - places.keys(), missing_keys=wanted.keys() - places.keys() - tied.keys()
-    )
+    masks = {place for place, name in found.items() if _is_mask(name, reader.shape(name))}
+    unexpected, missing = found.keys() - places.keys() - masks, wanted.keys() - places.keys() - tied.keys()
+    keys = SimpleNamespace(unexpected_keys=unexpected, missing_keys=missing)
     model._adjust_missing_and_unexpected_keys(keys)
     if keys.unexpected_keys:
         first, count = found[min(keys.unexpected_keys)], len(keys.unexpected_keys)
@@ -87,6 +89,11 @@ def match(model: nn.Module, reader: CheckpointReader) -> Checkpoint:
     initial = {name: _initial(model, name) for name in sorted(parameters - places.keys() - tied.keys())}
     places |= {name: places[source] for name, source in tied.items()}
     return Checkpoint(reader, places, initial, untied=ties and not _ties(model))
+
+
+def _is_mask(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether it is what attention once saved beside its weights (GPT-J, GPT-Neo, CodeGen), and computes by now."""
+    return bool(MASK.search(name)) and (shape == () or shape[:2] == (1, 1))
 
 
 def _ties(model) -> dict[str, str]:
