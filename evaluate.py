@@ -137,7 +137,7 @@ def main(config: EvalConfig) -> None:
     if output.exists() and not config.overwrite:
         raise UserError(f"--output_file {output}: exists; choose another or pass --overwrite true")
     with naming("--model"):
-        run = describe(config.model)
+        run = describe(config.model, trust_remote_code=config.trust_remote_code)
     check_eval_type(run, config.reading)
     if config.backend == "vllm":
         check_vllm(run, config.reading)

@@ -99,7 +99,7 @@ def main(config: ExportConfig) -> None:
     """
     device = pick_device(config.device)
     with naming("--model"):
-        run = whole(describe(config.model), device=device)
+        run = whole(describe(config.model, trust_remote_code=config.trust_remote_code), device=device)
     target = check_target(config, run)
     check_reader(config)
     if config.gptq:

@@ -61,8 +61,9 @@ def tell(config: TrainConfig, stopping: Stopping) -> None:
     torch.manual_seed(config.seed + rank())  # dropout differs between processes, as between samples
     task = CAUSAL_LM
     with naming("--llama_pro_path" if config.llama_pro_path else "--model_name"):
-        model_config = read_model_config(config.source, task=task)
-        tokenizer = read_tokenizer(config.source)
+        trusted = dict(trust_remote_code=config.trust_remote_code)
+        model_config = read_model_config(config.source, task=task, **trusted)
+        tokenizer = read_tokenizer(config.source, **trusted)
     data = prepare_data(config, tokenizer, model_config)
     say(data.report)
     data, held_out = hold_out(config, data, tokenizer, model_config)

@@ -26,6 +26,9 @@ class TrainConfig:
     model_name: str = flag(
         "meta-llama/Llama-2-7b-hf", "hub name or local folder; `demo` is the built-in model", may_change=True
     )
+    trust_remote_code: bool = flag(
+        False, "run the code that the model's folder brings (auto_map in its documents)", may_change=True
+    )
     llama_pro_path: str | None = flag(None, "folder of a block-expanded model (*_llama_pro)", may_change=True)
     lora_rank: int = flag(64, "rank r of the adapters", minimum=1, maximum=2**16)
     lora_alpha: int = flag(16, "adapters are scaled by alpha / r", above=0)

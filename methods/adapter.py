@@ -18,6 +18,7 @@ from fsdp_utils.core.rows import fill, gather, local, row_range
 from methods import SCALINGS, STARTS
 from methods.base import Method
 
+ADAPTER_CONFIG = "adapter_config.json"
 KEY_PREFIX = "base_model.model."
 LORA_A, LORA_B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 

@@ -14,12 +14,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from fsdp_utils.core.flags import flag, parse_or_fail
-from fsdp_utils.core.folders import TEMPLATES, model_folder, new_folder, parse_size, size_errors
+from fsdp_utils.core.folders import OF_A_MODEL, TEMPLATES, model_folder, new_folder, parse_size, size_errors
 
 
 @dataclass
 class Expansion:
     model_name: str = flag("", "local folder or hub name of the model to expand; demo: the built-in one")
+    trust_remote_code: bool = flag(False, "run the code that its folder brings (auto_map in its documents)")
     output_dir: str = flag("", "folder that is made")
     expansion_rate: float = flag(0.1, "share of new blocks, rounded down, at least one", above=0, maximum=1)
     num_new_blocks: int = flag(0, "number of new blocks; 0: taken from --expansion_rate", minimum=0)
@@ -65,10 +66,10 @@ def expanded_layout(depth, n_new):
     return [(layer, new) for layer in range(depth) for new in ((False, True) if layer in group_ends else (False,))]
 
 
-def find_blocks(config):
+def find_blocks(config, *, trust_remote_code=False):
     """(name of the list of decoder blocks, names of the two linears of a block that write to the residual stream)."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     decoders = set(model._no_split_modules or ())
     lists = {
         name: blocks
@@ -157,27 +158,32 @@ def write_weights(reader, plan, folder, max_shard_bytes):
 def copy_rest(source, target):
     """Tokenizer, chat templates and generation config; not what says how the source was made."""
     for path in source.iterdir():
-        if path.suffix in (".json", ".model", ".txt", ".jinja") and path.name not in OF_THE_SOURCE:
+        if path.suffix.removeprefix(".") in OF_A_MODEL[1:] and path.name not in OF_THE_SOURCE:
             shutil.copyfile(path, target / path.name)
     if (source / TEMPLATES).is_dir():
         shutil.copytree(source / TEMPLATES, target / TEMPLATES)
 
 
-def opened(name):
+def opened(name, *, trust_remote_code=False):
     """Folder, weights and configuration of the model to expand."""
     try:
         source = model_folder(resolve_model(name))
     except CheckpointError as error:
         raise UserError(f"--model_name {error}; give a local folder, a name of the hub, or demo") from None
     with naming("--model_name"):
-        return source, CheckpointReader(source), read_model_config(name, task=CAUSAL_LM)
+        return (
+            source,
+            CheckpointReader(source),
+            read_model_config(name, task=CAUSAL_LM, trust_remote_code=trust_remote_code),
+        )
 
 
 def expand(args):
     max_shard_bytes = parse_size(args.max_shard_size)
-    source, reader, config = opened(args.model_name)
+    trusted = dict(trust_remote_code=args.trust_remote_code)
+    source, reader, config = opened(args.model_name, **trusted)
     try:
-        blocks, outputs = find_blocks(config)
+        blocks, outputs = find_blocks(config, **trusted)
     except UserError as error:
         raise UserError(f"--model_name {args.model_name}: {error}; {FITTING}") from None
     depth = config.num_hidden_layers

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import sys
+from functools import partial
 
 import pytest
 import torch
 from all_families import make
-from real_run import logits, make_config, prepared
+from real_run import logits, make_config, prepared, set_json
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, OTHERS, SHAPE, byte_tokenizer
 from transformers import AutoModelForCausalLM, Gemma4TextConfig, Lfm2Config, MixtralConfig
@@ -16,9 +18,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from fsdp_utils.core.errors import CheckpointError, UserError
 from fsdp_utils.core.safetensors_io import CheckpointReader
-from fsdp_utils.folders.describe import describe
+from fsdp_utils.folders.describe import describe, tokenizer_of
 from fsdp_utils.inference.load import load_for_inference
-from fsdp_utils.model.build import build_on_meta, read_model_config
+from fsdp_utils.model.build import build_on_meta, read_model_config, read_tokenizer
 from fsdp_utils.model.checkpoint import match
 from fsdp_utils.model.weights import load_weights, materialize
 from fsdp_utils.training.task import CAUSAL_LM
@@ -223,3 +225,65 @@ def test_experts_are_refused_by_their_name(tmp_path):
     AutoModelForCausalLM.from_config(MixtralConfig(**SHAPE, num_local_experts=2)).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"mlp\.experts\.gate_up_proj \(2, 256, 64\) holds experts"):
         load_for_inference(describe(tmp_path), device=CPU)
+
+
+REMOTE = {
+    "configuration_tiny.py": """
+from transformers import LlamaConfig
+
+class TinyConfig(LlamaConfig):
+    model_type = "tiny_remote"
+""",
+    "modeling_tiny.py": """
+from transformers import LlamaForCausalLM
+from .configuration_tiny import TinyConfig
+
+class TinyForCausalLM(LlamaForCausalLM):
+    config_class = TinyConfig
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits * 2  # no class of transformers does so
+        return out
+""",
+}
+
+
+@pytest.fixture
+def remote(tiny, tmp_path, monkeypatch):
+    """A model whose folder brings its own code."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
+    folder = tmp_path / "remote"
+    shutil.copytree(tiny("llama"), folder)
+    for name, code in REMOTE.items():
+        (folder / name).write_text(code)
+    classes = dict(AutoConfig="configuration_tiny.TinyConfig", AutoModelForCausalLM="modeling_tiny.TinyForCausalLM")
+    set_json(folder / "config.json", model_type="tiny_remote", auto_map=classes)
+    return folder
+
+
+@pytest.mark.parametrize("train_type", ["full", "bnb_dora"])
+def test_code_that_a_model_brings(remote, save_run, export, train_type):
+    """It runs where the flag says so, in training, evaluation and export, and its results bring it along."""
+    stock = lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True)
+    folder, trained = save_run(remote, train_type, trust_remote_code=True)
+    run = describe(folder, trust_remote_code=True)
+    tokenizer_of(run)
+    torch.testing.assert_close(logits(load_for_inference(run, device=CPU)), logits(trained))
+    merged = stock(export(folder, "merged", dtype="fp32", trust_remote_code=True)).eval()
+    torch.testing.assert_close(logits(merged), logits(trained), atol=1e-4, rtol=0)
+    with pytest.raises(UserError, match=r"brings code of its own .*--trust_remote_code true"):
+        load_for_inference(describe(folder), device=CPU)
+
+
+def test_code_that_nobody_trusts(remote, tiny):
+    """Nothing asks at the terminal: one line names the flag; where transformers has a class, that one is taken."""
+    for read in (partial(read_model_config, task=CAUSAL_LM), read_tokenizer):
+        if read is not read_tokenizer:
+            with pytest.raises(UserError, match=r"brings code of its own .*--trust_remote_code true"):
+                read(str(remote))
+    set_json(remote / "config.json", model_type="llama")
+    assert type(read_model_config(str(remote), task=CAUSAL_LM)).__module__.startswith("transformers.models.llama")
+    assert_same(ours(remote), stock(remote))

@@ -9,6 +9,19 @@ class UserError(ValueError):
     """Bad input. The message is one line: the flag or file, the value, the way out."""
 
 
+def first_line(error: BaseException) -> str:
+    """Of the message of another library's error; its type where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def refuse_code(error: Exception, *, named: str) -> None:
+    """Raises UserError if an error means that a model brings code of its own, and nobody said to run it."""
+    if "trust_remote_code=True" in str(error):
+        raise UserError(
+            f"{named}: brings code of its own (auto_map); read it, then pass --trust_remote_code true"
+        ) from None
+
+
 class Diverged(UserError, FloatingPointError):
     """Loss or gradient is no number any more: the flags do not fit the data."""
 

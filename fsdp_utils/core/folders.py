@@ -1,5 +1,6 @@
 """Folders: names of models, what may be replaced, sizes, and a new folder that appears when it is complete."""
 
+import errno
 import json
 import os
 import re
@@ -8,9 +9,10 @@ from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
-from fsdp_utils.core.errors import CheckpointError, UserError
+from fsdp_utils.core.errors import CheckpointError, UserError, first_line
 from fsdp_utils.core.locks import exclusively
 
+OF_A_MODEL = ("safetensors", "json", "model", "txt", "jinja", "tiktoken", "py")  # suffixes of what is downloaded
 TEMPLATES = "additional_chat_templates"  # folder in which transformers keeps all chat templates but the default one
 
 
@@ -46,10 +48,17 @@ def model_folder(name):
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]))
+        return Path(snapshot_download(name, allow_patterns=[f"*.{suffix}" for suffix in OF_A_MODEL]))
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{name}: neither a local folder nor a model of the hub ({reason})") from None
+        refuse_cache(error)
+        raise CheckpointError(f"{name}: neither a local folder nor a model of the hub ({first_line(error)})") from None
+
+
+def refuse_cache(error: Exception) -> None:
+    """Raises CheckpointError if an error means that the cache of the hub cannot be written: it is not the model's."""
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EPERM):
+        what = f"{error.filename or 'the cache of the hub'}: {error.strerror}"
+        raise CheckpointError(f"{what}; set HF_HOME to a folder that can be written to") from None
 
 
 def refuse_file_above(path: str | Path, *, flag: str) -> None:

@@ -15,6 +15,7 @@ class ExportConfig:
 
     _export: str = section("export")
     model: str = flag("", "folder of a run, a merged or a Llama-Pro model")
+    trust_remote_code: bool = flag(False, "run the code that its folder brings (auto_map in its documents)")
     save_dir: str = flag("", "folder that is made")
     infer_type: str = flag("merged", "format; see above", choices=tuple(INFER_TYPES))
     dtype: str = flag("bf16", "of what is not packed, and of the arithmetic of 4-bit layers", choices=tuple(DTYPES))

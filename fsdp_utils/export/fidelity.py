@@ -121,14 +121,14 @@ def fidelity(run: Run, exported: Path, text: HeldOut, *, device: torch.device, d
     Returns:
         `{"trained": {"perplexity": …}, "exported": {"perplexity", "kl", "top1_agreement"}, "base": …}`; natural log.
     """
-    base = base_folder(run)
+    base, trusted = base_folder(run), dict(trust_remote_code=run.trust_remote_code)
     models = {
         "trained": lambda: load_for_inference(run, device=device),
-        "exported": lambda: load_stock(describe(exported), device=device, dtype=dtype),
+        "exported": lambda: load_stock(describe(exported, **trusted), device=device, dtype=dtype),
     }
     if base is not None:
         trained_in = default_dtype(run)
-        models["base"] = lambda: load_for_inference(describe(base), device=device, dtype=trained_in)
+        models["base"] = lambda: load_for_inference(describe(base, **trusted), device=device, dtype=trained_in)
     return compare(models, text.rows, device=device, scratch=exported.parent)
 
 

@@ -14,9 +14,7 @@ from fsdp_utils.export.trained import TrainedWeights
 from fsdp_utils.folders.describe import generation_folder, tokenizer_folder
 from fsdp_utils.folders.documents import describe_generation, describe_model, describe_tokenizer
 from fsdp_utils.folders.names import GENERATION_CONFIG
-from fsdp_utils.model.build import read_model_config
 from fsdp_utils.options import DTYPES
-from fsdp_utils.training.task import CAUSAL_LM
 from methods.llama_pro import EXPANDED_LAYERS_FILE
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
@@ -132,7 +130,7 @@ def write_rest(chosen: Format, tokenizer, folder: Path, *, target: Path) -> None
         shutil.copyfile(run.folder / EXPANDED_LAYERS_FILE, folder / EXPANDED_LAYERS_FILE)
     describe_generation(folder, generation_folder(run), tokenizer=tokenizer, is_model=True)
     if not (folder / GENERATION_CONFIG).exists():
-        GenerationConfig.from_model_config(read_model_config(str(run.base), task=CAUSAL_LM)).save_pretrained(folder)
+        GenerationConfig.from_model_config(chosen.trained.model_config).save_pretrained(folder)
     quantization = chosen.quantization_config()
     untied = chosen.trained.weights.untied
     describe_model(folder, run.base, dtype=chosen.dtype, untied=untied, quantization_config=quantization)

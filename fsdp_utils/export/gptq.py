@@ -33,7 +33,7 @@ def write_gptq(chosen: W4A16, tokenizer, folder: Path, *, samples: int, max_shar
     merged = Merged(chosen.trained, chosen.options)
     write_weights(merged, temporary, max_shard_bytes=max_shard_bytes)
     write_rest(merged, tokenizer, temporary, target=temporary)
-    model = CAUSAL_LM.auto_class.from_pretrained(temporary, dtype=chosen.dtype)
+    model = CAUSAL_LM.auto_class.from_pretrained(temporary, dtype=chosen.dtype, trust_remote_code=run.trust_remote_code)
     rows = prepare_dataset(run.config, tokenizer).dataset.select_columns(["input_ids"])
     rows = rows.select(range(min(samples, len(rows)))).map(lambda row: {"attention_mask": [1] * len(row["input_ids"])})
     weights = scheme(symmetric=chosen.symmetric, group_size=chosen.group_size)

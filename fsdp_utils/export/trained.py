@@ -7,12 +7,10 @@ from transformers.pytorch_utils import Conv1D
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.safetensors_io import CheckpointReader
 from fsdp_utils.folders.describe import Run
-from fsdp_utils.inference.load import default_dtype, plan_adapter
-from fsdp_utils.model.build import build_on_meta, read_model_config
+from fsdp_utils.inference.load import build_dense, default_dtype, plan_adapter
 from fsdp_utils.model.checkpoint import match
 from fsdp_utils.model.quantized_cache import packed_modules
 from fsdp_utils.model.weights import plan_reads, saved_buffers
-from fsdp_utils.training.task import CAUSAL_LM
 from methods import quantizer_of
 from methods.adapter import Pair, by_layer
 from methods.llama_pro import expanded_layers
@@ -29,6 +27,7 @@ class TrainedWeights:
 
     Attributes:
         weights: the tensors of base or model (`model.checkpoint.Checkpoint`).
+        model_config: transformers' configuration of it.
         shapes: of every parameter and stored buffer by its name in the model; tied ones come once.
         own_dtypes: of those among them that have the same dtype under any precision.
         linears: path and `nn.Linear` (on meta) of every linear of the model.
@@ -54,10 +53,9 @@ class TrainedWeights:
             planned, stored, _ = plan_adapter(run, device=device, dtype=self._trained_dtype)
             self.method, self._adapter = planned.method, by_layer(stored)
             self._packed = packed_modules(planned.model)
-        model_config = read_model_config(str(run.base), task=CAUSAL_LM)
-        # in 16 bits: what a family keeps in fp32 shows
-        built = build_on_meta(model_config, task=CAUSAL_LM, dtype=torch.bfloat16)
+        built = build_dense(run, dtype=torch.bfloat16)  # in which shows what a family keeps in fp32
         self.weights = match(built, CheckpointReader(run.base))
+        self.model_config = built.config
         whole = {read.name: read for read in plan_reads(built)} | saved_buffers(built)
         self.shapes = {name: self.weights.shape(name) for name in whole if name in self.weights}
         dtypes = {name: tensor.dtype for name, tensor in built.state_dict().items()}

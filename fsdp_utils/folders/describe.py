@@ -60,6 +60,7 @@ class Run:
         base_fingerprint: `fingerprint` of the base it was trained on; None without run.json.
         adapter: content of adapter_config.json; None unless it is an adapter.
         adapter_folder: where adapter_config.json lies; None unless it is an adapter.
+        trust_remote_code: code that the folder brings may run.
     """
 
     folder: Path
@@ -70,6 +71,7 @@ class Run:
     base_fingerprint: str | None = None
     adapter: dict | None = None
     adapter_folder: Path | None = None
+    trust_remote_code: bool = False
 
     def __str__(self) -> str:
         return f"{self.folder}: {TITLES[self.kind]}" + (f" ({self.train_type})" if self.train_type else "")
@@ -92,14 +94,17 @@ class Run:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def describe(name: str | Path) -> Run:
+def describe(name: str | Path, *, trust_remote_code: bool = False) -> Run:
     """Says what a folder, a hub name or `demo` is; reads headers and JSON files, no weights.
 
     Raises:
         UserError: no model in it, a run that did not finish or saved nothing, an adapter without its base or weights,
             tensors that do not fit adapter_config.json, a Llama-Pro folder without the ids of its new blocks.
     """
-    folder = model_folder(resolve_model(str(name)))
+    return replace(_described(model_folder(resolve_model(str(name)))), trust_remote_code=trust_remote_code)
+
+
+def _described(folder: Path) -> Run:
     record = _read_run(folder)
     if (folder / ADAPTER_CONFIG).exists():
         return _describe_adapter(folder, record)
@@ -282,4 +287,4 @@ def generation_folder(run: Run) -> Path:
 
 def tokenizer_of(run: Run):
     """The tokenizer saved with the run, else that of its base."""
-    return read_tokenizer(str(tokenizer_folder(run)))
+    return read_tokenizer(str(tokenizer_folder(run)), trust_remote_code=run.trust_remote_code)

@@ -1,11 +1,11 @@
 """The names of what lies in a saved folder."""
 
 from fsdp_utils.core.folders import TEMPLATES
+from methods.adapter import ADAPTER_CONFIG
 from methods.llama_pro import EXPANDED_LAYERS_FILE
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_FOLDER = "adapter"  # where an exported model folder keeps the adapter that belongs to it
 GENERATION_CONFIG = "generation_config.json"

@@ -13,6 +13,7 @@ class EvalConfig:
 
     _model: str = section("model")
     model: str = flag("demo", "folder or hub name of a base model, run or export; `demo` is the built-in base model")
+    trust_remote_code: bool = flag(False, "run the code that its folder brings (auto_map in its documents)")
     eval_type: str = flag("auto", "read --model as this, not as what it is", choices=("auto", *EVAL_TYPES))
     dtype: str = flag("auto", "storage and compute precision; auto: as trained", choices=("auto", *DTYPES))
     device: str = flag("auto", "where to compute", choices=("auto", "cuda", "cpu"))

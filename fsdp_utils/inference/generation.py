@@ -269,11 +269,11 @@ class VLLMGenerator:
         from vllm import LLM, SamplingParams
         from vllm.lora.request import LoRARequest
 
-        lora = {}
+        options = dict(trust_remote_code=run.trust_remote_code)
         if run.adapter:
             rank = next((r for r in VLLM_RANKS if r >= run.rank), run.rank)
-            lora = dict(enable_lora=True, max_lora_rank=rank)
-        self.llm = LLM(model=str(run.base), tokenizer=str(tokenizer_folder(run)), dtype=dtype, seed=seed, **lora)
+            options |= dict(enable_lora=True, max_lora_rank=rank)
+        self.llm = LLM(model=str(run.base), tokenizer=str(tokenizer_folder(run)), dtype=dtype, seed=seed, **options)
         self.request = LoRARequest("adapter", 1, str(run.adapter_folder)) if run.adapter else None
         stops = dict(stop=["###Question", "###Context"], stop_token_ids=end_tokens(generation_folder(run)))
         self.sampling = SamplingParams(temperature=temperature, max_tokens=max_new_tokens, seed=seed, **stops)

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from fsdp_utils.config import TrainConfig
-from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.errors import UserError, first_line, refuse_code
 from fsdp_utils.core.safetensors_io import CheckpointReader
 from fsdp_utils.folders.describe import (
     Run,
@@ -84,7 +84,7 @@ def check_eval_type(run: Run, eval_type: str | None) -> None:
 
 def _load_model(run: Run, *, device, dtype, eval_type) -> nn.Module:
     """A dense model, or one whose linears are quantized while they are read."""
-    built = build_on_meta(read_model_config(str(run.base), task=CAUSAL_LM), task=CAUSAL_LM, dtype=dtype)
+    built = build_dense(run, dtype=dtype)
     weights = match(built, CheckpointReader(run.base))
     quantized = eval_type not in (None, "full", run.train_type)
     if quantized:
@@ -102,6 +102,12 @@ def _load_model(run: Run, *, device, dtype, eval_type) -> nn.Module:
     load_weights(built, weights, device=device)
     check_loaded(built)
     return built
+
+
+def build_dense(run: Run, *, dtype: torch.dtype) -> nn.Module:
+    """The dense model of a run's base or model, on meta."""
+    asked = dict(task=CAUSAL_LM, trust_remote_code=run.trust_remote_code)
+    return build_on_meta(read_model_config(str(run.base), **asked), dtype=dtype, **asked)
 
 
 def _config_for(run: Run, *, train_type: str) -> TrainConfig:
@@ -129,6 +135,7 @@ def inference_config(run: Run, *, dtype: torch.dtype, eval_type: str | None = No
     # the attention of packed rows knows no cache, and another one may be missing where there is no GPU; the quantized
     # cache belongs to the machine of the training, and writing it takes all its processes
     others = dict(packing=False, attn_implementation="auto", quantized_cache=None)
+    others["trust_remote_code"] = run.trust_remote_code
     return replace(config, precision=PRECISION_OF[dtype], use_gradient_checkpointing=False, **others)
 
 
@@ -176,7 +183,7 @@ def load_stock(run: Run, *, device, dtype) -> nn.Module:
     Raises:
         UserError: the library that reads the format is missing, or transformers cannot read the folder.
     """
-    options = {}
+    options = dict(trust_remote_code=run.trust_remote_code)
     if _quantization(run.base).get("quant_method") == "compressed-tensors":
         from transformers import CompressedTensorsConfig
 
@@ -185,7 +192,8 @@ def load_stock(run: Run, *, device, dtype) -> nn.Module:
     try:
         loaded = CAUSAL_LM.auto_class.from_pretrained(run.base, dtype=dtype, device_map={"": device}, **options)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"{run.base}: transformers cannot load it ({str(error).splitlines()[0]})") from None
+        refuse_code(error, named=str(run.base))
+        raise UserError(f"{run.base}: transformers cannot load it ({first_line(error)})") from None
     if run.adapter:
         from peft import PeftModel
 

@@ -34,7 +34,7 @@ def whole(run: Run, *, device: torch.device) -> Run:
         with new_folder(target) as folder:
             _write(run, Path(folder), device=device)
     barrier()
-    return describe(target)
+    return describe(target, trust_remote_code=run.trust_remote_code)
 
 
 def _write(run: Run, folder: Path, *, device: torch.device) -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.errors import UserError, first_line, refuse_code
 from fsdp_utils.core.rows import local
 from fsdp_utils.memory import budget, recompute
 from fsdp_utils.model import attention
@@ -104,12 +104,14 @@ def build(config, *, task, device: torch.device) -> Built:
         UserError: no such model, an attention that it does not know, or weights that cannot be read.
     """
     dtypes = Dtypes.of(config.precision)
-    model_config = read_model_config(config.source, task=task, attn_implementation=config.attn_implementation)
+    trusted, asked_for = dict(trust_remote_code=config.trust_remote_code), config.attn_implementation
+    model_config = read_model_config(config.source, task=task, attn_implementation=asked_for, **trusted)
     try:
-        model = build_on_meta(model_config, task=task, dtype=dtypes.stored)
-    except (ImportError, ValueError) as error:  # an attention that is unknown, not installed, or not for this family
-        asked = f"--attn_implementation {config.attn_implementation}"
-        raise UserError(f"{config.source} with {asked}: {str(error).splitlines()[0]}") from None
+        model = build_on_meta(model_config, task=task, dtype=dtypes.stored, **trusted)
+    except (ImportError, OSError, ValueError) as error:  # an attention that is unknown, not installed, or not for it
+        asked = f" with --attn_implementation {asked_for}" if asked_for != "auto" else ""
+        refuse_code(error, named=config.source)
+        raise UserError(f"{config.source}{asked}: {first_line(error)}") from None
     weights = open_weights(
         model, config.source, load_format=config.load_format, dtype=dtypes.stored, device=device, seed=config.seed
     )

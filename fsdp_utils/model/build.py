@@ -5,12 +5,14 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import no_init_weights
 
-from fsdp_utils.core.errors import UserError
-from fsdp_utils.core.folders import refuse_missing_folder
+from fsdp_utils.core.errors import UserError, first_line, refuse_code
+from fsdp_utils.core.folders import refuse_cache, refuse_missing_folder
+from fsdp_utils.model.tokenizer import load_tokenizer
+from methods.adapter import ADAPTER_CONFIG
 from methods.packed import Quantizer
 from methods.quantizers.linear import quantized
 from methods.targets import replace_module
@@ -23,7 +25,7 @@ def resolve_model(name: str) -> str:
     return str(DEMO_MODEL) if name == "demo" else name
 
 
-def read_model_config(name: str, *, task, attn_implementation: str = "auto"):
+def read_model_config(name: str, *, task, attn_implementation: str = "auto", trust_remote_code: bool = False):
     """The model's configuration, from a local folder or the hub.
 
     Args:
@@ -32,12 +34,17 @@ def read_model_config(name: str, *, task, attn_implementation: str = "auto"):
     Raises:
         UserError: there is none, or it is not of that class, or its weights are quantized already.
     """
-    refuse_missing_folder(resolve_model(name))
+    folder = resolve_model(name)
+    refuse_missing_folder(folder)
+    _refuse_adapter(name, Path(folder))
     try:
-        config = AutoConfig.from_pretrained(resolve_model(name))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name}: {str(error).splitlines()[0]}") from None
-    if type(config) not in task.auto_class._model_mapping:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ImportError, OSError, ValueError) as error:
+        refuse_cache(error)
+        refuse_code(error, named=name)
+        raise UserError(f"{name}: {first_line(error)}") from None
+    own_code = trust_remote_code and task.auto_class.__name__ in getattr(config, "auto_map", {})
+    if type(config) not in task.auto_class._model_mapping and not own_code:
         raise UserError(f"{name}: {config.model_type} is not a {task.noun}")
     if getattr(config, "quantization_config", None):
         raise UserError(f"{name}: its weights are quantized already; give the 16-bit model")
@@ -47,24 +54,30 @@ def read_model_config(name: str, *, task, attn_implementation: str = "auto"):
     return config
 
 
-def read_tokenizer(name: str):
+def _refuse_adapter(name: str, folder: Path) -> None:
+    """transformers would load the adapter's base, whatever else the folder holds."""
+    if (folder / ADAPTER_CONFIG).exists():
+        raise UserError(
+            f"{name}: holds an adapter ({ADAPTER_CONFIG}); name its base, and the adapter by --init_adapter to go on "
+            "training it, or merge it with prepare_weights.py"
+        )
+
+
+def read_tokenizer(name: str, *, trust_remote_code: bool = False):
     """The model's tokenizer.
 
     Raises:
-        UserError: the folder or hub repository has none.
+        UserError: as `load_tokenizer`.
     """
     refuse_missing_folder(resolve_model(name))
-    try:
-        return AutoTokenizer.from_pretrained(resolve_model(name))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name}: no tokenizer ({str(error).splitlines()[0]})") from None
+    return load_tokenizer(resolve_model(name), named=name, trust_remote_code=trust_remote_code)
 
 
-def build_on_meta(model_config, *, task, dtype: torch.dtype) -> nn.Module:
+def build_on_meta(model_config, *, task, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
     """The frozen model as `from_pretrained` begins it: parameters on meta, tied as the configuration says; buffers real
     and on the CPU, with the values they have where a checkpoint holds none."""
     with no_init_weights(), init_empty_weights(include_buffers=False):
-        model = task.auto_class.from_config(model_config, dtype=dtype)
+        model = task.auto_class.from_config(model_config, dtype=dtype, trust_remote_code=trust_remote_code)
     _keep_in_fp32(model, dtype=dtype)
     _compute_buffers(model)
     model.tie_weights()  # no_init_weights also skips this
