@@ -234,6 +234,12 @@ from transformers import LlamaConfig
 class TinyConfig(LlamaConfig):
     model_type = "tiny_remote"
 """,
+    "tokenization_tiny.py": """
+from transformers import PreTrainedTokenizerFast
+
+class TinyTokenizer(PreTrainedTokenizerFast):
+    pass
+""",
     "modeling_tiny.py": """
 from transformers import LlamaForCausalLM
 from .configuration_tiny import TinyConfig
@@ -247,6 +253,7 @@ class TinyForCausalLM(LlamaForCausalLM):
         return out
 """,
 }
+TOKENIZER_CLASSES = dict(AutoTokenizer=[None, "tokenization_tiny.TinyTokenizer"])
 
 
 @pytest.fixture
@@ -278,12 +285,27 @@ def test_code_that_a_model_brings(remote, save_run, export, train_type):
         load_for_inference(describe(folder), device=CPU)
 
 
-def test_code_that_nobody_trusts(remote, tiny):
+def test_code_that_nobody_trusts(remote):
     """Nothing asks at the terminal: one line names the flag; where transformers has a class, that one is taken."""
+    set_json(remote / "tokenizer_config.json", tokenizer_class="TinyTokenizer", auto_map=TOKENIZER_CLASSES)
     for read in (partial(read_model_config, task=CAUSAL_LM), read_tokenizer):
-        if read is not read_tokenizer:
-            with pytest.raises(UserError, match=r"brings code of its own .*--trust_remote_code true"):
-                read(str(remote))
+        with pytest.raises(UserError, match=r"brings code of its own .*--trust_remote_code true"):
+            read(str(remote))
+    assert type(read_tokenizer(str(remote), trust_remote_code=True)).__name__ == "TinyTokenizer"
     set_json(remote / "config.json", model_type="llama")
     assert type(read_model_config(str(remote), task=CAUSAL_LM)).__module__.startswith("transformers.models.llama")
     assert_same(ours(remote), stock(remote))
+
+
+@pytest.mark.parametrize("name", ["configuration_tiny.py", "tokenization_tiny.py"])
+def test_packages_that_such_code_takes(remote, name):
+    """One line names those that are missing, and the way out."""
+    set_json(remote / "tokenizer_config.json", tokenizer_class="TinyTokenizer", auto_map=TOKENIZER_CLASSES)
+    (remote / name).write_text(f"import a_package_that_nobody_has\n{REMOTE[name]}")
+    reads = {
+        "configuration_tiny.py": partial(read_model_config, task=CAUSAL_LM),
+        "tokenization_tiny.py": read_tokenizer,
+    }
+    with pytest.raises(UserError, match="pip install a_package_that_nobody_has") as error:
+        reads[name](str(remote), trust_remote_code=True)
+    assert "\n" not in str(error.value)

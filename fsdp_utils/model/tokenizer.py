@@ -5,7 +5,8 @@ from itertools import chain
 from pathlib import Path
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedConfig
+from transformers.models.auto.tokenization_auto import MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
 from transformers.utils import cached_file, is_protobuf_available, is_sentencepiece_available
 
 from fsdp_utils.core.errors import UserError, first_line, refuse_code
@@ -70,11 +71,18 @@ def _check(tokenizer, folder: str, *, named: str) -> None:
     for text in PROBES:
         ids, wanted = encode(text), file.encode(text, add_special_tokens=False).ids
         if not _alike(ids, wanted) or _text(tokenizer, ids) != file.decode(wanted, skip_special_tokens=False).strip():
-            made = f"{type(tokenizer).__name__} reads {text!r} otherwise than tokenizer.json says"
-            way_out = 'set "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json, or use'
-            raise UserError(
-                f"{named}: {made}; {way_out} transformers 5.22 or later, which reads more of them as they are"
-            )
+            what = f"{type(tokenizer).__name__} reads {text!r} otherwise than tokenizer.json says"
+            raise UserError(f"{named}: {what}; {_way_out(folder)}")
+
+
+def _way_out(folder: str) -> str:
+    kind = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
+    if kind in MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS:
+        return f"transformers takes this class for all {kind} models: put the original tokenizer.json back"
+    return (
+        'set "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json, or use transformers 5.22 or later, '
+        "which reads more of them as they are"
+    )
 
 
 def _text(tokenizer, ids: list[int]) -> str:
