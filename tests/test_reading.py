@@ -16,6 +16,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+import train
 from fsdp_utils.core.errors import CheckpointError, UserError
 from fsdp_utils.core.safetensors_io import CheckpointReader
 from fsdp_utils.folders.describe import describe, tokenizer_of
@@ -309,3 +310,50 @@ def test_packages_that_such_code_takes(remote, name):
     with pytest.raises(UserError, match="pip install a_package_that_nobody_has") as error:
         reads[name](str(remote), trust_remote_code=True)
     assert "\n" not in str(error.value)
+
+
+def test_a_cache_that_cannot_be_written(remote, monkeypatch):
+    """The line names it and the variable that moves it, and does not blame the model."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", "/proc/nowhere")
+    with pytest.raises(UserError, match=r"^/proc/.*; set HF_HOME"):
+        read_model_config(str(remote), task=CAUSAL_LM, trust_remote_code=True)
+
+
+def test_an_adapter_beside_a_model(save_run, tiny, tmp_path):
+    """transformers would load the adapter's base: the folder is refused as a base, with both ways to go on."""
+    folder, _ = save_run(tiny(), "custom_lora")
+    shutil.copytree(tiny(), tmp_path / "both")
+    shutil.copy(folder / "adapter_config.json", tmp_path / "both")
+    with pytest.raises(UserError, match=r"holds an adapter .*--init_adapter .*prepare_weights"):
+        read_model_config(str(tmp_path / "both"), task=CAUSAL_LM)
+
+
+def test_a_checkpoint_of_everything_is_a_model(kind_of, tiny_data, tmp_path):
+    """What a checkpoint holds of a full fine-tune loads as a model, with the buffers that the base had."""
+    base = kind_of("gemma4")
+    flags = dict(model_name=base, dataset=tiny_data, output_dir=tmp_path / "run", batch_size=4, log_to="stdout")
+    train.main(make_config(train_type="full", save_every_steps=1, max_steps=1, save_model=True, **flags))
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    assert_same(stock(checkpoint), stock(tmp_path / "run"))
+    assert all((b == 0.75).all() for name, b in tensors(stock(checkpoint)).items() if name.endswith("layer_scalar"))
+
+
+def kept_in_fp32(folder, precision):
+    """How loading a model ends of which some weights stay in fp32, with all training and two processes."""
+    kind = type(stock(folder))
+    kind._keep_in_fp32_modules_strict = ["norm"]
+    try:
+        run = prepared(make_config(model_name=folder, train_type="full", precision=precision))
+    except UserError as error:
+        return str(error)
+    finally:
+        kind._keep_in_fp32_modules_strict = None
+    return {name: p.dtype for name, p in run.model.named_parameters()}
+
+
+def test_weights_that_stay_in_fp32(pair, tiny):
+    """They do under bf16, one process trains them so; FSDP2 cannot beside others, which is said before any is read."""
+    for name, dtype in kept_in_fp32(tiny(), "bf16").items():
+        assert dtype == (torch.float32 if "norm" in name else torch.bfloat16)
+    assert all("--precision bf16" in said for said in pair.run(kept_in_fp32, tiny(), "bf16"))
+    assert set(pair.run(kept_in_fp32, tiny(), "fp32")[0].values()) == {torch.float32}

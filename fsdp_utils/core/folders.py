@@ -1,6 +1,5 @@
 """Folders: names of models, what may be replaced, sizes, and a new folder that appears when it is complete."""
 
-import errno
 import json
 import os
 import re
@@ -50,14 +49,16 @@ def model_folder(name):
     try:
         return Path(snapshot_download(name, allow_patterns=[f"*.{suffix}" for suffix in OF_A_MODEL]))
     except (OSError, ValueError) as error:
-        refuse_cache(error)
+        refuse_cache(error, folder=name)
         raise CheckpointError(f"{name}: neither a local folder nor a model of the hub ({first_line(error)})") from None
 
 
-def refuse_cache(error: Exception) -> None:
-    """Raises CheckpointError if an error means that the cache of the hub cannot be written: it is not the model's."""
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EPERM):
-        what = f"{error.filename or 'the cache of the hub'}: {error.strerror}"
+def refuse_cache(error: Exception, *, folder):
+    """Raises CheckpointError if a file outside the model's folder could not be opened: one of the hub's cache, and
+    not the model is to blame."""
+    path = getattr(error, "filename", None)
+    if isinstance(path, str) and not Path(path).resolve().is_relative_to(Path(folder).resolve()):
+        what = f"{path}: {error.strerror}"
         raise CheckpointError(f"{what}; set HF_HOME to a folder that can be written to") from None
 
 

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from fsdp_utils.core.errors import UserError, first_line, refuse_code
+from fsdp_utils.core.folders import refuse_cache
 from fsdp_utils.core.rows import local
 from fsdp_utils.memory import budget, recompute
 from fsdp_utils.model import attention
-from fsdp_utils.model.build import build_on_meta, quantize_on_meta, read_model_config
+from fsdp_utils.model.build import build_on_meta, quantize_on_meta, read_model_config, resolve_model
 from fsdp_utils.model.quantized_cache import QuantizedCache, cache_folder, check_cache_root
 from fsdp_utils.model.weights import (
     base_bytes,
@@ -110,6 +111,7 @@ def build(config, *, task, device: torch.device) -> Built:
         model = build_on_meta(model_config, task=task, dtype=dtypes.stored, **trusted)
     except (ImportError, OSError, ValueError) as error:  # an attention that is unknown, not installed, or not for it
         asked = f" with --attn_implementation {asked_for}" if asked_for != "auto" else ""
+        refuse_cache(error, folder=resolve_model(config.source))
         refuse_code(error, named=config.source)
         raise UserError(f"{config.source}{asked}: {first_line(error)}") from None
     weights = open_weights(

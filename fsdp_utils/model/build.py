@@ -40,7 +40,7 @@ def read_model_config(name: str, *, task, attn_implementation: str = "auto", tru
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ImportError, OSError, ValueError) as error:
-        refuse_cache(error)
+        refuse_cache(error, folder=folder)
         refuse_code(error, named=name)
         raise UserError(f"{name}: {first_line(error)}") from None
     own_code = trust_remote_code and task.auto_class.__name__ in getattr(config, "auto_map", {})

@@ -34,7 +34,7 @@ def load_tokenizer(folder: str, *, named: str, trust_remote_code: bool):
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # the libraries below raise nothing more special
-        refuse_cache(error)
+        refuse_cache(error, folder=folder)
         refuse_code(error, named=named)
         raise UserError(f"{named}: no tokenizer ({_reason(error, Path(folder))})") from None
     _check(tokenizer, folder, named=named)

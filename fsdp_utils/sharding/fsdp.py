@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from fsdp_utils.core.errors import UserError
 from fsdp_utils.options import STRATEGIES
 from fsdp_utils.sharding.peer_gather import sharded, unread
 from fsdp_utils.sharding.prepared import Prepared
@@ -29,9 +30,15 @@ def shard(
             What is a gigabyte to gather, and shows at the start of every step, is a few rows to read.
         frozen: the parameters of blocks that `peer_gather` gathers, or none. What no forward reads joins them.
         gathered_with_root: what else is in the blocks is one group with the rest, and whole during a step.
+
+    Raises:
+        UserError: weights of several dtypes train, which FSDP2 does not gather together.
     """
     if mesh is None:
         return
+    if len({p.dtype for p in model.parameters() if p.requires_grad}) > 1:
+        kept = f"{model.config.model_type} models keep some of their weights in fp32, which FSDP2 does not train beside"
+        raise UserError(f"--precision bf16: {kept} others; use --precision bf16_autocast or fp32, or adapters")
     frozen = frozen | _kept_as_rows(model, mesh)
     pin = torch.cuda.is_available() and mesh.device_type == "cuda"
     settings = dict(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.errors import UserError, first_line
 from fsdp_utils.data.batches import model_inputs, with_targets
 from fsdp_utils.sharding.fsdp import leave_out_of_backward
 from methods.kernels.cross_entropy import linear_cross_entropy
@@ -29,7 +29,13 @@ def check_packing(model: nn.Module, *, device: torch.device, autocast: torch.dty
     inputs = model_inputs({name: tensor.to(device) for name, tensor in batch.items()})
     eager = torch.compiler.set_stance("force_eager")  # two short rows are not worth compiling for
     with eager, torch.autocast(device.type, autocast) if autocast else nullcontext():
-        one, other = model.eval()(**inputs, use_cache=False).logits[:, length:].float()
+        try:
+            one, other = model.eval()(**inputs, use_cache=False).logits[:, length:].float()
+        except (
+            ImportError,
+            ValueError,
+        ) as error:  # a state-space layer that needs another kernel to keep samples apart
+            raise UserError(f"--packing true: {first_line(error)}; or pass --packing false") from None
     if (one - other).norm() > 1e-2 * one.norm():
         kind = model.config.model_type
         raise UserError(f"--packing true: samples in one row see each other in {kind} models; pass --packing false")
