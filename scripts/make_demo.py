@@ -229,6 +229,8 @@ def make_demo(args):
         pretrain(model, packed_batches(pretraining_texts(seed=args.seed + 2), tokenizer), args.steps)
         model.to(torch.bfloat16).save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
+        settings = folder / "model" / "tokenizer_config.json"  # a class that transformers 4 knows, too
+        settings.write_text(settings.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
         write_jsonl(folder / "train.jsonl", rows[: args.train_samples])
         write_jsonl(folder / "validation.jsonl", rows[args.train_samples :])
 

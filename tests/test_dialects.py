@@ -99,6 +99,13 @@ def as_of_4(folder):
     return folder
 
 
+def test_the_demo_is_read_by_an_older_version(older, save_run):
+    """The built-in model's results can be served by what people have."""
+    folder, trained = save_run("demo", "full")
+    (found,) = older(folder)
+    torch.testing.assert_close(found["logits"], logits(trained), atol=1e-3, rtol=0)
+
+
 def test_read_by_an_older_version(older, written_by_4, written_by_5, save_run, export):
     """Models, adapters and exports give transformers 4.57 the logits that the run had, and the same tokens."""
     bases = [written_by_4, written_by_5("gptneox"), written_by_5("llama", rope_parameters=ROPE | dict(rope_theta=5e5))]

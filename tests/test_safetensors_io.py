@@ -212,6 +212,10 @@ def test_of_two_readings_that_of_transformers(tmp_path):
     (tmp_path / "config.json").write_text('{"transformers_weights": "model.fp16.safetensors"}')
     assert CheckpointReader(tmp_path).names() == ["variant"]
     (tmp_path / "config.json").unlink()
+    (tmp_path / "shard-00000-model-00001-of-00001.safetensors").touch()
+    with pytest.raises(CheckpointError, match="parts of a distributed checkpoint"):
+        CheckpointReader(tmp_path)
+    (tmp_path / "shard-00000-model-00001-of-00001.safetensors").unlink()
     (tmp_path / "model.safetensors.index.json").unlink()
     (tmp_path / "pytorch_model.bin").unlink()
     with pytest.raises(CheckpointError, match=r"only model-00001-of-00003\.safetensors|only model\.fp16"):

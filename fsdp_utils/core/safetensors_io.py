@@ -109,6 +109,9 @@ def _weights_of(folder):
         named = None  # no model's folder
     if named:
         return named
+    for path in folder.glob("shard-*-model-*.safetensors"):
+        way_out = "transformers reads them in place of all others; save the model whole, or remove them"
+        raise CheckpointError(f"{folder}: holds parts of a distributed checkpoint ({path.name}): {way_out}")
     for name in (SINGLE_NAME, INDEX_NAME):
         if (folder / name).exists():
             return name
