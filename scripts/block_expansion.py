@@ -20,12 +20,12 @@ from fsdp_utils.core.folders import OF_A_MODEL, TEMPLATES, model_folder, new_fol
 @dataclass
 class Expansion:
     model_name: str = flag("", "local folder or hub name of the model to expand; demo: the built-in one")
-    trust_remote_code: bool = flag(False, "run the code that its folder brings (auto_map in its documents)")
     output_dir: str = flag("", "folder that is made")
     expansion_rate: float = flag(0.1, "share of new blocks, rounded down, at least one", above=0, maximum=1)
     num_new_blocks: int = flag(0, "number of new blocks; 0: taken from --expansion_rate", minimum=0)
     max_shard_size: str = flag("5GB", "largest size of one weight file")
     overwrite: bool = flag(False, "replace what is in --output_dir")
+    trust_remote_code: bool = flag(False, "run the code that its folder brings (auto_map in its documents)")
 
     def errors(self):
         found = [f"--{name}: required" for name in ("model_name", "output_dir") if not getattr(self, name)]

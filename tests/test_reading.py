@@ -25,7 +25,7 @@ from fsdp_utils.model.build import build_on_meta, read_model_config, read_tokeni
 from fsdp_utils.model.checkpoint import match
 from fsdp_utils.model.weights import load_weights, materialize
 from fsdp_utils.training.task import CAUSAL_LM
-from methods.targets import decoder_blocks
+from methods.targets import decoder_blocks, refuse_experts
 
 CPU = torch.device("cpu")
 UNBUILT = {  # families of which no tiny model is made here, and why
@@ -42,7 +42,7 @@ UNBUILT = {  # families of which no tiny model is made here, and why
 def ours(folder, *, dtype: torch.dtype = torch.float32):
     """Our model of a folder."""
     model = build_on_meta(read_model_config(str(folder), task=CAUSAL_LM), task=CAUSAL_LM, dtype=dtype)
-    decoder_blocks(model)
+    decoder_blocks(model), refuse_experts(model)
     weights = match(model, CheckpointReader(folder))
     materialize(model, device=CPU, buffer_device=CPU)
     load_weights(model, weights, device=CPU)

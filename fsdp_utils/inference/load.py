@@ -25,7 +25,7 @@ from fsdp_utils.model.weights import check_loaded, checkpoint_dtype, load_weight
 from fsdp_utils.training.task import CAUSAL_LM
 from methods import METHODS, TRAIN_TYPES, make_quantizer, method_of
 from methods.adapter import flags_of
-from methods.targets import block_linears
+from methods.targets import block_linears, refuse_experts
 
 PRECISION_OF = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
@@ -105,9 +105,15 @@ def _load_model(run: Run, *, device, dtype, eval_type) -> nn.Module:
 
 
 def build_dense(run: Run, *, dtype: torch.dtype) -> nn.Module:
-    """The dense model of a run's base or model, on meta."""
+    """The dense model of a run's base or model, on meta.
+
+    Raises:
+        UserError: as `read_model_config`, or it has experts.
+    """
     asked = dict(task=CAUSAL_LM, trust_remote_code=run.trust_remote_code)
-    return build_on_meta(read_model_config(str(run.base), **asked), dtype=dtype, **asked)
+    built = build_on_meta(read_model_config(str(run.base), **asked), dtype=dtype, **asked)
+    refuse_experts(built)
+    return built
 
 
 def _config_for(run: Run, *, train_type: str) -> TrainConfig:

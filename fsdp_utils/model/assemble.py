@@ -33,7 +33,7 @@ from fsdp_utils.sharding import fsdp, offload, peer_gather, wrapping
 from fsdp_utils.sharding.prepared import Prepared
 from methods import make_quantizer, method_of
 from methods.base import Method
-from methods.targets import decoder_blocks, learned_positions, refuse_in_place
+from methods.targets import decoder_blocks, learned_positions, refuse_experts, refuse_in_place
 
 
 class Dtypes(NamedTuple):
@@ -114,6 +114,7 @@ def build(config, *, task, device: torch.device) -> Built:
         refuse_cache(error, folder=resolve_model(config.source))
         refuse_code(error, named=config.source)
         raise UserError(f"{config.source}{asked}: {first_line(error)}") from None
+    refuse_experts(model)
     weights = open_weights(
         model, config.source, load_format=config.load_format, dtype=dtypes.stored, device=device, seed=config.seed
     )

@@ -10,7 +10,6 @@ from transformers.core_model_loading import WeightRenaming, dot_natural_key, ren
 
 from fsdp_utils.core.errors import CheckpointError
 from fsdp_utils.core.safetensors_io import CheckpointReader
-from methods.targets import refuse_experts
 
 MASK = re.compile(r"attn(\.attention)?\.(bias|masked_bias|causal_mask)$")
 COMPARED = 2**24  # numbers at a time
@@ -63,11 +62,9 @@ def match(model: nn.Module, reader: CheckpointReader) -> Checkpoint:
     different values, becomes untied.
 
     Raises:
-        UserError: a model with experts.
         CheckpointError: a tensor without place that the model's class does not ignore, a place without tensor, another
             shape, two tensors for one place, or one that transformers makes of others.
     """
-    refuse_experts(model)
     wanted, ties = model.state_dict(keep_vars=True), bool(_ties(model))
     found = _places(model, reader, wanted)
     places = {place: name for place, name in found.items() if place in wanted}

@@ -20,7 +20,6 @@ from fsdp_utils.model.build import resolve_model
 from fsdp_utils.model.checkpoint import Checkpoint, match
 from fsdp_utils.sharding.host_memory import in_host_memory
 from methods.quantizers.linear import QuantizedWeight
-from methods.targets import refuse_experts
 
 
 def materialize(model: nn.Module, *, device: torch.device, buffer_device: torch.device) -> None:
@@ -83,10 +82,9 @@ def open_weights(model: nn.Module, name: str, *, load_format: str, dtype: torch.
     """Where the weights come from: the checkpoint, or dummies shaped like `model`, which is dense still.
 
     Raises:
-        UserError: a model with experts; as `CheckpointReader` and `match`.
+        CheckpointError: as `CheckpointReader` and `match`.
     """
     if load_format == "dummy":
-        refuse_experts(model)
         shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
         return DummyWeights(shapes, dtype=dtype, device=device, seed=seed)
     return match(model, CheckpointReader(model_folder(resolve_model(name))))
