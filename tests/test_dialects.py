@@ -9,11 +9,12 @@ import sys
 import pytest
 import torch
 from all_families import tiny_config
-from real_run import logits, make_config, planned_and_prepared, set_json
+from real_run import logits, make_config, plan, planned_and_prepared, set_json
 from tiny import make_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from fsdp_utils.core.errors import UserError
 from fsdp_utils.folders import saving
 from fsdp_utils.folders.describe import describe, tokenizer_of
 from fsdp_utils.folders.documents import older_words
@@ -200,3 +201,14 @@ def test_what_training_changed(older, written_by_4, tmp_path, export, train_type
     assert [result["template"] for result in found] == ["[user]a b"] * 2
     assert found[1]["ends"] == [257, 258, 299]
     assert AutoModelForCausalLM.from_pretrained(merged).generation_config.eos_token_id == [257, 258, 299]
+
+
+def test_a_damaged_document_is_found_before_training(tiny, tmp_path):
+    """What is read only when the result is saved would end a run after its last step."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny(), base)
+    (base / "generation_config.json").write_text("{")
+    config = make_config(model_name=base, output_dir=tmp_path / "out", train_type="full", save_model=True)
+    planned = plan(config)
+    with pytest.raises(UserError, match=r"generation_config\.json: not valid JSON"), saving.begun(planned, config):
+        pytest.fail("it began")

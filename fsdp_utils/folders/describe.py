@@ -1,6 +1,5 @@
 """What a folder is: base, model, adapter, Llama-Pro, or quantized for stock software."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from fsdp_utils.core.errors import CheckpointError, UserError
 from fsdp_utils.core.flags import flags
 from fsdp_utils.core.folders import model_folder
 from fsdp_utils.core.safetensors_io import read_header
-from fsdp_utils.folders.documents import is_tokenizer_file
+from fsdp_utils.folders.documents import is_tokenizer_file, read_json
 from fsdp_utils.folders.names import (
     ADAPTER_CONFIG,
     ADAPTER_FOLDER,
@@ -121,22 +120,12 @@ def _described(folder: Path) -> Run:
     return Run(folder, _model_kind(folder, record), folder, **_known_from(record, base=None))
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); the file is damaged") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected an object, found {type(content).__name__}; the file is damaged")
-    return content
-
-
 def _read_run(folder: Path) -> dict | None:
     """run.json of a finished run; None if there is no such file."""
     path = folder / RUN_FILE
     if not path.exists():
         return None
-    record = _read_json(path)
+    record = read_json(path)
     if not record.get("finished"):
         raise UserError(f"{folder}: its training did not finish ({RUN_FILE}); train it again with --overwrite true")
     if not record.get("saved"):
@@ -168,8 +157,7 @@ def _model_kind(folder: Path, record: dict | None) -> str:
 
 def _quantization(folder: Path) -> dict:
     """How stock software is told to read the weights; empty for a folder in 16 or 32 bits, or without a model."""
-    path = folder / "config.json"
-    return (path.exists() and _read_json(path).get("quantization_config")) or {}
+    return read_json(folder / "config.json").get("quantization_config") or {}
 
 
 def _describe_adapter(folder: Path, record: dict | None) -> Run:
@@ -186,7 +174,7 @@ def _read_adapter_config(folder: Path) -> dict:
         UserError: no tensors, features of PEFT that we do not compute, or tensors of another rank or kind.
     """
     path = folder / ADAPTER_CONFIG
-    config = _read_json(path)
+    config = read_json(path)
     if not (folder / RUN_FILE).exists():  # trained elsewhere
         _refuse_peft_features(path, config)
     if not config.get("r") or "lora_alpha" not in config:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.folders import TEMPLATES, write_json
 from fsdp_utils.folders.names import GENERATION_CONFIG, TEMPLATE, TOKENIZER_CONFIG, TOKENIZER_FILES
 
@@ -18,9 +19,21 @@ TEMPLATE_FILES = (TEMPLATE, "chat_template.json")
 NEOX_WORDS = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
 
 
-def read_json(folder: Path, name: str) -> dict:
-    """The object in a file; empty where there is none."""
-    return json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+def read_json(path: Path) -> dict:
+    """The object in a file; empty where there is no file.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); the file is damaged") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected an object, found {type(content).__name__}; the file is damaged")
+    return content
 
 
 def is_tokenizer_file(name: str) -> bool:
@@ -54,7 +67,7 @@ def describe_tokenizer(folder: Path, source: Path | None, *, tokenizer) -> None:
             (folder / name).unlink(missing_ok=True)
         (folder / TEMPLATE).write_text(given)
         # versions before 4.43 know no other place
-        write_json(folder / TOKENIZER_CONFIG, read_json(folder, TOKENIZER_CONFIG) | dict(chat_template=given))
+        write_json(folder / TOKENIZER_CONFIG, read_json(folder / TOKENIZER_CONFIG) | dict(chat_template=given))
     elif (source / TEMPLATES).is_dir():
         shutil.copytree(source / TEMPLATES, folder / TEMPLATES, dirs_exist_ok=True)
 
@@ -64,10 +77,14 @@ def describe_tokenizer(folder: Path, source: Path | None, *, tokenizer) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def end_tokens(folder: Path) -> list[int]:
-    """The ids that end an answer, as the documents of a model or adapter say."""
-    for name in (GENERATION_CONFIG, "config.json"):
-        ids = read_json(folder, name).get("eos_token_id")
+def end_tokens(folder: Path | None) -> list[int]:
+    """The ids that end an answer, as the documents of a model or adapter say.
+
+    Raises:
+        UserError: one of them is damaged.
+    """
+    for name in (GENERATION_CONFIG, "config.json") if folder else ():
+        ids = read_json(folder / name).get("eos_token_id")
         if ids is not None:
             return sorted(ids) if isinstance(ids, list) else [ids]
     return []
@@ -77,10 +94,10 @@ def describe_generation(folder: Path, source: Path | None, *, tokenizer, is_mode
     """Copies generation_config.json and adds what training taught to end with: `tokenizer.learned_ends`, if it has any
     that the base does not know. The folder of an adapter gets one only then."""
     learned = getattr(tokenizer, "learned_ends", ())
-    ends = end_tokens(source) if source else []
+    ends = end_tokens(source)
     known = source and (source / GENERATION_CONFIG).exists()
     if not set(learned) <= set(ends):
-        content = read_json(source, GENERATION_CONFIG) if known else {}
+        content = read_json(source / GENERATION_CONFIG) if known else {}
         write_json(folder / GENERATION_CONFIG, content | dict(eos_token_id=sorted({*ends, *learned})))
     elif known and is_model:
         _copy(source, folder, GENERATION_CONFIG.__eq__)
@@ -99,7 +116,7 @@ def describe_model(folder: Path, source: Path, *, dtype: torch.dtype, untied: bo
         untied: head and embedding differ, whatever the base's says.
         more: further keys; None removes one.
     """
-    config = read_json(source, "config.json")
+    config = read_json(source / "config.json")
     name = str(dtype).removeprefix("torch.")
     config |= dict(dtype=name, torch_dtype=name)  # the second is the older word
     for part in (config, config.get("text_config") or {}):

@@ -27,6 +27,7 @@ from fsdp_utils.folders.documents import (
     describe_generation,
     describe_model,
     describe_tokenizer,
+    end_tokens,
     is_tokenizer_file,
 )
 from fsdp_utils.folders.names import (
@@ -130,6 +131,7 @@ def _claimed(planned, config, *, resumes: bool):
     with claim(folder, named=f"--output_dir {folder}"):
         check_output(config, resumes=resumes)  # again: a run that was started together with this one may have ended
         if config.save_model:
+            end_tokens(source_folder(config))  # finds a document that is damaged
             refuse_full_disk(folder, _SAVERS[planned.method.saves].specs(planned.model, planned, config))
         (folder / DIVERGED_FILE).unlink(missing_ok=True)
         yield

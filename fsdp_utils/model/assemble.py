@@ -13,6 +13,7 @@ from torch import nn
 
 from fsdp_utils.core.errors import UserError, first_line, refuse_code
 from fsdp_utils.core.folders import refuse_cache
+from fsdp_utils.core.ranks import say
 from fsdp_utils.core.rows import local
 from fsdp_utils.memory import budget, recompute
 from fsdp_utils.model import attention
@@ -118,6 +119,8 @@ def build(config, *, task, device: torch.device) -> Built:
     weights = open_weights(
         model, config.source, load_format=config.load_format, dtype=dtypes.stored, device=device, seed=config.seed
     )
+    if weights.untied:
+        say(f"note: {config.source}: config.json ties head and embedding; the head that is stored differs, and is used")
     return Built(model, task, weights, dtypes, fingerprint(weights))
 
 
