@@ -18,7 +18,6 @@ SMALL = {
     **dict.fromkeys(("mamba_n_heads", "n_mamba_heads"), 8),
     "depth": 1,
 }
-FULL = ["full_attention", "full_attention"]
 OWN = {  # what a family needs besides
     "bamba": dict(mamba_d_head=8),
     "gpt_neo": dict(attention_types=[[["global", "local"], 1]]),

@@ -47,6 +47,7 @@ class CheckpointReader:
         for name, shard in indexed.items():
             if name not in self._headers[shard]:
                 raise CheckpointError(f"{self.folder}: the index puts {name} in {shard}, which does not hold it")
+        self.shard_of = indexed | self.shard_of  # in the order of the index
 
     def names(self):
         return list(self.shard_of)

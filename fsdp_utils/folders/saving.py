@@ -186,6 +186,8 @@ def describe_checkpoint(model: nn.Module, tokenizer, planned, config, folder: Pa
     whole = all(p.requires_grad for p in model.parameters())
     if planned.method.saves == "adapter" or whole:
         _SAVERS[planned.method.saves].describe(model, tokenizer, planned, config, folder)
+    else:  # of which `inference.whole` makes a model
+        describe_generation(folder, source_folder(config), tokenizer=tokenizer, is_model=False)
 
 
 def save(model: nn.Module, tokenizer, planned, config) -> None:

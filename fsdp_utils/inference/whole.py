@@ -11,7 +11,7 @@ from fsdp_utils.core.ranks import is_main, say
 from fsdp_utils.folders import checkpoints, saving
 from fsdp_utils.folders.describe import Run, check_base, describe, tokenizer_folder, tokenizer_of
 from fsdp_utils.folders.documents import describe_tokenizer
-from fsdp_utils.folders.names import RUN_FILE
+from fsdp_utils.folders.names import GENERATION_CONFIG, RUN_FILE
 from fsdp_utils.inference.load import default_dtype, inference_config
 from fsdp_utils.model.assemble import attach, build, load_whole
 from fsdp_utils.training.task import CAUSAL_LM
@@ -47,4 +47,6 @@ def _write(run: Run, folder: Path, *, device: torch.device) -> None:
     describe_tokenizer(folder, tokenizer_folder(run), tokenizer=tokenizer)
     saving.write_weights(model, planned, config, folder)
     saving.describe_whole(model, tokenizer, planned, config, folder)
-    shutil.copy(run.folder / RUN_FILE, folder / RUN_FILE)
+    for name in (RUN_FILE, GENERATION_CONFIG):  # the second, if training added to it
+        if (run.folder / name).exists():
+            shutil.copy(run.folder / name, folder / name)

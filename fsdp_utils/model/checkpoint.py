@@ -67,7 +67,9 @@ def match(model: nn.Module, reader: CheckpointReader) -> Checkpoint:
     """
     wanted, ties = model.state_dict(keep_vars=True), bool(_ties(model))
     found = _places(model, reader, wanted)
-    places = {place: name for place, name in found.items() if place in wanted}
+    order = {name: number for number, name in enumerate(reader.names())}
+    in_order = sorted(found.items(), key=lambda item: order[item[1]])
+    places = {place: name for place, name in in_order if place in wanted}
     tied = _untie(model, reader, places)
     masks = {place for place, name in found.items() if _is_mask(name, reader.shape(name))}
     unexpected, missing = found.keys() - places.keys() - masks, wanted.keys() - places.keys() - tied.keys()
