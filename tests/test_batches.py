@@ -6,7 +6,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from texts import as_tokenizer, byte_level, make_config, questions, write_jsonl
+from texts import as_tokenizer, make_config, of_kind, questions, write_jsonl
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fsdp_utils.core.errors import DataError
@@ -229,7 +229,7 @@ def test_pack_refuses_a_sample_longer_than_a_row():
 
 def test_eos_label_is_kept_where_pad_is_eos(tmp_path, own_cache):
     """With pad = eos the end-of-sequence label stays, and padding has none."""
-    tokenizer = as_tokenizer(byte_level())
+    tokenizer = as_tokenizer(of_kind("byte_level"))
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     path = write_jsonl(tmp_path / "rows.jsonl", [*questions(1), {"question": "q", "answer": "a longer answer " * 3}])
     prepared = prepare_dataset(make_config(path), tokenizer)

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from texts import as_tokenizer, byte_level, make_config, prepared, sentencepiece, trained_text, write_jsonl
+from texts import as_tokenizer, make_config, of_kind, prepared, trained_text, write_jsonl
 
 from fsdp_utils.core.errors import DataError
 from fsdp_utils.data.chats import give_template
@@ -40,7 +40,7 @@ CHAT = [
 
 @pytest.fixture
 def tokenizer():
-    return as_tokenizer(byte_level())
+    return as_tokenizer(of_kind("byte_level"))
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ LLAMA2 = (
 @pytest.mark.parametrize("space", ["prepend", "first", "always"])
 def test_chat_tokens_are_those_of_the_template(tmp_path, space, template):
     """Tokenizers that put a space before what they begin with (Llama-2, Mistral) do so once, not at every turn."""
-    tokenizer = as_tokenizer(sentencepiece(space=space))
+    tokenizer = as_tokenizer(of_kind(f"sentencepiece_{space}"))
     tokenizer.chat_template = template
     turns = [("user", "a b"), ("assistant", "yes"), ("user", "c"), ("assistant", "no maybe")]
     messages = [dict(role=role, content=content) for role, content in turns]
@@ -180,7 +180,7 @@ MARKS = ["<|start|>", "<|stop|>", "<|eot|>", "<|end|>", "<|return|>", "<|message
 
 
 def styled(name, *, special=True):
-    tokenizer = as_tokenizer(byte_level())
+    tokenizer = as_tokenizer(of_kind("byte_level"))
     if special:
         tokenizer.add_special_tokens({"extra_special_tokens": [*MARKS, "<|system|>", "<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = STYLES[name][0]
@@ -283,6 +283,31 @@ def test_everything_reaches_the_template(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "how", ["| tojson", "if call.function.arguments is string else call.function.arguments | tojson"]
+)
+def test_arguments_of_calls_are_written_as_servers_do(tmp_path, how):
+    """OpenAI's rows hold their JSON as text: a template that makes JSON of objects would escape it."""
+    tokenizer = styled("llama3")
+    tokenizer.chat_template = TOOLS.replace("arguments | tojson", f"arguments {how}")
+    call = {**CALL, "function": {"name": "clock", "arguments": json.dumps(CALL["function"]["arguments"])}}
+    row = {"tools": [CLOCK], "messages": [CALLS[0], {**CALLS[1], "tool_calls": [call]}, *CALLS[2:]]}
+    found = prepared(tmp_path, tokenizer, row)
+    want = tokenizer.apply_chat_template(CALLS, tools=[CLOCK], tokenize=False)
+    assert tokenizer.decode(found.dataset[0]["input_ids"]) == want
+
+
+def test_chats_of_the_sharegpt_kind(tmp_path):
+    """`from` and `value`, by --columns; a speaker that is not known is refused."""
+    tokenizer = styled("llama3")
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    row = {"conversations": [{"from": names[m["role"]], "value": m["content"]} for m in CHAT]}
+    found = prepared(tmp_path, tokenizer, row, columns="messages=conversations")
+    assert found.dataset.to_list() == prepared(tmp_path, tokenizer, {"messages": CHAT}).dataset.to_list()
+    with pytest.raises(DataError, match="message 1 is from 'Ann'"):
+        prepared(tmp_path, tokenizer, {"messages": [{"from": "Ann", "value": "x"}]})
+
+
+@pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"tools": [CLOCK], "messages": CHAT}, "column 'tools' is not written by the chat template"),
@@ -308,6 +333,15 @@ def test_fields_that_do_not_matter_are_named(tmp_path):
     assert found.report.unread == {"id": 1, "name of messages": 1}
     tokenizer.chat_template = "{% for m in messages %}{{ m | tojson }}{{ eos_token }}{% endfor %}"
     assert prepared(tmp_path, tokenizer, row).report.unread == {"id": 1}
+
+
+def test_columns_named_as_settings_of_the_renderer(tmp_path):
+    """Such a name cannot be a variable, and changes nothing."""
+    tokenizer = styled("llama3")
+    names = ("conversations", "padding", "tokenize", "add_generation_prompt", "chat_template")
+    found = prepared(tmp_path, tokenizer, {"messages": CHAT, **dict.fromkeys(names, "x")})
+    assert found.report.unread == dict.fromkeys(names, 1)
+    assert trained_text(found, tokenizer) == STYLES["llama3"][1]
 
 
 # --- a template of the user's

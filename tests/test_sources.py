@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import zstandard
-from texts import as_tokenizer, byte_level, make_config, prepared, questions, trained_text, write_jsonl
+from texts import as_tokenizer, make_config, of_kind, prepared, questions, trained_text, write_jsonl
 
 from fsdp_utils.core.errors import DataError
 from fsdp_utils.data import layouts, sources
@@ -23,7 +23,7 @@ WHOLE = Place(dataset_split="validation", sole=True)
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return as_tokenizer(byte_level())
+    return as_tokenizer(of_kind("byte_level"))
 
 
 def values(examples) -> list[dict]:

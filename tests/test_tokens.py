@@ -9,11 +9,10 @@ import torch
 from texts import (
     KINDS,
     as_tokenizer,
-    byte_level,
     make_config,
+    of_kind,
     prepared,
     questions,
-    sentencepiece,
     stripping,
     trained_text,
     write_jsonl,
@@ -32,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 @pytest.fixture(scope="module")
 def backend():
-    return byte_level()
+    return of_kind("byte_level")
 
 
 @pytest.fixture
@@ -49,7 +48,7 @@ ANSWERS += ["<|word|> 42", " <|left|>42", "<|right|> 42"]
 
 @pytest.fixture(scope="module", params=KINDS)
 def kind(request):
-    return as_tokenizer(stripping(KINDS[request.param]()))
+    return as_tokenizer(stripping(of_kind(request.param)))
 
 
 def test_the_learned_part_is_the_answer(tmp_path, kind):
@@ -102,7 +101,7 @@ def test_special_tokens_that_the_text_has_are_not_doubled(tmp_path, kind, row):
 def test_what_adds_no_space_is_used_as_it_is(backend):
     """A copy of a large vocabulary takes seconds; one is made only where it differs."""
     assert exact(backend) is backend
-    assert exact(sentencepiece(space="never")).to_str() == sentencepiece(space="never").to_str()
+    assert exact(of_kind("sentencepiece_never")).to_str() == of_kind("sentencepiece_never").to_str()
 
 
 def test_a_text_that_ids_cannot_hold_is_told(tmp_path, kind):

@@ -1,6 +1,7 @@
 """What tests of data share: tokenizers of the kinds that exist, rows, flags, and what a run makes of them."""
 
 import json
+from functools import cache
 from types import SimpleNamespace
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -87,6 +88,16 @@ KINDS = {
     "sentencepiece_never": lambda: sentencepiece(space="never"),
     "unigram": unigram,
 }
+
+
+@cache
+def _trained(kind: str) -> str:
+    return KINDS[kind]().to_str()
+
+
+def of_kind(kind: str) -> Tokenizer:
+    """One of KINDS, trained once."""
+    return Tokenizer.from_str(_trained(kind))
 
 
 def as_tokenizer(backend: Tokenizer, **more) -> PreTrainedTokenizerFast:

@@ -10,6 +10,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 from jinja2 import TemplateRuntimeError, TemplateSyntaxError
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from fsdp_utils.core.errors import DataError
 from fsdp_utils.data.encode import Piece, Text
@@ -20,6 +21,13 @@ UNLIKELY = "\u241e\u241f\u241e"  # symbols that no chat template has a use for
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 READ_BY_TRANSFORMERS = ("tools", "documents")
 ANSWERS = "assistant"
+# who speaks in chats of the ShareGPT kind, whose messages have `from` and `value`
+SPEAKERS = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bard", "bing", "model"), ANSWERS),
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+    "system": "system",
+}
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,8 @@ class Template:
             raise DataError(f"--dataset {source}: chats need one chat template ({one_line(error)})") from None
         self.special = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
         self._writes: dict[str, bool] = {}
-        self.taken = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {*READ_BY_TRANSFORMERS}
+        callables = (tokenizer.apply_chat_template, render_jinja_template)
+        self.taken = {name for f in callables for name in inspect.signature(f).parameters} - {*READ_BY_TRANSFORMERS}
 
     def source(self, variables: dict) -> str:
         """The template's text, for a chat with these variables."""
@@ -102,8 +111,6 @@ class Template:
         source = self.source(variables)
         if not GENERATION_MARK.search(source):
             return None
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         names = {**self.tokenizer.special_tokens_map, **variables, "chat_template": source}
         try:
             (text,), (spans,) = render_jinja_template([messages], return_assistant_tokens_mask=True, **names)
@@ -122,9 +129,9 @@ def pick_chat(row: dict, form: Form) -> tuple[list[dict], dict]:
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
         raise BadRow("field 'messages' is not a list of messages")
-    for number, message in enumerate(messages, start=1):
-        _check_message(message, f"message {number}")
-    variables = {name: value for name, value in row.items() if name != "messages" and has_value(value)}
+    messages = [_as_said(message, f"message {number}") for number, message in enumerate(messages, start=1)]
+    read = {"messages", *(path.split(".")[0] for path in form.paths.values())}
+    variables = {name: value for name, value in row.items() if name not in read and has_value(value)}
     if isinstance(variables.get("tools"), str):  # a table holds them so: its columns cannot hold any object
         with suppress(ValueError):
             variables["tools"] = json.loads(variables["tools"])
@@ -132,7 +139,13 @@ def pick_chat(row: dict, form: Form) -> tuple[list[dict], dict]:
     return messages, variables | (more if isinstance(more, dict) else {})
 
 
-def _check_message(message, named: str) -> None:
+def _as_said(message, named: str) -> dict:
+    """A message with a role and content, checked."""
+    if isinstance(message, dict) and "from" in message and "value" in message and "role" not in message:
+        if message["from"] not in SPEAKERS:
+            raise BadRow(f"{named} is from {message['from']!r}; known are {', '.join(SPEAKERS)}")
+        others = {name: value for name, value in message.items() if name not in ("from", "value")}
+        message = dict(role=SPEAKERS[message["from"]], content=message["value"]) | others
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise BadRow(f"{named} needs 'role' and 'content'")
     content = message.get("content")
@@ -144,6 +157,41 @@ def _check_message(message, named: str) -> None:
     others = any(has_value(value) for name, value in message.items() if name not in ("role", "content", *SWITCHES))
     if not isinstance(content, str | list) and not (content is None and others):
         raise BadRow(f"{named} needs 'content' as a string")
+    return message
+
+
+def _with_objects(messages: list[dict]) -> list[dict]:
+    """The messages with what tool calls are called with as objects, where it is given as their JSON."""
+    found = []
+    for message in messages:
+        calls = message.get("tool_calls")
+        if isinstance(calls, list):
+            message = {**message, "tool_calls": [_with_object(call) for call in calls]}
+        found.append(message)
+    return found
+
+
+def _with_object(call):
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    with suppress(ValueError):
+        arguments = json.loads(function["arguments"])
+        if isinstance(arguments, dict):
+            return {**call, "function": {**function, "arguments": arguments}}
+    return call
+
+
+def _escaped_arguments(messages: list[dict], rendered: str) -> bool:
+    """Whether a template wrote the JSON of a call's arguments as a JSON string: it is meant for objects, as servers
+    pass them."""
+    for message in messages:
+        for call in message.get("tool_calls") or []:
+            function = call.get("function") if isinstance(call, dict) else None
+            given = function.get("arguments") if isinstance(function, dict) else None
+            if isinstance(given, str) and '"' in given and json.dumps(given, ensure_ascii=False) in rendered:
+                return True
+    return False
 
 
 class Chat:
@@ -170,6 +218,10 @@ class Chat:
             BadRow: the template fails, or writes what is no text.
         """
         text = self._marked[0] if self._marked else self._render(self.messages)
+        if _escaped_arguments(self.messages, text):
+            self.messages = _with_objects(self.messages)
+            self.__dict__.pop("_marked", None)
+            text = self._marked[0] if self._marked else self._render(self.messages)
         if not is_text(text):
             raise BadRow("a message holds half of a surrogate pair, which is no character")
         return text
@@ -231,14 +283,15 @@ class Chat:
             BadRow: the place of an answer cannot be told.
         """
         learned = self.learned()
+        full = self.full  # first: it may read the messages otherwise
         spans = self._marked_spans(learned) if self._marked else [self._span(i) for i in learned]
         pieces, cursor = [], 0
         for span in spans:
             if span.start < cursor:
                 raise BadRow("the chat template writes two answers into one another")
-            pieces += [Piece(self.full[cursor : span.start], False), Piece(self.full[span.start : span.end], True)]
+            pieces += [Piece(full[cursor : span.start], False), Piece(full[span.start : span.end], True)]
             cursor = span.end
-        rest = self.full[cursor:]
+        rest = full[cursor:]
         if not spans:
             return Text([Piece(rest, False)], bare=True), None
         ending = self._ending(learned[-1], spans[-1])

@@ -390,6 +390,7 @@ def _refused(table, places: np.ndarray, config) -> tuple[str, ...]:
     """
     first = tuple(table.column("refused").take(places[:SHOWN]).to_pylist())
     if first and not getattr(config, "skip_bad_rows", False):
+        way_out = "" if ";" in first[0] else "; correct or remove the row"
         more = f" ({len(places):,} such rows of {len(table):,})" if len(places) > 1 else ""
-        raise DataError(f"{first[0]}; correct or remove the row{more}, or go on without by --skip_bad_rows true")
+        raise DataError(f"{first[0]}{way_out}{more}, or leave such rows out by --skip_bad_rows true")
     return first
