@@ -360,3 +360,51 @@ def test_give_template(tmp_path, tokenizer):
             give_template(tokenizer, str(path))
     with pytest.raises(DataError, match=r"none: FileNotFoundError"):
         give_template(tokenizer, str(tmp_path / "none"))
+
+
+# --- what other templates do
+
+PARTS = (
+    "{% for m in messages %}<|{{ m.role }}|>{% for part in m.content %}{{ part.text }}{% endfor %}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_content_that_is_not_written_is_refused(tmp_path):
+    """Some templates want content as a list of parts, and write nothing of a string."""
+    tokenizer = styled("llama3")
+    tokenizer.chat_template = PARTS
+    with pytest.raises(DataError, match="line 1: the content of message 1 is not written by the chat template"):
+        prepared(tmp_path, tokenizer, {"messages": CHAT})
+    listed = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in CHAT]
+    assert (
+        trained_text(prepared(tmp_path, tokenizer, {"messages": listed}), tokenizer)
+        == "Four.<|end|>Again: Four.<|end|>"
+    )
+
+
+def test_a_call_without_content_whose_thoughts_are_dropped(tmp_path):
+    """As Qwen3.5 writes it: history loses thoughts, and content that is not there loses its line end too."""
+    tokenizer = styled("llama3")
+    tokenizer.chat_template = (
+        "{% set last = namespace(at=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set last.at = loop.index0 %}"
+        "{% endif %}{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.role == 'assistant' and loop.index0 > last.at %}<think>\n</think>\n{% endif %}"
+        "{% if m.content %}{{ m.content }}{% if m.tool_calls %}\n\n{% endif %}{% endif %}"
+        "{% for call in m.tool_calls or [] %}<call>{{ call.function.name }}</call>{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    calls = [{name: v for name, v in m.items() if name != "reasoning_content"} for m in CALLS]
+    found = prepared(tmp_path, tokenizer, {"messages": [*calls, *CHAT[1:3]]})
+    ends = "<call>clock</call><|im_end|>", "Noon.<|im_end|>", "<think>\n</think>\nFour.<|im_end|>"
+    assert trained_text(found, tokenizer) == "".join(ends)
+
+
+def test_an_end_that_only_some_messages_share(tmp_path):
+    """A tool's content is quoted, a user's is not: the end of both is the end of an answer that does not return."""
+    tokenizer = styled("gpt_oss")
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ m.content }}", "{{ m.content | tojson if m.role == 'tool' else m.content }}"
+    )
+    messages = [CHAT[1], {"role": "tool", "content": "noon"}, *CHAT[2:]]
+    assert trained_text(prepared(tmp_path, tokenizer, {"messages": messages}), tokenizer) == STYLES["gpt_oss"][1]

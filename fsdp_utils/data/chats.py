@@ -224,7 +224,20 @@ class Chat:
             text = self._marked[0] if self._marked else self._render(self.messages)
         if not is_text(text):
             raise BadRow("a message holds half of a surrogate pair, which is no character")
+        self._check_contents(text)
         return text
+
+    def _check_contents(self, text: str) -> None:
+        """Raises BadRow where the content of a message is not written: some templates want a list of parts."""
+        for i, message in enumerate(self.messages):
+            content = message.get("content")
+            if (
+                isinstance(content, str) and content.strip() not in text
+            ):  # cut, or changed: or is it not written at all?
+                try:
+                    self._around(self.messages, i)
+                except BadRow:
+                    raise BadRow(f"the content of message {i + 1} is not written by the chat template") from None
 
     def _render(self, messages: list[dict], *, header: bool = False) -> str:
         return self.template.render(messages, self.variables, header=header)
@@ -326,7 +339,12 @@ class Chat:
         written = alone[: self._visible_end(i, alone)]
         if self.full.startswith(written) and len(written) >= start:
             return Span(start, len(written))
-        return self._rewritten(i, start)
+        try:
+            return self._rewritten(i, start)
+        except BadRow as error:
+            if span := self._ended_before_the_next(i, start, alone):
+                return span
+            raise error
 
     def _visible_end(self, i: int, alone: str) -> int:
         """Where a chat that ends with answer i ends, without the white space that the template puts there."""
@@ -385,15 +403,22 @@ class Chat:
         ending = _whole(_common(after, tail)).rstrip() or self._end_of_any(after, i)
         return Span(start, content_end + len(ending))
 
+    def _ended_before_the_next(self, i: int, start: int, alone: str) -> Span | None:
+        """The place of an answer whose content cannot stand in for another, as of a tool call without any: it ends
+        with the token that ends it where it is the last message."""
+        token = max((t for t in self.template.special if alone.rstrip().endswith(t)), key=len, default=None)
+        following = self._around(self.messages, i + 1)[0]
+        found = self.full.rfind(token, start, len(following)) if token and self.full.startswith(following) else -1
+        return None if found < 0 else Span(start, found + len(token))
+
     def _end_of_any(self, after: str, i: int) -> str:
         """The first special token behind an answer, if it ends messages of other roles too: otherwise it begins the
         next message."""
         found = _first(after, self.template.special)
-        others = [j for j in range(i) if self.messages[j]["role"] != ANSWERS]
-        if not found or not others:
+        if not found:
             return ""
-        ending = after[: found[1]]
-        return ending if self._around(self.messages, others[-1])[1].startswith(ending) else ""
+        ending, others = after[: found[1]], [j for j in range(i) if self.messages[j]["role"] != ANSWERS]
+        return ending if any(self._around(self.messages, j)[1].startswith(ending) for j in others) else ""
 
 
 def _common(a: str, b: str) -> str:
