@@ -387,8 +387,8 @@ def test_a_call_without_content_whose_thoughts_are_dropped(tmp_path):
     """As Qwen3.5 writes it: history loses thoughts, and content that is not there loses its line end too."""
     tokenizer = styled("llama3")
     tokenizer.chat_template = (
-        "{% set last = namespace(at=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set last.at = loop.index0 %}"
-        "{% endif %}{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% set last = namespace(at=0) %}{% for m in messages %}{% if m.role == 'user' %}"
+        "{% set last.at = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
         "{% if m.role == 'assistant' and loop.index0 > last.at %}<think>\n</think>\n{% endif %}"
         "{% if m.content %}{{ m.content }}{% if m.tool_calls %}\n\n{% endif %}{% endif %}"
         "{% for call in m.tool_calls or [] %}<call>{{ call.function.name }}</call>{% endfor %}<|im_end|>\n{% endfor %}"

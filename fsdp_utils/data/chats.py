@@ -417,7 +417,8 @@ class Chat:
         found = _first(after, self.template.special)
         if not found:
             return ""
-        ending, others = after[: found[1]], [j for j in range(i) if self.messages[j]["role"] != ANSWERS]
+        ending, roles = after[: found[1]], [message["role"] for message in self.messages]
+        others = [j for j in range(i) if roles[j] != ANSWERS and roles[j + 1] != roles[i + 1]]
         return ending if any(self._around(self.messages, j)[1].startswith(ending) for j in others) else ""
 
 
