@@ -51,11 +51,11 @@ def tell(config: TrainConfig, stopping: Stopping) -> None:
         devices.repeat_exactly()
     metrics.check_sink(config)
     processes.start(device, alone=config.use_cpu_offload)
+    if config.show_rows:
+        return show(config)
     if config.resume == "auto" and processes.all_gather_objects(saving.has_ended(config))[0]:
         say(f"{config.output_dir}: this run has ended; nothing is left to do")
         return
-    if config.show_rows:
-        return show(config)
     checkpoint = checkpoints.find(config)
     saving.check_output(config, resumes=checkpoints.is_own(checkpoint, config))
     for note in config.notes():

@@ -231,9 +231,7 @@ class Chat:
         """Raises BadRow where the content of a message is not written: some templates want a list of parts."""
         for i, message in enumerate(self.messages):
             content = message.get("content")
-            if (
-                isinstance(content, str) and content.strip() not in text
-            ):  # cut, or changed: or is it not written at all?
+            if isinstance(content, str) and content.strip() not in text:  # changed, or not written at all
                 try:
                     self._around(self.messages, i)
                 except BadRow:
