@@ -311,6 +311,9 @@ def prepare_dataset(config, tokenizer, *, load: Callable = load_examples) -> Tok
         encoder = RowEncoder(tokenizer, reading=reading, source=config.dataset)
         key = _cache_key(examples, tokenizer, context_length=config.context_length, train_on=reading.train_on)
         path = cache_folder() / f"{key}.arrow"  # never beside the user's own files
+        workers = _processes(len(examples))
+        if workers:
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not outlive a fork
         with writing_cache():
             tokenized = Dataset.from_dict({"index": np.arange(len(examples))}).map(
                 _tokenize,
@@ -319,7 +322,7 @@ def prepare_dataset(config, tokenizer, *, load: Callable = load_examples) -> Tok
                 fn_kwargs=dict(examples=examples, encoder=encoder, context_length=config.context_length),
                 remove_columns=["index"],
                 features=FEATURES,
-                num_proc=_processes(len(examples)),
+                num_proc=workers,
                 new_fingerprint=key,
                 cache_file_name=str(path),
                 desc="Tokenizing",
