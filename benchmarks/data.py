@@ -70,7 +70,9 @@ def main() -> None:
     before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     run(args.model, path)
     seconds, peak = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps(dict(rows=count, rows_per_s=round(count / seconds), grown_mib=round((peak - before) / 1024))))
+    worker = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    sizes = dict(file_mib=path.stat().st_size >> 20, grown_mib=(peak - before) >> 10, largest_worker_mib=worker >> 10)
+    print(json.dumps(dict(rows=count, rows_per_s=round(count / seconds), **sizes)))
 
 
 if __name__ == "__main__":

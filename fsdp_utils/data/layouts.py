@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from string import Formatter
 
@@ -137,6 +138,7 @@ class Reading:
         return f"--prompt_template {' '.join((self.prompt_template or '').split())[:80]}"
 
 
+@lru_cache
 def _placeholders(template: str, *, named: str) -> list[str]:
     """The columns that a template names.
 
