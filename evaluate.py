@@ -19,6 +19,7 @@ import json
 import os
 import random
 from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from fsdp_utils.core.errors import UserError, naming
 from fsdp_utils.core.folders import refuse_file_above, write_json
 from fsdp_utils.core.ranks import is_main, rank, say, world_size
 from fsdp_utils.data import sources
+from fsdp_utils.data.layouts import Reading
 from fsdp_utils.folders.describe import Run, describe, tokenizer_of
 from fsdp_utils.inference.generation import HFGenerator, Output, VLLMGenerator, check_vllm, prompt_ids
 from fsdp_utils.inference.load import check_eval_type, load_for_inference
@@ -41,37 +43,40 @@ from fsdp_utils.options import DTYPES
 NOT_SETTINGS = ("batch_size", "output_file", "overwrite", "device", "world_size", "master_addr", "master_port")
 
 
-def read_questions(config: EvalConfig) -> tuple[list[dict], str]:
+def read_questions(config: EvalConfig, reading: Reading) -> tuple[list[dict], str]:
     """The questions to ask, and the solved ones that are put before each.
 
     Raises:
         UserError: no such dataset, a row without answer, or too few rows to take shots from.
     """
-    named = config.dataset in sources.DATASETS
-    # a local file has no training split: shots are rows after those that are asked
-    rows = sources.validation_examples(config.dataset, samples=config.samples if named else None)
-    asked = rows.select(range(min(config.samples, len(rows))))
+    place = replace(sources.Place.of(config), sole=True)
+    rows = sources.held_out_rows(config.dataset, place=place, reading=reading)
+    asked = sources.questions_of(rows.first(config.samples))
     for number, row in enumerate(asked, 1):
-        if not row["answer"].strip():
+        if not row.answer.strip():
             raise UserError(f"{config.dataset}, row {number}: has no answer to compare with; correct or remove the row")
     if not config.n_shots:
-        return list(asked), ""
-    pool = _training_rows(config) if named else rows.select(range(len(asked), len(rows)))
-    pool, _ = sources.drop_overlap(pool, asked) if len(pool) else (pool, 0)
+        return [asdict(row) for row in asked], ""
+    if config.dataset in sources.DATASETS:
+        pool = sources.load_examples(TrainConfig(dataset=config.dataset, prompt_template=reading.prompt_template))
+    else:  # it has no training split: shots are rows after those that are asked
+        pool = rows.select(range(len(asked), len(rows)))
+    pool, _ = sources.drop_overlap(sources.questions_of(pool), asked)
     if len(pool) < config.n_shots:
         raise UserError(
             f"--n_shots {config.n_shots}: {config.dataset} has {len(pool)} rows beside the --samples "
             f"{config.samples} that are asked; lower one of the two"
         )
     chosen = [pool[i] for i in random.Random(config.seed).sample(range(len(pool)), config.n_shots)]
-    return list(asked), "".join(f"{row['prompt']}{row['answer']}\n\n" for row in chosen)
+    return [asdict(row) for row in asked], "".join(f"{row.prompt}{row.answer}\n\n" for row in chosen)
 
 
-def _training_rows(config: EvalConfig):
-    """The training split of a named dataset, with prompts."""
-    layout = sources.LAYOUTS[sources.DATASETS[config.dataset].layout]
-    rows = sources.load_examples(TrainConfig(dataset=config.dataset))
-    return rows.map(lambda row: {"prompt": layout.split(row)[0]}, load_from_cache_file=False)
+def reading_of(config: EvalConfig, run: Run) -> Reading:
+    """How questions are read; their prompt is that of training, unless the user gives another."""
+    reading = Reading.of(config)
+    if reading.prompt_template is None and run.config:
+        return replace(reading, prompt_template=run.config.prompt_template)
+    return reading
 
 
 def settings_key(config: EvalConfig, run: Run, questions: list[dict], prompts: list[list[int]]) -> str:
@@ -144,7 +149,7 @@ def main(config: EvalConfig) -> None:
     processes.start(device)
     run = whole(run, device=device)
     tokenizer = tokenizer_of(run)
-    questions, shots = read_questions(config)
+    questions, shots = read_questions(config, reading_of(config, run))
     prompts = prompt_ids([shots + question["prompt"] for question in questions], tokenizer)
     partial = Partial(output, key=settings_key(config, run, questions, prompts))
     with partial.claimed() if is_main() else nullcontext():

@@ -20,7 +20,9 @@ from fsdp_utils.core import devices, processes
 from fsdp_utils.core.errors import Diverged, naming
 from fsdp_utils.core.ranks import rank, say, world_size
 from fsdp_utils.data.batches import accumulation_for
+from fsdp_utils.data.chats import give_template
 from fsdp_utils.data.prepare import batch_arithmetic, hold_out, make_batches, prepare_data
+from fsdp_utils.data.show import in_colour, shown
 from fsdp_utils.folders import checkpoints, saving
 from fsdp_utils.folders.session import Session
 from fsdp_utils.memory.budget import out_of_memory
@@ -49,6 +51,8 @@ def tell(config: TrainConfig, stopping: Stopping) -> None:
         devices.repeat_exactly()
     metrics.check_sink(config)
     processes.start(device, alone=config.use_cpu_offload)
+    if config.show_rows:
+        return show(config)
     if config.resume == "auto" and processes.all_gather_objects(saving.has_ended(config))[0]:
         say(f"{config.output_dir}: this run has ended; nothing is left to do")
         return
@@ -60,12 +64,7 @@ def tell(config: TrainConfig, stopping: Stopping) -> None:
         say(as_dict(config))
     torch.manual_seed(config.seed + rank())  # dropout differs between processes, as between samples
     task = CAUSAL_LM
-    with naming("--llama_pro_path" if config.llama_pro_path else "--model_name"):
-        trusted = dict(trust_remote_code=config.trust_remote_code)
-        model_config = read_model_config(config.source, task=task, **trusted)
-        tokenizer = read_tokenizer(config.source, **trusted)
-    data = prepare_data(config, tokenizer, model_config)
-    say(data.report)
+    model_config, tokenizer, data = read_inputs(config, task=task)
     data, held_out = hold_out(config, data, tokenizer, model_config)
     split_global_batch(config, checkpoint)
     batches = make_batches(config, data, tokenizer, task=task)
@@ -77,6 +76,25 @@ def tell(config: TrainConfig, stopping: Stopping) -> None:
     mesh = mesh_for(config, device)
     with session.begun():
         carry_out(session, mesh=mesh, device=device)
+
+
+def read_inputs(config: TrainConfig, *, task):
+    """The model's configuration, its tokenizer, and the samples to train on."""
+    with naming("--llama_pro_path" if config.llama_pro_path else "--model_name"):
+        trusted = dict(trust_remote_code=config.trust_remote_code)
+        model_config = read_model_config(config.source, task=task, **trusted)
+        tokenizer = read_tokenizer(config.source, **trusted)
+    give_template(tokenizer, config.chat_template)
+    data = prepare_data(config, tokenizer, model_config)
+    tokenizer.learned_ends = data.report.ends  # saved with the result: servers are to stop there
+    say(data.report)
+    return model_config, tokenizer, data
+
+
+def show(config: TrainConfig) -> None:
+    """--show_rows: samples as the model sees them, instead of a run."""
+    _, tokenizer, data = read_inputs(config, task=CAUSAL_LM)
+    say(shown(data, tokenizer, count=config.show_rows, colour=in_colour()))
 
 
 def carry_out(session: Session, *, mesh, device) -> None:

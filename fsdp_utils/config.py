@@ -58,9 +58,24 @@ class TrainConfig:
     _data: str = section("data")
     dataset: str = flag(
         "alpaca_sample",
-        "name (see docs/data.md) or local .jsonl, .json, .parquet file or dataset folder",
+        "name (see docs/data.md), local file, glob or folder, set of the hub (org/name), or several with weights: "
+        "a.jsonl:0.7,org/b:0.3",
         may_change=True,  # the content may not
     )
+    dataset_split: str = flag("train", "split of a hub set or folder that has several", may_change=True)
+    dataset_config: str | None = flag(None, "configuration of a hub set that has several", may_change=True)
+    columns: str | None = flag(
+        None, "what columns are called in the data: question=prompt,answer=choices.0.text", may_change=True
+    )
+    prompt_template: str | None = flag(
+        None, "file with the prompt of question and answer rows, columns in braces: {question}", may_change=True
+    )
+    chat_template: str | None = flag(
+        None, "file with a Jinja chat template in place of the tokenizer's; saved with the result", may_change=True
+    )
+    train_on: str = flag("all", "which of the assistant's turns are learned", choices=("all", "last"))
+    skip_bad_rows: bool = flag(False, "leave out rows that cannot be read, and count them; false: end at the first")
+    show_rows: int = flag(0, "print so many rows as the model sees them, and end", minimum=0, may_change=True)
     dataset_samples: int = flag(
         512, "samples used of alpaca_sample, dummy, orca_math; of others only when passed", minimum=1
     )
@@ -109,6 +124,7 @@ class TrainConfig:
 
     _validation: str = section("validation, at the end and on the way", may_change=True)
     eval_dataset: str | None = flag(None, "name or file, as of --dataset, that is not trained on")
+    eval_split: str = flag("validation", "split of --eval_dataset, if it has several")
     eval_samples: int = flag(0, "or so many samples of --dataset, held out before training", minimum=0)
     eval_every_steps: int = flag(0, "validate every so many steps too", minimum=0)
     eval_generate: int = flag(0, "of so many questions, count the answers that greedy decoding gets right", minimum=0)

@@ -110,8 +110,17 @@ def save_run(tmp_path_factory, tiny_data):
 
 
 @pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """The test starts with an empty cache of `datasets`, without progress bars."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture
 def offline_wandb(tmp_path, monkeypatch):
-    """wandb writes into `tmp_path / "wandb"`. It reads its variables once: what it read is forgotten after."""
+    """wandb writes into `tmp_path / "wandb"`. It reads its variables once a process; they are forgotten afterwards."""
     import wandb
 
     for name, value in dict(MODE="offline", DIR=tmp_path, SILENT="true").items():

@@ -116,7 +116,7 @@ BAD_DATA = {
     "unknown columns": ("d.jsonl", '{"foo": "a", "bar": "b"}\n', ["d.jsonl", "bar, foo", "question, answer"]),
     "one row": ("d.jsonl", QA, ["1 samples", "global batch of 2"]),
     "no parquet": ("d.parquet", "nothing", ["d.parquet", "cannot be read"]),
-    "unknown kind": ("d.csv", "a,b\n", ["d.csv", "unknown kind"]),
+    "unknown kind": ("d.xlsx", "a,b\n", ["d.xlsx", "unknown kind"]),
 }
 
 

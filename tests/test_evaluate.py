@@ -18,6 +18,7 @@ from evaluate import EvalConfig, read_questions
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.flags import parse
 from fsdp_utils.core.rows import local
+from fsdp_utils.data.layouts import Reading
 from fsdp_utils.folders.describe import describe, tokenizer_of
 from fsdp_utils.inference import generation
 from fsdp_utils.inference.load import check_eval_type, load_for_inference
@@ -418,19 +419,20 @@ def test_merged_folder_answers_alike(config, tmp_path):
 
 def test_questions_and_shots(tmp_path):
     """Shots are fixed by the seed, come from the training split, and are never among the questions."""
-    asked, shots = read_questions(EvalConfig(dataset="demo", samples=20, n_shots=5))
+    read = lambda **flags: read_questions(EvalConfig(**flags), Reading())
+    asked, shots = read(dataset="demo", samples=20, n_shots=5)
     assert shots.count("###Question:\n") == 5
-    assert shots == read_questions(EvalConfig(dataset="demo", samples=20, n_shots=5))[1]
-    assert shots != read_questions(EvalConfig(dataset="demo", samples=20, n_shots=5, seed=1))[1]
+    assert shots == read(dataset="demo", samples=20, n_shots=5)[1]
+    assert shots != read(dataset="demo", samples=20, n_shots=5, seed=1)[1]
     assert len(asked) == 20
     assert not any(row["question"] in shots for row in asked)
     local = tmp_path / "d.jsonl"
     local.write_text("".join(json.dumps({"question": f"q{i}?", "answer": f"{i}"}) + "\n" for i in range(4)))
-    asked, shots = read_questions(EvalConfig(dataset=str(local), samples=3, n_shots=1))
+    asked, shots = read(dataset=str(local), samples=3, n_shots=1)
     assert [row["question"] for row in asked] == ["q0?", "q1?", "q2?"]
     assert shots == "###Question:\nq3?\n###Answer:\n3\n\n"
     with pytest.raises(UserError, match="--n_shots 2"):
-        read_questions(EvalConfig(dataset=str(local), samples=3, n_shots=2))
+        read(dataset=str(local), samples=3, n_shots=2)
 
 
 def test_wrong_input(tmp_path, config):
@@ -438,7 +440,7 @@ def test_wrong_input(tmp_path, config):
     local = tmp_path / "d.jsonl"
     local.write_text('{"question": "1?", "answer": " "}\n')
     with pytest.raises(UserError, match="row 1: has no answer"):
-        read_questions(EvalConfig(dataset=str(local)))
+        read_questions(EvalConfig(dataset=str(local)), Reading())
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds neither a model"):
         evaluate.main(replace(config, model=str(tmp_path / "empty")))

@@ -5,6 +5,7 @@ import gzip
 import json
 import math
 import threading
+import time
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
@@ -330,9 +331,10 @@ def test_wandb_offline(flags, tmp_path, monkeypatch, offline_wandb):
     monkeypatch.setattr(metrics.Wandb, "log", lambda self, row: (logged.append(row), original(self, row))[1])
     rows, _ = run(flags(log_to="wandb", project_name="trial", name="first", max_steps=2))
     (recorded,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    content = recorded.read_bytes()
-    for word in (b"trial", b"first", b"custom_qlora", b"grad_norm"):
-        assert word in content
+    words, deadline = (b"trial", b"first", b"custom_qlora", b"grad_norm"), time.monotonic() + 60
+    while not all(word in recorded.read_bytes() for word in words):  # another process writes it
+        assert time.monotonic() < deadline, recorded.read_bytes()
+        time.sleep(0.1)
     assert logged == rows
 
 

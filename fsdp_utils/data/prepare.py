@@ -1,12 +1,12 @@
 """The samples of a run: tokenized, checked against the model, split, and made into batches."""
 
 from dataclasses import replace
-from pathlib import Path
 
 from fsdp_utils.core.errors import DataError, UserError, naming
 from fsdp_utils.core.ranks import rank, say, world_size
 from fsdp_utils.data.batches import Batches
-from fsdp_utils.data.sources import DATASETS, held_out_rows, load_examples
+from fsdp_utils.data.layouts import Reading
+from fsdp_utils.data.sources import Place, held_out_rows, load_examples
 from fsdp_utils.data.tokens import TokenizedData, prepare_dataset
 
 
@@ -34,13 +34,14 @@ def hold_out(config, data: TokenizedData, tokenizer, model_config) -> tuple[Toke
         return data, held_out
     if not config.eval_dataset:
         return data, None
-    if config.dataset not in DATASETS and Path(config.eval_dataset).resolve() == Path(config.dataset).resolve():
+    place = Place(config.eval_split, config.dataset_config, sole=True)
+    load = lambda config: held_out_rows(config.dataset, place=place, reading=Reading.of(config))
+    with naming("--eval_dataset, as"):
+        held_out = prepare_data(replace(config, dataset=config.eval_dataset), tokenizer, model_config, load=load)
+    if set(held_out.sources) & set(data.sources):
         raise DataError(
             f"--eval_dataset {config.eval_dataset}: is what is trained on; hold samples out by --eval_samples"
         )
-    with naming("--eval_dataset, as"):
-        named = replace(config, dataset=config.eval_dataset)
-        held_out = prepare_data(named, tokenizer, model_config, load=lambda config: held_out_rows(config.dataset))
     say(f"validation: {config.eval_dataset}: {held_out.report}")
     return data, held_out
 

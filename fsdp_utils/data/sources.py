@@ -1,237 +1,137 @@
-"""Data: a named dataset or a local file becomes rows of prompt and completion."""
+"""Sources: a name, a file, a folder, a set of the hub, or several with weights, become raw rows with their form."""
 
+import bisect
 import difflib
+import glob
 import hashlib
-import itertools
-import json
 import os
+import re
 import unicodedata
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
+import numpy as np
 from datasets import Dataset
-from datasets.exceptions import DatasetGenerationError
 
 from fsdp_utils.core.errors import DataError
+from fsdp_utils.data.files import (
+    SUFFIXES,
+    Records,
+    Row,
+    Table,
+    cache_folder,
+    is_data_file,
+    is_saved_dataset,
+    one_line,
+    read_file,
+    read_saved,
+    suffixes,
+)
+from fsdp_utils.data.layouts import BadRow, Form, Reading, find_form, with_template
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# part of every cache key: rows read by an older version of the code are not taken back
-CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+WEIGHTED = re.compile(r"(?P<name>.+?)(?::(?P<weight>\d+(?:\.\d+)?|\.\d+))?")
+SAMPLED = 100  # rows whose columns say how a source is read
+TRAIN = "train"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Layouts: which columns a row has, and what they mean
+# Rows with their forms
 # ---------------------------------------------------------------------------------------------------------------------
-
-QUESTION_PROMPT = "###Question:\n{question}\n###Answer:\n"
-SQL_PROMPT = "###Context:\n{context}\n###Question:\n{question}\n###Answer:\n"
-ALPACA_PROMPT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:"
-)
-ALPACA_INPUT_PROMPT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
-)
-ASSISTANT = "### Assistant: "
-
-
-def _alpaca(row: dict) -> tuple[str, str]:
-    return (ALPACA_INPUT_PROMPT if row["input"] else ALPACA_PROMPT).format_map(row), row["output"]
-
-
-def _guanaco(row: dict) -> tuple[str, str]:
-    head, assistant, completion = row["text"].rpartition(ASSISTANT)
-    return head + assistant, completion
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Columns of one kind of row.
+class Part:
+    """Some rows of one source, in order.
 
     Args:
-        columns: those a row must have, strings (`messages`: a list of role and content).
-        split: row -> (prompt, completion); None where the tokenizer's chat template does it.
-        question: the columns that tell one task from another.
-        optional: columns that may be missing or null, then "".
-        found_in_files: whether a local file with these columns is read this way.
+        rows: of `data.files`: `read`, `name`, `digest`.
+        form: how they are read.
+        indices: which of them.
     """
 
-    columns: tuple[str, ...]
-    split: Callable[[dict], tuple[str, str]] | None
-    question: tuple[str, ...]
-    optional: tuple[str, ...] = ()
-    found_in_files: bool = True
+    rows: object
+    form: Form
+    indices: Sequence[int]
 
 
-# where a file has the columns of several, the first is taken
-LAYOUTS = {
-    "messages": Layout(("messages",), None, ("messages",)),
-    "question": Layout(("question", "answer"), lambda r: (QUESTION_PROMPT.format_map(r), r["answer"]), ("question",)),
-    "alpaca": Layout(("instruction", "output"), _alpaca, ("instruction", "input"), optional=("input",)),
-    "completion": Layout(("prompt", "completion"), lambda r: (r["prompt"], r["completion"]), ("prompt",)),
-    "text": Layout(("text",), lambda r: ("", r["text"]), ("text",)),
-    "guanaco": Layout(("text",), _guanaco, ("text",), found_in_files=False),
-    "sql": Layout(
-        ("context", "question", "answer"),
-        lambda r: (SQL_PROMPT.format_map(r), r["answer"]),
-        ("context", "question"),
-        found_in_files=False,
-    ),
-}
+@dataclass(frozen=True)
+class Examples:
+    """Raw rows of one source, or of several one after the other.
 
-
-def find_layout(columns, *, source: str) -> str:
-    """The name of the layout of a row with these columns.
-
-    Raises:
-        DataError: no layout fits; lists what was found and what is accepted.
+    Args:
+        parts: what they are made of.
+        name: the value of the flag that named them.
+        taken: of a mixture, how many rows are of which source.
     """
-    for name, layout in LAYOUTS.items():
-        if layout.found_in_files and set(layout.columns) <= set(columns):
-            return name
-    accepted = "; ".join(", ".join(layout.columns) for layout in LAYOUTS.values() if layout.found_in_files)
-    raise DataError(
-        f"{source}: unknown columns {', '.join(sorted(columns)) or '(none)'}; rename them to one of: {accepted}"
-    )
+
+    parts: tuple[Part, ...]
+    name: str
+    taken: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return sum(len(part.indices) for part in self.parts)
+
+    def read(self, indices: Sequence[int]) -> list[tuple[Row, Form]]:
+        """The rows at these places, and how each is read."""
+        starts, found = np.cumsum([0, *(len(part.indices) for part in self.parts)]).tolist(), []
+        for which, places in _runs(indices, starts):
+            part = self.parts[which]
+            rows = part.rows.read([int(part.indices[i]) for i in places])
+            found += [(row, part.form) for row in rows]
+        return found
+
+    def __iter__(self) -> Iterator[tuple[Row, Form]]:
+        for start in range(0, len(self), 1000):
+            yield from self.read(range(start, min(start + 1000, len(self))))
+
+    def select(self, indices: Sequence[int]) -> "Examples":
+        """Those at these places, which are in rising order."""
+        starts = np.cumsum([0, *(len(part.indices) for part in self.parts)]).tolist()
+        parts = [
+            replace(self.parts[which], indices=[self.parts[which].indices[i] for i in places])
+            for which, places in _runs(indices, starts)
+        ]
+        return replace(self, parts=tuple(parts))
+
+    def first(self, count: int) -> "Examples":
+        return self if count >= len(self) else self.select(range(count))
+
+    @property
+    def digest(self) -> str:
+        """Tells these rows, as they are read, from others."""
+        digest = hashlib.sha256()
+        for part in self.parts:
+            digest.update(f"{part.rows.name} {part.rows.digest} {part.form}".encode())
+            digest.update(np.asarray(part.indices, dtype=np.int64).tobytes())
+        return digest.hexdigest()
 
 
-def pick_fields(row: dict, *, layout: str, where: str) -> dict:
-    """The fields of `row` that `layout` reads, checked.
-
-    Raises:
-        DataError: a field is missing or not a string; names the row (`where`) and the field.
-    """
-    if layout == "messages":
-        return {"messages": _pick_messages(row.get("messages"), where=where)}
-    spec = LAYOUTS[layout]
-    picked = {name: row.get(name) for name in spec.columns}
-    picked |= {name: "" if row.get(name) is None else row[name] for name in spec.optional}
-    for name, value in picked.items():
-        if not isinstance(value, str):
-            found = "missing or null" if value is None else f"{type(value).__name__}, not a string"
-            raise DataError(f"{where}: field {name!r} is {found}; correct or remove the row")
-    return picked
-
-
-def _pick_messages(messages, *, where: str) -> list[dict]:
-    """Role and content of each message of a chat, checked."""
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where}: field 'messages' is not a list of messages; correct or remove the row")
-    for number, message in enumerate(messages, start=1):
-        fields = [message.get("role"), message.get("content")] if isinstance(message, dict) else [None]
-        if not all(isinstance(value, str) for value in fields):
-            raise DataError(
-                f"{where}: message {number} needs 'role' and 'content' as strings; correct or remove the row"
-            )
-        if message.get("tool_calls"):
-            raise DataError(f"{where}: message {number} has 'tool_calls', which are not supported; remove the row")
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+def _runs(indices: Sequence[int], starts: list[int]) -> list[tuple[int, list[int]]]:
+    """Neighbouring indices of the same part: which part, and their places in it."""
+    found: list[tuple[int, list[int]]] = []
+    for i in indices:
+        which = bisect.bisect_right(starts, i) - 1
+        if not found or found[-1][0] != which:
+            found.append((which, []))
+        found[-1][1].append(i - starts[which])
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sources: where rows come from
+# Sets with a name
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
-    """(where, value) of each row of JSON lines or of one JSON array, whatever the file is called."""
-    with open(path, "rb") as file:
-        if file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-            file.seek(0)
-            values = _parse(file.read(), path=path, line=1)
-            yield from ((f"{path}, row {i}", value) for i, value in enumerate(values, start=1))
-            return
-        file.seek(0)
-        for line, text in enumerate(file, start=1):
-            if text.strip():
-                # the newline away, or an unfinished row would be reported on the next line
-                yield f"{path}, line {line}", _parse(text.rstrip(), path=path, line=line)
-
-
-def _parse(text: bytes, *, path: Path, line: int) -> object:
-    """A JSON value; `line` is the file's line where `text` starts."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        at, why = line + error.lineno - 1, f"{error.msg} at column {error.colno}"
-    except (UnicodeDecodeError, RecursionError) as error:
-        at, why = line, f"{type(error).__name__}"
-    raise DataError(f"{path}, line {at}: malformed JSON ({why}); correct or remove it")
-
-
-def _checked_rows(path: str, code: str, size: int, modified: int) -> Iterator[dict]:
-    """Rows of a JSON file. The arguments beside `path` only make the cache key."""
-    layout = None
-    for where, row in _json_rows(Path(path)):
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: a {type(row).__name__}, not an object; write one JSON object a row")
-        layout = layout or find_layout(row, source=where)
-        yield pick_fields(row, layout=layout, where=where)
-    if layout is None:
-        raise DataError(f"{path}: the file has no rows; give one with at least one global batch")
-
-
-def _read_json(path: Path) -> Dataset:
-    stat = path.stat()
-    key = {"code": CODE, "size": stat.st_size, "modified": stat.st_mtime_ns}
-    return Dataset.from_generator(_checked_rows, gen_kwargs={"path": str(path), **key})
-
-
-def _read_folder(path: Path) -> Dataset:
-    loaded = datasets.load_from_disk(str(path))
-    if isinstance(loaded, Dataset):
-        return loaded
-    if "train" not in loaded:
-        raise DataError(f"{path}: splits {', '.join(loaded)}, but no 'train'; give the folder of one split")
-    return loaded["train"]
-
-
-READERS = {".jsonl": _read_json, ".json": _read_json, ".parquet": lambda path: Dataset.from_parquet(str(path))}
-
-
-def read_local(path: str | Path) -> Dataset:
-    """Rows of a local file or saved dataset folder, as written there.
-
-    Raises:
-        DataError: the file is missing, malformed (names the line), empty, or of an unknown kind or layout.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise DataError(
-            f"--dataset {path}: no such file or folder; check the path, or give one of {', '.join(DATASETS)}"
-        )
-    reader = _read_folder if path.is_dir() else READERS.get(path.suffix)
-    if reader is None:
-        raise DataError(f"--dataset {path}: unknown kind of file; give {', '.join(READERS)} or a saved dataset folder")
-    try:
-        loaded = reader(path.resolve())
-    except DataError:
-        raise
-    except Exception as error:  # pyarrow and datasets raise many types for a broken file
-        cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
-        if isinstance(cause, DataError):
-            raise cause from None
-        raise DataError(f"{path}: cannot be read ({one_line(cause)}); write the file again") from error
-    if len(loaded) == 0:
-        raise DataError(f"{path}: the file has no rows; give one with at least one global batch")
-    find_layout(loaded.column_names, source=str(path))
-    return loaded
-
-
-def one_line(error: BaseException) -> str:
-    """Type and message of an error of another library."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-def _hub(path: str, split: str = "train") -> Dataset:
+def _hub(path: str, *, split: str = TRAIN, name: str | None = None) -> Dataset:
     """A split from the hub or its local cache."""
     try:
-        return datasets.load_dataset(path, split=split)
+        return datasets.load_dataset(path, name, split=split)
     except Exception as error:  # no network, no such name, no access, a broken cache: each has its own type
+        cache_folder()  # which may be what failed
         raise DataError(
             f"--dataset: {path} is neither in the cache nor can it be loaded ({one_line(error)}); "
             "connect to the hub, or give a local file"
@@ -257,20 +157,16 @@ def _sql(config) -> Dataset:
     return shuffled.select(range(1000, len(shuffled)))
 
 
-def _dummy_rows(samples: int, code: str) -> Iterator[dict]:
-    for _ in range(samples):
-        yield {"instruction": "instruction", "input": "", "output": "output" * 10_000}
+def _dummy(config):
+    row = {"instruction": "instruction", "input": "", "output": "output" * 10_000}
+    return Records([row] * config.dataset_samples, name="dummy", digest="dummy")
 
 
-def _dummy(config) -> Dataset:
-    return Dataset.from_generator(_dummy_rows, gen_kwargs={"samples": config.dataset_samples, "code": CODE})
-
-
-def _demo(name: str) -> Dataset:
+def _demo(name: str):
     path = REPOSITORY / "demo" / f"{name}.jsonl"
     if not path.exists():
         raise DataError(f"--dataset demo: {path} is missing; make it with `python scripts/make_demo.py`")
-    return read_local(path)
+    return read_file(path, name=str(path))
 
 
 @dataclass(frozen=True)
@@ -285,8 +181,8 @@ class DatasetSpec:
     """
 
     layout: str
-    train: Callable[..., Dataset]
-    validation: Callable[[], Dataset] | None = None
+    train: Callable[..., object]
+    validation: Callable[[], object] | None = None
     capped: bool = False
 
 
@@ -301,94 +197,289 @@ DATASETS = {
 }
 
 
-def check_name(name: str) -> None:
-    """Raises DataError where `name` is neither in DATASETS nor a path."""
-    if name in DATASETS or Path(name).exists() or Path(name).suffix or os.sep in name:
-        return
-    near = difflib.get_close_matches(name, DATASETS, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise DataError(f"--dataset {name}: {hint}give one of {', '.join(DATASETS)}, or a local file or folder")
+def _named(name: str, rows, reading: Reading) -> Examples:
+    """The rows of a set with a name."""
+    if isinstance(rows, Dataset):
+        rows = Table(rows, name=name, digest=rows._fingerprint)
+    form = Form(DATASETS[name].layout, checked=False)
+    columns = {key for row in rows.read(range(min(1, len(rows)))) for key in row.value}
+    form = with_template(form, reading, columns=columns, source=name)
+    return Examples((Part(rows, form, range(len(rows))),), name)
 
 
-def layout_of(name: str, examples: Dataset) -> str:
-    """The key in LAYOUTS of a named dataset, or of what a local one holds.
+# ---------------------------------------------------------------------------------------------------------------------
+# Anything else
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where rows are taken from, beside the name: some of the flags of a program.
+
+    Args:
+        dataset_split: of a set or folder that has several.
+        dataset_config: of a set of the hub that has several configurations.
+        sole: whether the only split of a set is taken, whatever it is called.
+    """
+
+    dataset_split: str = TRAIN
+    dataset_config: str | None = None
+    sole: bool = False
+
+    @classmethod
+    def of(cls, config) -> "Place":
+        names = ("dataset_split", "dataset_config")
+        return cls(**{name: getattr(config, name) for name in names if hasattr(config, name)})
+
+    def choose(self, splits: Sequence[str], *, source: str) -> str:
+        """The split to take of these.
+
+        Raises:
+            DataError: there is no such one.
+        """
+        if self.dataset_split in splits:
+            return self.dataset_split
+        if self.sole and len(splits) == 1:
+            return splits[0]
+        raise DataError(
+            f"{source}: has no split {self.dataset_split!r}, but {', '.join(map(str, splits))}; "
+            "name one by --dataset_split"
+        )
+
+
+def check_name(name: str, *, flag: str = "dataset") -> None:
+    """Raises DataError where `name` can be none of the things that a dataset is named by."""
+    for part, _ in _sources(name, flag=flag):
+        known = part in DATASETS or Path(part).exists() or glob.has_magic(part) or HUB_NAME.fullmatch(part)
+        if not known and not is_data_file(part) and os.sep not in part and not suffixes(part)[0]:
+            near = difflib.get_close_matches(part, DATASETS, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise DataError(
+                f"--{flag} {part}: {hint}give one of {', '.join(DATASETS)}, a name of the hub (org/name), "
+                "or a local file or folder"
+            )
+
+
+def _sources(text: str, *, flag: str) -> list[tuple[str, float | None]]:
+    """The sources of `a.jsonl:0.7,org/b:0.3`, with their weights.
 
     Raises:
-        DataError: no layout fits.
+        DataError: some have a weight and some have none, or none is above zero.
     """
-    spec = DATASETS.get(name)
-    return spec.layout if spec else find_layout(examples.column_names, source=name)
+    if text in DATASETS or Path(text).exists():
+        return [(text, None)]
+    matched = [WEIGHTED.fullmatch(part.strip()) for part in text.split(",")]
+    if not all(matched):
+        raise DataError(f"--{flag} {text}: an empty source; write name:weight,name:weight")
+    found = [(match["name"], match["weight"] and float(match["weight"])) for match in matched]
+    weights = [weight for _, weight in found]
+    if len(found) == 1 and weights[0] is None:
+        return found
+    if None in weights and any(weight is not None for weight in weights):
+        raise DataError(f"--{flag} {text}: give every source a weight, or none")
+    if 0 in weights:
+        raise DataError(f"--{flag} {text}: a weight of 0 takes nothing; leave the source away")
+    return found
 
 
-def load_examples(config) -> Dataset:
+def open_source(name: str, *, place: Place, reading: Reading, flag: str = "dataset") -> Examples:
+    """The rows of one file, folder, glob or set of the hub.
+
+    Raises:
+        DataError: missing, unreadable, empty, or of unknown columns.
+    """
+    if Path(name).is_dir():
+        found = _folder(Path(name), place=place)
+    elif Path(name).exists() or not (glob.has_magic(name) or _is_hub_name(name)):
+        found = [_file(Path(name), flag=flag)]
+    elif glob.has_magic(name):
+        found = [_file(Path(path), flag=flag) for path in sorted(glob.glob(name, recursive=True))]
+        if not found:
+            raise DataError(f"--{flag} {name}: no file is called so; check the pattern")
+    else:
+        found = [_from_hub(name, place=place)]
+    parts = [Part(rows, _form_of(rows, reading), range(len(rows))) for rows in found]
+    return Examples(tuple(parts), name)
+
+
+def _is_hub_name(name: str) -> bool:
+    return bool(HUB_NAME.fullmatch(name)) and not is_data_file(name) and not name.startswith(".")
+
+
+def _form_of(rows, reading: Reading) -> Form:
+    """How rows are read: by the columns of the first."""
+    columns, first = {}, rows.read(range(min(SAMPLED, len(rows))))
+    for row in first:
+        columns = {**(row.value or {}), **columns}
+    if not columns and first[0].problem:
+        raise DataError(f"{first[0].where}: {first[0].problem}; correct the file")
+    return find_form(columns, reading, source=rows.name)
+
+
+def _file(path: Path, *, flag: str):
+    if not path.exists():
+        raise DataError(
+            f"--{flag} {path}: no such file or folder; check the path, or give one of {', '.join(DATASETS)}"
+        )
+    return read_file(path.absolute(), name=str(path))
+
+
+def _folder(folder: Path, *, place: Place) -> list:
+    """What a folder holds: what `save_to_disk` wrote, or the files of a split, as of a clone of a set of the hub."""
+    if is_saved_dataset(folder):
+        return [read_saved(folder, choose=lambda splits: place.choose(splits, source=str(folder)))]
+    there = sorted(path for path in folder.rglob("*") if is_data_file(path) and not _is_hidden(path, folder))
+    if not there:
+        raise DataError(f"{folder}: holds no data; give a folder of {SUFFIXES}, or one that save_to_disk wrote")
+    try:
+        builder = datasets.load_dataset_builder(str(folder), place.dataset_config)
+    except Exception as error:
+        cache_folder()  # which may be what failed
+        raise DataError(f"{folder}: cannot be read as a dataset ({one_line(error)}); name its files") from None
+    splits = {str(split): [Path(path) for path in files] for split, files in builder.config.data_files.items()}
+    left = {path.resolve() for path in there} - {path.resolve() for files in splits.values() for path in files}
+    if left and place.dataset_config is None and len(builder.builder_configs) < 2:
+        raise DataError(f"{folder}: {min(left).name} (of {len(left)}) belongs to no split; name the files by a pattern")
+    chosen = place.choose(list(splits), source=str(folder))
+    return [read_file(path, name=str(path)) for path in sorted(splits[chosen])]
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
+
+
+def _from_hub(name: str, *, place: Place) -> Table:
+    split = place.dataset_split
+    if place.sole:
+        try:
+            split = place.choose(datasets.get_dataset_split_names(name, place.dataset_config), source=name)
+        except (DataError, datasets.exceptions.DatasetNotFoundError, ConnectionError, ValueError) as error:
+            if isinstance(error, DataError):
+                raise
+    loaded = _hub(name, split=split, name=place.dataset_config)
+    return Table(loaded, name=name, digest=loaded._fingerprint)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run is given
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_examples(config) -> Examples:
     """The raw rows to train on, capped to `config.dataset_samples` where that applies.
 
     Raises:
         DataError: unknown name, file missing, malformed, empty or of unknown columns, hub not reachable.
     """
     check_name(config.dataset)
-    spec = DATASETS.get(config.dataset)
-    examples = spec.train(config) if spec else read_local(config.dataset)
-    if (spec and spec.capped) or "dataset_samples" in config.explicit_flags:
-        examples = examples.select(range(min(config.dataset_samples, len(examples))))
-    return examples
+    reading, place = Reading.of(config), Place.of(config)
+    spec, limit = DATASETS.get(config.dataset), config.dataset_samples
+    capped = (spec and spec.capped) or "dataset_samples" in config.explicit_flags
+    sources = _sources(config.dataset, flag="dataset")
+    found = [_opened(name, config, place=place, reading=reading) for name, _ in sources]
+    _check_columns_found(found, reading)
+    if len(found) == 1:
+        return found[0].first(limit) if capped else found[0]
+    weights = [weight for _, weight in sources]
+    return _mixed(found, weights, limit=limit if capped else None, seed=config.seed, name=config.dataset)
 
 
-def held_out_rows(name: str) -> Dataset:
+def _opened(name: str, config, *, place: Place, reading: Reading) -> Examples:
+    spec = DATASETS.get(name)
+    return _named(name, spec.train(config), reading) if spec else open_source(name, place=place, reading=reading)
+
+
+def _check_columns_found(found: list[Examples], reading: Reading) -> None:
+    """Raises DataError where --columns names what no source has: it would have no effect."""
+    used = {name for examples in found for part in examples.parts for name in part.form.paths}
+    for name, path in reading.paths.items():
+        if name not in used:
+            where = ", ".join(examples.name for examples in found)
+            raise DataError(f"--columns {name}={path}: {where} has no column {path!r}; check its spelling")
+
+
+def _mixed(found: list[Examples], weights: list, *, limit: int | None, seed: int, name: str) -> Examples:
+    """Several sources as one: as many rows as the weights allow without taking one twice, drawn at random."""
+    digests = [part.rows.digest for examples in found for part in examples.parts]
+    if len(set(digests)) < len(digests):
+        raise DataError(f"--dataset {name}: names the same rows twice; each can be taken once an epoch")
+    sizes = [len(examples) for examples in found]
+    shares = np.array(sizes if weights[0] is None else weights, dtype=np.float64)
+    shares /= shares.sum()
+    total = min(size / share for size, share in zip(sizes, shares, strict=True))
+    total = min(total, limit) if limit else total
+    chosen, taken = [], []
+    for number, (examples, share) in enumerate(zip(found, shares, strict=True)):
+        count = min(round(total * share), len(examples))
+        if count < len(examples):
+            drawn = np.random.default_rng([seed, number]).permutation(len(examples))[:count]
+            chosen += examples.select(np.sort(drawn).tolist()).parts
+        else:
+            chosen += examples.parts
+        taken.append(f"{count:,} of {len(examples):,} rows of {examples.name}")
+    return Examples(tuple(chosen), name, tuple(taken))
+
+
+def held_out_rows(name: str, *, place: Place, reading: Reading, flag: str = "dataset") -> Examples:
     """The raw rows of a dataset's validation set, or of a local file or folder.
 
     Raises:
         DataError: as `load_examples`; no validation set.
     """
-    check_name(name)
+    check_name(name, flag=flag)
     spec = DATASETS.get(name)
     if spec and not spec.validation:
         having = ", ".join(key for key, value in DATASETS.items() if value.validation)
-        raise DataError(f"--dataset {name}: has no validation set; give one of {having}, or a local file")
-    return spec.validation() if spec else read_local(name)
+        raise DataError(f"--{flag} {name}: has no validation set; give one of {having}, or a local file")
+    if spec:
+        return _named(name, spec.validation(), reading)
+    (source, *others) = [source for source, _ in _sources(name, flag=flag)]
+    if others:
+        raise DataError(f"--{flag} {name}: names several sources; give one")
+    return open_source(source, place=place, reading=reading, flag=flag)
 
 
-def validation_examples(name: str, *, samples: int | None = None) -> Dataset:
-    """Held-out rows with string columns `prompt` (as in training), `question` and `answer`.
+@dataclass(frozen=True)
+class Question:
+    """One task with its answer; `prompt` as in training."""
 
-    Args:
-        name: dataset with a validation set, or a local file or folder, which is read whole.
-        samples: only the first so many.
+    prompt: str
+    question: str
+    answer: str
+
+
+def questions_of(examples: Examples) -> list[Question]:
+    """Every row as a task.
 
     Raises:
-        DataError: as `held_out_rows`; chats or plain text, which have no one answer.
+        DataError: a row that cannot be read; chats or plain text, which have no one answer.
     """
-    examples = held_out_rows(name)
-    layout = layout_of(name, examples)
-    if layout in ("messages", "text"):
-        raise DataError(f"--dataset {name}: rows of {layout} have no answer to compare with; give question and answer")
-    found = []
-    for number, row in enumerate(itertools.islice(examples, samples), start=1):
-        row = pick_fields(row, layout=layout, where=f"{name}, row {number}")
-        prompt, answer = LAYOUTS[layout].split(row)
-        found.append({"prompt": prompt, "question": _question(row, layout), "answer": answer})
-    return Dataset.from_list(found)
+    return [_question(row, form) for row, form in examples]
 
 
-def _question(row: dict, layout: str) -> str:
-    """The text that tells one task from another."""
-    if layout == "messages":
-        return next((m["content"] for m in row["messages"] or [] if m["role"] == "user"), "")
-    return "\n".join(row[name] for name in LAYOUTS[layout].question if row.get(name))
+def _question(row: Row, form: Form) -> Question:
+    if not form.has_answer:
+        raise DataError(f"{row.where}: rows of {form.layout} have no answer to compare with; give question and answer")
+    try:
+        if row.problem:
+            raise BadRow(row.problem)
+        form.unread(row.value)
+        picked = form.fields(row.value)
+    except BadRow as error:
+        raise DataError(f"{row.where}: {error}; correct or remove the row") from None
+    prompt, answer = form.split(picked)
+    return Question(prompt, form.question(picked), answer)
 
 
-def drop_overlap(train: Dataset, validation: Dataset) -> tuple[Dataset, int]:
-    """`train` without the rows whose question is in `validation`, and how many those were.
+def drop_overlap(train: list[Question], held_out: list[Question]) -> tuple[list[Question], int]:
+    """`train` without the rows whose question is held out, and how many those were.
 
     Questions are compared without regard to case, spacing and Unicode form.
     """
 
-    def keys(examples):
-        layout = find_layout(examples.column_names, source="--dataset")
-        wanted = [c for c in examples.column_names if c in LAYOUTS[layout].question]
-        texts = (_question(row, layout) for row in examples.select_columns(wanted))
-        return [" ".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in texts]
+    def key(row: Question) -> str:
+        return " ".join(unicodedata.normalize("NFKC", row.question).casefold().split())
 
-    held_out = set(keys(validation))
-    kept = [i for i, key in enumerate(keys(train)) if key not in held_out]
-    return (train.select(kept) if len(kept) < len(train) else train), len(train) - len(kept)
+    known = {key(row) for row in held_out}
+    kept = [row for row in train if key(row) not in known]
+    return kept, len(train) - len(kept)

@@ -1,39 +1,52 @@
-"""Tokens: rows of prompt and completion become token ids with labels, once a machine."""
+"""Tokens: raw rows become token ids with labels, once a machine."""
 
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 
 from fsdp_utils.core.errors import DataError
+from fsdp_utils.data import chats, encode, files, layouts
 from fsdp_utils.data.batches import IGNORED
-from fsdp_utils.data.sources import CODE as DATA_CODE
-from fsdp_utils.data.sources import LAYOUTS, layout_of, load_examples, one_line, pick_fields
+from fsdp_utils.data.chats import Chat, Template, pick_chat
+from fsdp_utils.data.encode import Piece, Text, TextEncoder
+from fsdp_utils.data.files import Row, cache_folder, writing_cache
+from fsdp_utils.data.layouts import BadRow, Form, Reading, is_learned
+from fsdp_utils.data.sources import Examples, load_examples
 
 # part of every cache key: rows tokenized by an older version of the code are not taken back
-CODE = hashlib.sha256(Path(__file__).read_bytes() + DATA_CODE.encode()).hexdigest()[:16]
+MODULES = (Path(module.__file__) for module in (chats, encode, files, layouts))
+CODE = hashlib.sha256(b"".join(path.read_bytes() for path in (Path(__file__), *MODULES))).hexdigest()[:16]
 
-UNLIKELY = "\u241e\u241f\u241e"  # symbols that no chat template has a use for
-GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+BATCH = 1000  # rows that are tokenized together
+SHOWN = 3  # refused rows that are told
+COMPARED = 64  # rows whose ids are decoded again, to see whether they hold the text
 FEATURES = datasets.Features(
     {
-        "input_ids": datasets.Sequence(datasets.Value("int32")),
-        "labels": datasets.Sequence(datasets.Value("int32")),
+        "input_ids": datasets.List(datasets.Value("int32")),
+        "labels": datasets.List(datasets.Value("int32")),
         "labelled": datasets.Value("int32"),
         "truncated": datasets.Value("bool"),
         "max_token_id": datasets.Value("int32"),
+        "end": datasets.Value("int32"),
+        "refused": datasets.Value("string"),
+        "unread": datasets.Value("string"),
     }
 )
+NONE = -1  # an end that is not known
 
 
 @dataclass(frozen=True)
@@ -47,6 +60,11 @@ class DataReport:
         tokens: of all samples; `label_tokens` of them count in the loss.
         max_token_id: the largest id, which the embedding must hold.
         has_eos: whether samples end with an end-of-sequence token.
+        refused: rows left out because they cannot be read, with --skip_bad_rows.
+        first_refused: what the first of them have.
+        unread: columns that nothing reads, and in how many rows.
+        ends: ids of special tokens that end a learned turn.
+        notes: what else is to be known of them.
     """
 
     samples: int
@@ -57,13 +75,25 @@ class DataReport:
     max_token_id: int
     context_length: int
     has_eos: bool = True
+    refused: int = 0
+    first_refused: tuple[str, ...] = ()
+    unread: dict[str, int] = field(default_factory=dict)
+    ends: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        text = (
+        lines = [
             f"{self.samples:,} samples, {self.tokens:,} tokens, {self.label_tokens:,} of them in the loss; "
             f"{self.truncated:,} truncated to {self.context_length:,} tokens, {self.dropped:,} dropped without labels"
-        )
-        return text if self.has_eos else f"{text}; the tokenizer has no end-of-sequence token, so no end is learned"
+        ]
+        if not self.has_eos:
+            lines[0] += "; the tokenizer has no end-of-sequence token, so no end is learned"
+        if self.refused:
+            lines.append(f"{self.refused:,} rows left out: {'; '.join(self.first_refused)}")
+        if self.unread:
+            counts = ", ".join(f"{name} ({count:,} rows)" for name, count in self.unread.items())
+            lines.append(f"not read: {counts}")
+        return "\n".join([*self.notes, *lines])
 
 
 @dataclass(frozen=True)
@@ -77,6 +107,7 @@ class TokenizedData:
         rows: number of each among the raw rows, int64 [samples].
         report: what became of the raw rows.
         name: the value of --dataset, for messages.
+        sources: digests of the files or sets that the rows are of.
     """
 
     dataset: Dataset
@@ -84,6 +115,7 @@ class TokenizedData:
     rows: np.ndarray
     report: DataReport
     name: str
+    sources: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -113,179 +145,116 @@ class TokenizedData:
         return found.hexdigest()
 
 
-def special_prefix(tokenizer) -> list[int]:
-    """The ids a tokenizer puts before a text, as [BOS] or []; what it puts behind would end the prompt too early."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    starts = [i for i in range(len(full)) if full[i : i + len(plain)] == plain]
-    return full[: starts[0]] if starts else []
+@dataclass
+class Encoded:
+    """One row as ids.
+
+    Args:
+        ids, trained: of each token, `[tokens]`; empty for a row that is refused.
+        end: id of the special token that ends its last answer, or NONE.
+        refused: why it cannot be trained on, with its place; "" if it can.
+        unread: columns that nothing reads.
+        text: what the ids are to decode to, special tokens that were added left out.
+    """
+
+    ids: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+    trained: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    end: int = NONE
+    refused: str = ""
+    unread: Sequence[str] = ()
+    text: str = ""
 
 
-def _tokenize(texts: list[str], tokenizer) -> dict[str, list[int]]:
-    """Ids of each distinct text, without special tokens."""
-    distinct = list(dict.fromkeys(texts))
-    encoded = tokenizer(
-        distinct, add_special_tokens=False, truncation=False, return_attention_mask=False, verbose=False
+class RowEncoder:
+    """Raw rows to ids.
+
+    Args:
+        tokenizer: of transformers.
+        reading: how the user says that rows are to be read.
+        source: the value of --dataset, for messages.
+    """
+
+    def __init__(self, tokenizer, *, reading: Reading, source: str):
+        self.texts, self.reading, self.source, self.template = TextEncoder(tokenizer), reading, source, None
+        self.ids_of = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
+        self.eos = tokenizer.eos_token
+
+    def __call__(self, rows: Sequence[tuple[Row, Form]]) -> list[Encoded]:
+        """The rows in order, those that cannot be read as refused."""
+        found, texts, places = [], [], []
+        for row, form in rows:
+            encoded = Encoded()
+            try:
+                if row.problem:
+                    raise BadRow(row.problem)
+                texts.append(self._text(row.value, form, encoded))
+                places.append(encoded)
+            except BadRow as error:
+                encoded.refused = f"{row.where}: {error}"
+            found.append(encoded)
+        for encoded, text, (ids, trained) in zip(places, texts, self.texts.rows(texts), strict=True):
+            encoded.ids, encoded.trained = ids, trained
+            encoded.text = "".join(piece.text for piece in text.pieces)
+        return found
+
+    def _text(self, row: dict, form: Form, encoded: Encoded) -> Text:
+        if form.layout == "messages":
+            return self._chat(row, form, encoded)
+        encoded.unread = form.unread(row)
+        prompt, completion = form.split(form.fields(row))
+        learned, has_end = is_learned(row), bool(self.eos) and completion.rstrip().endswith(self.eos)
+        return Text([Piece(prompt, False), Piece(completion, learned)], ended=learned and not has_end)
+
+    def _chat(self, row: dict, form: Form, encoded: Encoded) -> Text:
+        self.template = self.template or Template(self.texts.tokenizer, source=self.source)
+        chat = Chat(*pick_chat(row, form), self.template, train_on=self.reading.train_on)
+        encoded.unread = chat.unread()
+        text, end = chat.text()
+        encoded.end = self.ids_of.get(end, NONE)
+        if not is_learned(row):
+            return text._replace(pieces=[piece._replace(trained=False) for piece in text.pieces], ended=False)
+        return text
+
+
+def as_table(rows: list[Encoded], *, context_length: int) -> pa.Table:
+    """The columns of FEATURES."""
+    cut = [row.ids[:context_length] for row in rows]
+    offsets = np.cumsum([0, *map(len, cut)], dtype=np.int32)
+    ids = np.concatenate(cut) if cut else np.zeros(0, dtype=np.int32)
+    trained = np.concatenate([row.trained[:context_length] for row in rows]) if cut else np.zeros(0, dtype=bool)
+    # nothing predicts the first token. Which labels count never depends on an id: EOS may be padding too (trl#1623)
+    trained[offsets[:-1][np.diff(offsets) > 0]] = False
+    sums = np.concatenate([[0], np.cumsum(trained)])
+    lists = lambda values: pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, type=pa.int32()))
+    whole = [len(row.ids) <= context_length for row in rows]
+    columns = dict(
+        input_ids=lists(ids),
+        labels=lists(np.where(trained, ids, IGNORED).astype(np.int32)),
+        labelled=pa.array((sums[offsets[1:]] - sums[offsets[:-1]]).astype(np.int32)),
+        truncated=pa.array([not kept for kept in whole]),
+        max_token_id=pa.array([max(part.tolist(), default=NONE) for part in cut], type=pa.int32()),
+        end=pa.array([row.end if kept else NONE for row, kept in zip(rows, whole, strict=True)], type=pa.int32()),
+        refused=pa.array([row.refused for row in rows]),
+        unread=pa.array(["\n".join(row.unread) for row in rows]),
     )
-    return dict(zip(distinct, encoded["input_ids"], strict=True))
+    return pa.table(columns, schema=FEATURES.arrow_schema)
 
 
-class _Renders:
-    """What a tokenizer's chat template writes of the first messages of a chat."""
-
-    def __init__(self, messages: list[dict], tokenizer):
-        self.messages, self.tokenizer = messages, tokenizer
-        self.full = self.upto(len(messages))
-
-    def upto(self, count: int, *, header: bool = False) -> str:
-        """The first `count` messages, with the header that asks for an answer or without."""
-        return self.tokenizer.apply_chat_template(self.messages[:count], tokenize=False, add_generation_prompt=header)
-
-    def before(self, i: int) -> str:
-        """What stands before the answer that is message i, its header included."""
-        if i:
-            return self.upto(i, header=True)
-        # no header asks for a first message; its own text may also be in what stands before it
-        unlikely = [{**self.messages[0], "content": UNLIKELY}]
-        rendered = self.tokenizer.apply_chat_template(unlikely, tokenize=False)
-        return rendered[: max(0, rendered.find(UNLIKELY))]
-
-    def turn(self, i: int) -> tuple[int, int]:
-        """Where in `full` the answer that is message i begins and ends, its end-of-turn token included.
-
-        Raises:
-            ValueError: the template writes it differently once others follow, so its place cannot be told.
-        """
-        before, after = self.before(i), self.upto(i + 1)
-        if not self.full.startswith(before) or not after.startswith(before):
-            raise ValueError(f"it rewrites what stands before message {i + 1}")
-        end = len(after.rstrip())
-        if self.full.startswith(after[:end]):
-            return len(before), end
-        return len(before), self._rewritten_end(i, after, start=len(before))
-
-    def _rewritten_end(self, i: int, after: str, *, start: int) -> int:
-        """Qwen3 drops the empty thoughts of all turns but the last: the content is then looked for."""
-        content = self.messages[i]["content"].strip()
-        found = self.full.find(content, start)
-        tail = after[after.find(content, start) + len(content) :].rstrip()  # the end of the turn
-        end = found + len(content) + len(tail)
-        if found < 0 or self.full[end - len(tail) : end] != tail:
-            raise ValueError(f"it rewrites message {i + 1}")
-        return end
-
-
-def _chat_segments(messages: list[dict], *, tokenizer) -> list[tuple[str, bool]]:
-    """The chat as the template writes it, cut into (text, is the assistant's) for a template without generation marks.
-
-    A turn runs from the header that asks for it to the last visible character that its message adds, so the
-    end-of-turn token is learned and the header is not.
+def tokenize(examples: Examples, tokenizer, *, reading: Reading, source: str, context_length: int) -> pa.Table:
+    """The columns of FEATURES, of few rows and without a cache.
 
     Raises:
-        ValueError: the place of a turn cannot be told.
+        DataError: a row that cannot be read.
     """
-    renders, segments, cursor = _Renders(messages, tokenizer), [], 0
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    for i in answers:
-        start, end = renders.turn(i)
-        segments += [(renders.full[cursor:start], False), (renders.full[start:end], True)]
-        cursor = end
-    rest = renders.full[cursor:]
-    if answers and not rest.strip() and tokenizer.eos_token:
-        content = messages[answers[-1]]["content"].strip()
-        if content and renders.full[:cursor].endswith(content):
-            return [*segments, (tokenizer.eos_token, True)]  # without an end of turn, stopping would not be learned
-    return [*segments, (rest, False)]
+    encoded = RowEncoder(tokenizer, reading=reading, source=source)(examples.read(range(len(examples))))
+    for row in encoded:
+        if row.refused:
+            raise DataError(f"{row.refused}; correct or remove the row")
+    return as_table(encoded, context_length=context_length)
 
 
-def _encode_chats(picked: list[dict], *, tokenizer, where: list[str]) -> list[tuple[list[int], list[bool]]]:
-    """(ids, is trained) of each chat; special tokens come from the template alone."""
-    try:
-        template = tokenizer.get_chat_template()
-    except ValueError as error:
-        raise DataError(f"{where[0]}: chats need a tokenizer with one chat template ({one_line(error)})") from None
-    marked = tokenizer.is_fast and GENERATION_MARK.search(template)
-    encoded = []
-    for row, place in zip(picked, where, strict=True):
-        try:
-            if marked:
-                out = tokenizer.apply_chat_template(
-                    row["messages"], return_dict=True, return_assistant_tokens_mask=True
-                )
-                encoded.append((out["input_ids"], [bool(m) for m in out["assistant_masks"]]))
-            else:
-                encoded.append(_join(_chat_segments(row["messages"], tokenizer=tokenizer), tokenizer=tokenizer))
-        except Exception as error:  # templates raise their own types, as for roles that do not alternate
-            raise DataError(
-                f"{place}: the tokenizer's chat template fails ({one_line(error)}); "
-                "correct the row, or give a template with {% generation %} marks"
-            ) from error
-    return encoded
-
-
-def _join(segments: list[tuple[str, bool]], *, tokenizer) -> tuple[list[int], list[bool]]:
-    """(ids, is trained) of a text in pieces. What overlaps a trained piece is trained.
-
-    A fast tokenizer takes the text whole: many put a space before whatever they begin with. A slow one cannot say where
-    its tokens come from, so the pieces are tokenized apart.
-    """
-    if tokenizer.is_fast:
-        return _join_whole(segments, tokenizer=tokenizer)
-    of = _tokenize([text for text, _ in segments], tokenizer)
-    ids = [token for text, _ in segments for token in of[text]]
-    return ids, [trained for text, trained in segments for _ in of[text]]
-
-
-def _join_whole(segments: list[tuple[str, bool]], *, tokenizer) -> tuple[list[int], list[bool]]:
-    text, spans = "", []
-    for piece, trained in segments:
-        spans += [(len(text), len(text) + len(piece))] if trained else []
-        text += piece
-    out = tokenizer(text, add_special_tokens=False, truncation=False, return_offsets_mapping=True, verbose=False)
-    inside = [any(end > a and start < b for a, b in spans) for start, end in out["offset_mapping"]]
-    return out["input_ids"], inside
-
-
-def _encode_texts(picked: list[dict], *, layout: str, tokenizer) -> list[tuple[list[int], list[bool]]]:
-    """(ids, is trained) of each row: special prefix, prompt, completion, EOS.
-
-    Prompt and completion are tokenized apart: tokenized together, a token may span the boundary, and then the prompt
-    that is trained on is not the prompt that generation starts from.
-    """
-    split = [LAYOUTS[layout].split(row) for row in picked]
-    of = _tokenize([text for pair in split for text in pair], tokenizer)
-    prefix = special_prefix(tokenizer)
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    encoded = []
-    for prompt, completion in split:
-        asked, answered = prefix + of[prompt], of[completion] + eos
-        encoded.append((asked + answered, [False] * len(asked) + [True] * len(answered)))
-    return encoded
-
-
-def tokenize_batch(
-    batch: dict, indices: list[int], *, layout: str, tokenizer, context_length: int, source: str
-) -> dict:
-    """Token rows of a batch of raw rows: the columns of FEATURES."""
-    where = [f"{source}, row {i + 1}" for i in indices]
-    raw = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    picked = [pick_fields(row, layout=layout, where=place) for row, place in zip(raw, where, strict=True)]
-    if layout == "messages":
-        encoded = _encode_chats(picked, tokenizer=tokenizer, where=where)
-    else:
-        encoded = _encode_texts(picked, layout=layout, tokenizer=tokenizer)
-    columns = {name: [] for name in FEATURES}
-    for ids, trained in encoded:
-        cut = ids[:context_length]
-        # which labels count never depends on an id: EOS may be the padding token too (trl#1623)
-        labels = [token if learn else IGNORED for token, learn in zip(cut, trained, strict=False)]
-        labels[:1] = [IGNORED] * len(labels[:1])  # nothing predicts the first token
-        columns["input_ids"].append(cut)
-        columns["labels"].append(labels)
-        columns["labelled"].append(sum(label != IGNORED for label in labels))
-        columns["truncated"].append(len(ids) > context_length)
-        columns["max_token_id"].append(max(cut, default=-1))
-    return columns
+def _tokenize(batch: dict, *, examples: Examples, encoder: RowEncoder, context_length: int) -> pa.Table:
+    return as_table(encoder(examples.read(batch["index"])), context_length=context_length)
 
 
 @contextmanager
@@ -305,7 +274,7 @@ def main_process_first():
             torch.distributed.barrier()
 
 
-def _cache_key(examples: Dataset, tokenizer, **settings) -> str:
+def _cache_key(examples: Examples, tokenizer, **settings) -> str:
     """Equal in every process for equal rows, tokenizer, settings and code."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
@@ -313,9 +282,7 @@ def _cache_key(examples: Dataset, tokenizer, **settings) -> str:
         # earlier calls of the tokenizer leave these behind, and then a cache would be missed
         state = {key: value for key, value in state.items() if key not in ("truncation", "padding")}
     special = (tokenizer.chat_template, tokenizer.eos_token_id, tokenizer.bos_token_id)
-    return Hasher.hash(
-        (CODE, examples._fingerprint, type(tokenizer).__name__, state, special, sorted(settings.items()))
-    )
+    return Hasher.hash((CODE, examples.digest, type(tokenizer).__name__, state, special, sorted(settings.items())))
 
 
 def _processes(samples: int) -> int | None:
@@ -333,54 +300,100 @@ def prepare_dataset(config, tokenizer, *, load: Callable = load_examples) -> Tok
         load: from the flags to the rows of `config.dataset`.
 
     Raises:
-        DataError: as `load_examples`; a row of the wrong type; chats without a chat template; no row with a label.
+        DataError: as `load_examples`; a row that cannot be read, without --skip_bad_rows; chats without a chat
+            template; no row with a label; a cache that cannot be written.
     """
     with main_process_first():
-        examples = load(config)
-        layout = layout_of(config.dataset, examples)
-        if layout == "messages" and not tokenizer.chat_template:
-            raise DataError(f"--dataset {config.dataset}: has messages, but the model's tokenizer has no chat template")
-        settings = {"layout": layout, "context_length": config.context_length}
-        key = _cache_key(examples, tokenizer, **settings)
-        cache = Path(datasets.config.HF_DATASETS_CACHE) / "fsdp_utils"
-        cache.mkdir(parents=True, exist_ok=True)
-        tokenized = examples.map(
-            tokenize_batch,
-            batched=True,
-            with_indices=True,
-            fn_kwargs={"tokenizer": tokenizer, "source": config.dataset, **settings},
-            remove_columns=examples.column_names,
-            features=FEATURES,
-            num_proc=_processes(len(examples)),
-            new_fingerprint=key,
-            cache_file_name=str(cache / f"{key}.arrow"),  # never beside the user's own files
-            desc="Tokenizing",
-        )
-    return _without_unlabelled(tokenized, config, has_eos=layout == "messages" or tokenizer.eos_token_id is not None)
+        examples, reading = load(config), Reading.of(config)
+        chats_there = any(part.form.layout == "messages" for part in examples.parts)
+        if chats_there:
+            Template(tokenizer, source=config.dataset)  # raises where there is none
+        encoder = RowEncoder(tokenizer, reading=reading, source=config.dataset)
+        key = _cache_key(examples, tokenizer, context_length=config.context_length, train_on=reading.train_on)
+        path = cache_folder() / f"{key}.arrow"  # never beside the user's own files
+        workers = _processes(len(examples))
+        if workers:
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not outlive a fork
+        with writing_cache():
+            tokenized = Dataset.from_dict({"index": np.arange(len(examples))}).map(
+                _tokenize,
+                batched=True,
+                batch_size=BATCH,
+                fn_kwargs=dict(examples=examples, encoder=encoder, context_length=config.context_length),
+                remove_columns=["index"],
+                features=FEATURES,
+                num_proc=workers,
+                new_fingerprint=key,
+                cache_file_name=str(path),
+                desc="Tokenizing",
+            )
+    kept = _kept(tokenized, config, has_eos=chats_there or tokenizer.eos_token_id is not None)
+    notes = (f"mixture: {', '.join(examples.taken)}",) if examples.taken else ()
+    report = replace(kept.report, notes=(*notes, *_changed_texts(examples.first(COMPARED), encoder)))
+    return replace(kept, report=report, sources=tuple(part.rows.digest for part in examples.parts))
 
 
-def _without_unlabelled(tokenized: Dataset, config, *, has_eos: bool) -> TokenizedData:
-    """Drops rows without labels, and counts."""
+def _changed_texts(examples: Examples, encoder: RowEncoder) -> tuple[str, ...]:
+    """Says where the ids of a row decode to another text: a tokenizer may drop or change characters."""
+    tokenizer = encoder.texts.tokenizer
+    special = re.compile("|".join(map(re.escape, sorted(tokenizer.all_special_tokens, key=len, reverse=True))) or "$^")
+    changed = []
+    for (row, _), encoded in zip(examples, encoder(list(examples)), strict=True):
+        wanted, found = (special.sub("", text) for text in (encoded.text, tokenizer.decode(encoded.ids)))
+        if found.strip(" ") != wanted.strip(" "):  # one that begins with a space puts it behind BOS too
+            at = next((i for i, (a, b) in enumerate(zip(wanted, found, strict=False)) if a != b), 0)
+            changed.append(f"{row.where}: {wanted[at : at + 20]!r} is read as {found[at : at + 20]!r}")
+    if not changed:
+        return ()
+    return (f"note: the tokenizer changes the text of {len(changed)} of the first {len(examples)} rows; {changed[0]}",)
+
+
+def _kept(tokenized: Dataset, config, *, has_eos: bool) -> TokenizedData:
+    """Drops rows that were refused or have no label, and counts."""
     table = tokenized.data
-    lengths = table.column("input_ids").combine_chunks().value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
-    labelled, truncated, largest = (table.column(c).to_numpy() for c in ("labelled", "truncated", "max_token_id"))
+    lengths = pc.list_value_length(table.column("input_ids")).to_numpy().astype(np.int64)
+    names = ("labelled", "truncated", "max_token_id", "end")
+    labelled, truncated, largest, ends = (table.column(c).to_numpy() for c in names)
+    good = pc.binary_length(table.column("refused")).to_numpy() == 0
+    refused = _refused(table, np.flatnonzero(~good), config)
     keep = labelled > 0
     if not keep.any():
         raise DataError(
-            f"--dataset {config.dataset}: no label is left in any of its {len(keep):,} samples with "
+            f"--dataset {config.dataset}: no label is left in any of its {good.sum():,} samples with "
             f"--context_length {config.context_length}; raise it, or shorten the prompts"
         )
+    unread = Counter()
+    for found in table.column("unread").value_counts().to_pylist():
+        unread.update({name: found["counts"] for name in found["values"].split("\n") if name})
     report = DataReport(
         samples=int(keep.sum()),
-        dropped=int((~keep).sum()),
+        dropped=int((good & ~keep).sum()),
         truncated=int(truncated[keep].sum()),
         tokens=int(lengths[keep].sum()),
         label_tokens=int(labelled.sum()),
         max_token_id=int(largest[keep].max()),
         context_length=config.context_length,
         has_eos=has_eos,
+        refused=int((~good).sum()),
+        first_refused=refused,
+        unread=dict(unread),
+        ends=tuple(sorted(set(ends[keep].tolist()) - {NONE})),
     )
     kept = tokenized if keep.all() else tokenized.select(np.flatnonzero(keep))
     columns = kept.select_columns(["input_ids", "labels"]).with_format("numpy")
     rows = np.flatnonzero(keep)
     return TokenizedData(dataset=columns, lengths=lengths[keep], rows=rows, report=report, name=config.dataset)
+
+
+def _refused(table, places: np.ndarray, config) -> tuple[str, ...]:
+    """What the first refused rows have.
+
+    Raises:
+        DataError: there are some, and --skip_bad_rows is not given.
+    """
+    first = tuple(table.column("refused").take(places[:SHOWN]).to_pylist())
+    if first and not getattr(config, "skip_bad_rows", False):
+        way_out = "" if ";" in first[0] else "; correct or remove the row"
+        more = f" ({len(places):,} such rows of {len(table):,})" if len(places) > 1 else ""
+        raise DataError(f"{first[0]}{way_out}{more}, or leave such rows out by --skip_bad_rows true")
+    return first

@@ -3,12 +3,12 @@
 import gc
 import math
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import datasets
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -18,7 +18,8 @@ from fsdp_utils.core.folders import model_folder
 from fsdp_utils.core.safetensors_io import CheckpointReader
 from fsdp_utils.data import sources
 from fsdp_utils.data.batches import IGNORED
-from fsdp_utils.data.tokens import tokenize_batch
+from fsdp_utils.data.layouts import Reading
+from fsdp_utils.data.tokens import tokenize
 from fsdp_utils.folders.describe import Run, describe
 from fsdp_utils.inference.load import default_dtype, load_for_inference, load_stock
 from fsdp_utils.model.build import resolve_model
@@ -48,19 +49,12 @@ def held_out(run: Run, tokenizer, *, name: str | None, samples: int) -> HeldOut:
     Raises:
         UserError: it is not known what the run was trained on; as `sources.load_examples`.
     """
-    source, examples, layout = _named(name) if name else _of_run(run)
-    examples = examples.select(range(min(samples, len(examples))))
+    reading = Reading.of(run.config) if run.config else Reading()
+    source, examples = _named(name, reading) if name else _of_run(run, reading)
     context = run.config.context_length if run.config else CONTEXT
-    batch = tokenize_batch(
-        examples[:],
-        list(range(len(examples))),
-        layout=layout,
-        tokenizer=tokenizer,
-        context_length=context,
-        source=source,
-    )
+    table = tokenize(examples.first(samples), tokenizer, reading=reading, source=source, context_length=context)
     rows, left = [], MOST_TOKENS
-    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+    for ids, labels in zip(table["input_ids"].to_pylist(), table["labels"].to_pylist(), strict=True):
         asked = sum(label != IGNORED for label in labels)
         if 0 < asked <= left:
             rows.append((torch.tensor(ids), torch.tensor(labels)))
@@ -70,19 +64,12 @@ def held_out(run: Run, tokenizer, *, name: str | None, samples: int) -> HeldOut:
     return HeldOut(source, rows)
 
 
-def _named(name: str) -> tuple[str, datasets.Dataset, str]:
-    spec = sources.DATASETS.get(name)
-    if spec and not spec.validation:
-        raise UserError(f"--fidelity_data {name}: has no validation set; give a local file")
-    try:
-        sources.check_name(name)
-        examples = spec.validation() if spec else sources.read_local(name)
-        return name, examples, sources.layout_of(name, examples)
-    except UserError as error:  # which knows the flag of the other programs
-        raise UserError(str(error).replace("--dataset", "--fidelity_data", 1)) from None
+def _named(name: str, reading: Reading) -> tuple[str, sources.Examples]:
+    place = sources.Place(dataset_split="validation", sole=True)
+    return name, sources.held_out_rows(name, place=place, reading=reading, flag="fidelity_data")
 
 
-def _of_run(run: Run) -> tuple[str, datasets.Dataset, str]:
+def _of_run(run: Run, reading: Reading) -> tuple[str, sources.Examples]:
     """The validation set of the run's dataset, else rows beyond those trained on, else its last rows."""
     if run.config is None:
         raise UserError(
@@ -92,13 +79,14 @@ def _of_run(run: Run) -> tuple[str, datasets.Dataset, str]:
     config = run.config
     spec = sources.DATASETS.get(config.dataset)
     if spec and spec.validation:
-        return f"{config.dataset} (validation)", spec.validation(), spec.layout
-    examples = spec.train(config) if spec else sources.read_local(config.dataset)
-    layout = sources.layout_of(config.dataset, examples)
-    if spec and spec.capped and len(examples) > config.dataset_samples:
-        unseen = examples.select(range(config.dataset_samples, len(examples)))
-        return f"{config.dataset} (rows beyond those trained on)", unseen, layout
-    return f"{config.dataset} (trained on: it has no validation set)", examples, layout
+        held_out = sources.held_out_rows(config.dataset, place=sources.Place.of(config), reading=reading)
+        return f"{config.dataset} (validation)", held_out
+    if spec and spec.capped:
+        examples = sources.load_examples(replace(config, dataset_samples=sys.maxsize))
+        if len(examples) > config.dataset_samples:
+            unseen = examples.select(range(config.dataset_samples, len(examples)))
+            return f"{config.dataset} (rows beyond those trained on)", unseen
+    return f"{config.dataset} (trained on: it has no validation set)", sources.load_examples(config)
 
 
 def base_folder(run: Run) -> Path | None:

@@ -115,6 +115,8 @@ class Session:
             if goes_on and is_main():
                 checkpoints.remove_after(self.root, self.state["step"])
             keeps = checkpoints.keeps_checkpoints(self.config)
+            for known in ("facts", "validation_data") if keeps else ():
+                getattr(self, known)  # reads all data: now, not while all wait for the first checkpoint
             self.keeper = checkpoints.Keeper(self.config, self.root, self._take, keeps=keeps)
             if goes_on and self._best() and keeps:
                 self.keeper.writer.best = self._best().name

@@ -20,7 +20,11 @@ class EvalConfig:
     backend: str = flag("hf", "vllm needs vLLM, and weights it can serve", choices=("hf", "vllm"))
 
     _questions: str = section("questions")
-    dataset: str = flag("orca_math", "orca_math, demo, or a local file with question and answer")
+    dataset: str = flag("orca_math", "orca_math, demo, a local file or a set of the hub, with question and answer")
+    dataset_split: str = flag("validation", "split of a hub set or folder that has several")
+    dataset_config: str | None = flag(None, "configuration of a hub set that has several")
+    columns: str | None = flag(None, "what columns are called in the data: question=prompt,answer=response")
+    prompt_template: str | None = flag(None, "file with the prompt, columns in braces; not given: as it was trained")
     samples: int = flag(500, "the first so many of the validation set", minimum=1)
     n_shots: int = flag(0, "solved questions of the training split before each question", minimum=0)
 

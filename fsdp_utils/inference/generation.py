@@ -13,7 +13,7 @@ from transformers import GenerationConfig, StoppingCriteria
 from fsdp_utils.core.devices import peak_memory_gib
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.ranks import is_main
-from fsdp_utils.data.tokens import special_prefix
+from fsdp_utils.data.encode import TextEncoder
 from fsdp_utils.folders.describe import Run, generation_folder, tokenizer_folder
 from fsdp_utils.folders.documents import end_tokens
 from fsdp_utils.inference import decoding
@@ -45,9 +45,7 @@ class Output(NamedTuple):
 
 def prompt_ids(prompts: list[str], tokenizer) -> list[list[int]]:
     """Ids that generation starts from: the special prefix and the prompt, exactly as in training."""
-    prefix = special_prefix(tokenizer)
-    encoded = tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
-    return [prefix + ids for ids in encoded]
+    return TextEncoder(tokenizer).prompts(prompts)
 
 
 def end_ids(model: nn.Module, tokenizer) -> list[int]:

@@ -1,0 +1,447 @@
+"""Chats: what a tokenizer's template writes of messages, and which part of it each answer is."""
+
+import inspect
+import json
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+from jinja2 import TemplateRuntimeError, TemplateSyntaxError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from fsdp_utils.core.errors import DataError
+from fsdp_utils.data.encode import Piece, Text
+from fsdp_utils.data.files import one_line
+from fsdp_utils.data.layouts import MATTERS, SWITCHES, BadRow, Form, has_value, is_learned, is_text
+
+UNLIKELY = "\u241e\u241f\u241e"  # symbols that no chat template has a use for
+GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+READ_BY_TRANSFORMERS = ("tools", "documents")
+ANSWERS = "assistant"
+# who speaks in chats of the ShareGPT kind, whose messages have `from` and `value`
+SPEAKERS = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bard", "bing", "model"), ANSWERS),
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+    "system": "system",
+}
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where in a rendered chat a turn that is learned stands, from what the model is to write first to what ends it."""
+
+    start: int
+    end: int
+
+
+def give_template(tokenizer, path: str | None) -> None:
+    """Puts the chat template of a file in place of the tokenizer's own; it is saved with the result.
+
+    Raises:
+        DataError: no such file, or no Jinja template.
+    """
+    if not path:
+        return
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        with suppress(TemplateRuntimeError):  # as for a chat without a system message
+            tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False, chat_template=text)
+        if not text.strip():
+            raise TemplateSyntaxError("the file is empty", 1)
+    except (OSError, UnicodeDecodeError, TemplateSyntaxError) as error:
+        raise DataError(f"--chat_template {path}: {one_line(error)}; give a file with a Jinja template") from None
+    tokenizer.chat_template = tokenizer.given_chat_template = text
+
+
+class Template:
+    """The chat template of a tokenizer.
+
+    Raises:
+        DataError: it has none, or none that is meant for every chat.
+    """
+
+    def __init__(self, tokenizer, *, source: str):
+        self.tokenizer = tokenizer
+        if not tokenizer.chat_template:
+            raise DataError(
+                f"--dataset {source}: has messages, but the model's tokenizer has no chat template; "
+                "give one by --chat_template FILE"
+            )
+        try:
+            tokenizer.get_chat_template()
+        except ValueError as error:
+            raise DataError(f"--dataset {source}: chats need one chat template ({one_line(error)})") from None
+        self.special = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+        self._writes: dict[str, bool] = {}
+        callables = (tokenizer.apply_chat_template, render_jinja_template)
+        self.taken = {name for f in callables for name in inspect.signature(f).parameters} - {*READ_BY_TRANSFORMERS}
+
+    def source(self, variables: dict) -> str:
+        """The template's text, for a chat with these variables."""
+        return self.tokenizer.get_chat_template(tools=variables.get("tools"))
+
+    def writes(self, name: str, variables: dict, changes: Callable[[], bool]) -> bool:
+        """Whether the template reads a variable, or a field of a message: it names it, or writes something else
+        without it, as where it writes whole messages."""
+        if name in _words(self.source(variables)):
+            return True
+        if name not in self._writes:
+            self._writes[name] = changes()
+        return self._writes[name]
+
+    def render(self, messages: list[dict], variables: dict, *, header: bool = False) -> str:
+        """What the template writes, with the header that asks for an answer or without.
+
+        Raises:
+            BadRow: the template fails.
+        """
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=header, **variables
+            )
+        except Exception as error:  # templates raise their own types, as for roles that do not alternate
+            raise BadRow(f"the chat template fails ({one_line(error)})") from None
+
+    def marked(self, messages: list[dict], variables: dict) -> tuple[str, list[tuple[int, int]]] | None:
+        """What the template writes, and what of it its marks say is generated; None for one without marks."""
+        source = self.source(variables)
+        if not GENERATION_MARK.search(source):
+            return None
+        names = {**self.tokenizer.special_tokens_map, **variables, "chat_template": source}
+        try:
+            (text,), (spans,) = render_jinja_template([messages], return_assistant_tokens_mask=True, **names)
+        except Exception as error:
+            raise BadRow(f"the chat template fails ({one_line(error)})") from None
+        return text, [tuple(span) for span in spans]
+
+
+def pick_chat(row: dict, form: Form) -> tuple[list[dict], dict]:
+    """The messages of a row, and its other columns, which are variables of the template.
+
+    Raises:
+        BadRow: no list of messages with a role and text.
+    """
+    row = form.named(row)
+    messages = row.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise BadRow("field 'messages' is not a list of messages")
+    messages = [_as_said(message, f"message {number}") for number, message in enumerate(messages, start=1)]
+    read = {"messages", *(path.split(".")[0] for path in form.paths.values())}
+    variables = {name: value for name, value in row.items() if name not in read and has_value(value)}
+    if isinstance(variables.get("tools"), str):  # a table holds them so: its columns cannot hold any object
+        with suppress(ValueError):
+            variables["tools"] = json.loads(variables["tools"])
+    more = variables.pop("chat_template_kwargs", None)  # as TRL names them
+    return messages, variables | (more if isinstance(more, dict) else {})
+
+
+def _as_said(message, named: str) -> dict:
+    """A message with a role and content, checked."""
+    if isinstance(message, dict) and "from" in message and "value" in message and "role" not in message:
+        if message["from"] not in SPEAKERS:
+            raise BadRow(f"{named} is from {message['from']!r}; known are {', '.join(SPEAKERS)}")
+        others = {name: value for name, value in message.items() if name not in ("from", "value")}
+        message = dict(role=SPEAKERS[message["from"]], content=message["value"]) | others
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise BadRow(f"{named} needs 'role' and 'content'")
+    content = message.get("content")
+    parts = content if isinstance(content, list) else []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text":
+            raise BadRow(f"{named} has content of type {kind!r}; only text can be read")
+    others = any(has_value(value) for name, value in message.items() if name not in ("role", "content", *SWITCHES))
+    if not isinstance(content, str | list) and not (content is None and others):
+        raise BadRow(f"{named} needs 'content' as a string")
+    return message
+
+
+def _with_objects(messages: list[dict]) -> list[dict]:
+    """The messages with what tool calls are called with as objects, where it is given as their JSON."""
+    found = []
+    for message in messages:
+        calls = message.get("tool_calls")
+        if isinstance(calls, list):
+            message = {**message, "tool_calls": [_with_object(call) for call in calls]}
+        found.append(message)
+    return found
+
+
+def _with_object(call):
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    with suppress(ValueError):
+        arguments = json.loads(function["arguments"])
+        if isinstance(arguments, dict):
+            return {**call, "function": {**function, "arguments": arguments}}
+    return call
+
+
+def _escaped_arguments(messages: list[dict], rendered: str) -> bool:
+    """Whether a template wrote the JSON of a call's arguments as a JSON string: it is meant for objects, as servers
+    pass them."""
+    for message in messages:
+        for call in message.get("tool_calls") or []:
+            function = call.get("function") if isinstance(call, dict) else None
+            given = function.get("arguments") if isinstance(function, dict) else None
+            if isinstance(given, str) and '"' in given and json.dumps(given, ensure_ascii=False) in rendered:
+                return True
+    return False
+
+
+class Chat:
+    """One chat as a template writes it.
+
+    Args:
+        train_on: "all" turns of the assistant, or the "last".
+    """
+
+    def __init__(self, messages: list[dict], variables: dict, template: Template, *, train_on: str = "all"):
+        self.messages, self.template, self.train_on = messages, template, train_on
+        self.ignored = [name for name in variables if name in template.taken]
+        self.variables = {name: value for name, value in variables.items() if name not in template.taken}
+
+    @cached_property
+    def _marked(self):
+        return self.template.marked(self.messages, self.variables)
+
+    @cached_property
+    def full(self) -> str:
+        """The whole chat.
+
+        Raises:
+            BadRow: the template fails, or writes what is no text.
+        """
+        text = self._marked[0] if self._marked else self._render(self.messages)
+        if _escaped_arguments(self.messages, text):
+            self.messages = _with_objects(self.messages)
+            self.__dict__.pop("_marked", None)
+            text = self._marked[0] if self._marked else self._render(self.messages)
+        if not is_text(text):
+            raise BadRow("a message holds half of a surrogate pair, which is no character")
+        self._check_contents(text)
+        return text
+
+    def _check_contents(self, text: str) -> None:
+        """Raises BadRow where the content of a message is not written: some templates want a list of parts."""
+        for i, message in enumerate(self.messages):
+            content = message.get("content")
+            if isinstance(content, str) and content.strip() not in text:  # changed, or not written at all
+                try:
+                    self._around(self.messages, i)
+                except BadRow:
+                    raise BadRow(f"the content of message {i + 1} is not written by the chat template") from None
+
+    def _render(self, messages: list[dict], *, header: bool = False) -> str:
+        return self.template.render(messages, self.variables, header=header)
+
+    # --- what is read
+
+    def unread(self) -> list[str]:
+        """Columns and fields of messages with a value that the template does not write.
+
+        Raises:
+            BadRow: an answer may depend on one of them.
+        """
+        given = [name for name in self.variables if name not in SWITCHES]
+        found = [*self.ignored, *(name for name in given if not self._writes_variable(name))]
+        matters = [(name, f"column {name!r}") for name in found if name in MATTERS]
+        for number, message in enumerate(self.messages, start=1):
+            for name, value in message.items():
+                if name in ("role", "content", *SWITCHES) or not has_value(value) or self._writes_field(name):
+                    continue
+                found.append(f"{name} of messages")
+                matters += [(name, f"{name!r} of message {number}")] if name in MATTERS else []
+        if matters:
+            raise BadRow(
+                f"{matters[0][1]} is not written by the chat template, though the answer may depend on it; "
+                "give a --chat_template that does, or remove it"
+            )
+        if any(m["role"] != ANSWERS and m.get("train") is True for m in self.messages):
+            found.append("train of other roles than assistant")
+        return list(dict.fromkeys(found))
+
+    def _writes_variable(self, name: str) -> bool:
+        fewer = {key: value for key, value in self.variables.items() if key != name}
+        plain = lambda: self.template.render(self.messages, fewer) != self._render(self.messages)
+        return self.template.writes(name, self.variables, plain)
+
+    def _writes_field(self, name: str) -> bool:
+        fewer = [{key: value for key, value in message.items() if key != name} for message in self.messages]
+        plain = lambda: self._render(fewer) != self._render(self.messages)
+        return self.template.writes(name, self.variables, plain)
+
+    # --- what is learned
+
+    def learned(self) -> list[int]:
+        """The messages that are answers to learn.
+
+        Raises:
+            BadRow: a weight that cannot be trained.
+        """
+        answers = [i for i, message in enumerate(self.messages) if message["role"] == ANSWERS]
+        return [i for i in (answers if self.train_on == "all" else answers[-1:]) if is_learned(self.messages[i])]
+
+    def text(self) -> tuple[Text, str | None]:
+        """The chat in pieces, and the special token that ends its answers, if one does.
+
+        Raises:
+            BadRow: the place of an answer cannot be told.
+        """
+        learned = self.learned()
+        full = self.full  # first: it may read the messages otherwise
+        spans = self._marked_spans(learned) if self._marked else [self._span(i) for i in learned]
+        pieces, cursor = [], 0
+        for span in spans:
+            if span.start < cursor:
+                raise BadRow("the chat template writes two answers into one another")
+            pieces += [Piece(full[cursor : span.start], False), Piece(full[span.start : span.end], True)]
+            cursor = span.end
+        rest = full[cursor:]
+        if not spans:
+            return Text([Piece(rest, False)], bare=True), None
+        ending = self._ending(learned[-1], spans[-1])
+        if not rest.strip() and not ending.strip() and self.template.tokenizer.eos_token:
+            return Text(pieces, ended=True, bare=True), None  # without an end of turn, stopping would not be learned
+        token = _first(ending, self.template.special)
+        return Text([*pieces, Piece(rest, False)], bare=True), token and token[0]
+
+    def _ending(self, i: int, span: Span) -> str:
+        """What ends a turn, at the end of its span."""
+        with suppress(BadRow):
+            after = self._around(self.messages, i)[1]
+            if self.full.endswith(after):
+                return self.full[max(span.start, len(self.full) - len(after)) : span.end]
+        text = self.full[span.start : span.end].rstrip()  # as of a tool call without content: what it ends with
+        return max((token for token in self.template.special if text.endswith(token)), key=len, default="")
+
+    def _marked_spans(self, learned: list[int]) -> list[Span]:
+        """The places that the template's own marks say."""
+        answers = [i for i, message in enumerate(self.messages) if message["role"] == ANSWERS]
+        spans = self._marked[1]
+        if len(learned) < len(answers):
+            if len(spans) != len(answers):
+                raise BadRow("the chat template marks no single place for each answer, so none can be left out")
+            spans = [span for i, span in zip(answers, spans, strict=True) if i in learned]
+        return [Span(*span) for span in spans]
+
+    def _span(self, i: int) -> Span:
+        """Where message i, an answer, stands: from the header that asks for it to what the template puts behind it."""
+        start = self._start(i)
+        alone = self.full if i == len(self.messages) - 1 else self._render(self.messages[: i + 1])
+        written = alone[: self._visible_end(i, alone)]
+        if self.full.startswith(written) and len(written) >= start:
+            return Span(start, len(written))
+        try:
+            return self._rewritten(i, start)
+        except BadRow as error:
+            if span := self._ended_before_the_next(i, start, alone):
+                return span
+            raise error
+
+    def _visible_end(self, i: int, alone: str) -> int:
+        """Where a chat that ends with answer i ends, without the white space that the template puts there."""
+        content = self.messages[i].get("content")
+        if isinstance(content, str) and content != content.rstrip():
+            with suppress(BadRow):
+                after = self._around(self.messages[: i + 1], i)[1]
+                if alone.endswith(after):
+                    return len(alone) - len(after) + len(after.rstrip())
+        return len(alone.rstrip())
+
+    def _start(self, i: int) -> int:
+        """Where answer i begins: behind the header that a server puts before it."""
+        history = self.messages[:i]
+        asked = self._render(history, header=True) if history else None
+        if asked is not None and self.full.startswith(asked):
+            return len(asked)
+        before = self._around(self.messages, i)[0]
+        if not self.full.startswith(before):
+            raise BadRow(f"the chat template rewrites what stands before message {i + 1}, so its place is not known")
+        if asked is None:  # no header asks for a first message
+            return len(before)
+        told = len(_common(asked, self._render(history)))
+        shared = len(_common(asked, self.full))
+        if shared > told and (kept := _whole(asked[told:shared])):
+            # the header goes on with what this chat has not, as the start of a thought
+            return min(told + len(kept), len(before))
+        header = asked[told:]
+        found = before.rfind(header) if header.strip() else -1
+        if found < 0 and any(has_value(v) for name, v in self.messages[i].items() if name not in ("role", "content")):
+            raise BadRow(f"the chat template writes no header before message {i + 1}, so its place is not known")
+        return len(before) if found < 0 else found + len(header)
+
+    def _around(self, messages: list[dict], i: int) -> tuple[str, str]:
+        """What the template writes before and after the content of message i, whatever that is.
+
+        Raises:
+            BadRow: the content is not written once and by itself.
+        """
+        rendered = self._render([*messages[:i], {**messages[i], "content": UNLIKELY}, *messages[i + 1 :]])
+        before, found, after = rendered.partition(UNLIKELY)
+        if not found or UNLIKELY in after:
+            raise BadRow(f"the chat template does not write message {i + 1} once, so its place is not known")
+        return before, after
+
+    def _rewritten(self, i: int, start: int) -> Span:
+        """The place of an answer that is written otherwise, or ended otherwise, than where it is the last message:
+        without its thoughts, without the end of the chat."""
+        before, after = self._around(self.messages, i)
+        if not self.full.startswith(before) or not self.full.endswith(after):
+            raise BadRow(f"the chat template rewrites message {i + 1}, so its place is not known")
+        content_end = len(self.full) - len(after)
+        tail = self._around(self.messages[: i + 1], i)[1].rstrip()
+        if tail and after.startswith(tail):
+            return Span(start, content_end + len(tail))
+        ending = _whole(_common(after, tail)).rstrip() or self._end_of_any(after, i)
+        return Span(start, content_end + len(ending))
+
+    def _ended_before_the_next(self, i: int, start: int, alone: str) -> Span | None:
+        """The place of an answer whose content cannot stand in for another, as of a tool call without any: it ends
+        with the token that ends it where it is the last message."""
+        token = max((t for t in self.template.special if alone.rstrip().endswith(t)), key=len, default=None)
+        following = self._around(self.messages, i + 1)[0]
+        found = self.full.rfind(token, start, len(following)) if token and self.full.startswith(following) else -1
+        return None if found < 0 else Span(start, found + len(token))
+
+    def _end_of_any(self, after: str, i: int) -> str:
+        """The first special token behind an answer, if it ends messages of other roles too: otherwise it begins the
+        next message."""
+        found = _first(after, self.template.special)
+        if not found:
+            return ""
+        ending, roles = after[: found[1]], [message["role"] for message in self.messages]
+        others = [j for j in range(i) if roles[j] != ANSWERS and roles[j + 1] != roles[i + 1]]
+        return ending if any(self._around(self.messages, j)[1].startswith(ending) for j in others) else ""
+
+
+def _common(a: str, b: str) -> str:
+    """What two texts begin with."""
+    ends = (n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return a[: next(ends, min(len(a), len(b)))]
+
+
+def _first(text: str, tokens: tuple[str, ...]) -> tuple[str, int] | None:
+    """The first of these tokens in a text, and where it ends."""
+    places = [(text.find(token), -len(token), token) for token in tokens if token in text]
+    if not places:
+        return None
+    at, _, token = min(places)
+    return token, at + len(token)
+
+
+def _whole(text: str) -> str:
+    """What two texts share, up to where a mark ends in it: they may share the beginning of the next mark too."""
+    found = re.match(r".*[>\])}\s]", text, re.DOTALL)
+    return found.group() if found else ""
+
+
+@lru_cache(maxsize=16)
+def _words(template: str) -> frozenset[str]:
+    """The names that a template knows."""
+    return frozenset(re.findall(r"[A-Za-z_]\w*", template))
