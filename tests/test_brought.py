@@ -16,6 +16,8 @@ from fsdp_utils.core.flags import parse
 from fsdp_utils.folders.describe import describe
 from fsdp_utils.inference.config import EvalConfig
 
+pytestmark = pytest.mark.versions
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -9,7 +9,7 @@ from fsdp_utils.core.errors import DataError
 from fsdp_utils.data.chats import give_template
 from fsdp_utils.data.tokens import prepare_dataset
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = [pytest.mark.versions, pytest.mark.usefixtures("own_cache")]
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

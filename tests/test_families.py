@@ -9,6 +9,8 @@ from fsdp_utils.core.errors import UserError
 from fsdp_utils.folders.describe import describe
 from fsdp_utils.inference.load import load_for_inference
 
+pytestmark = pytest.mark.versions
+
 CPU = torch.device("cpu")
 
 

@@ -14,6 +14,8 @@ import train
 from fsdp_utils.training.step import TrainStep
 from fsdp_utils.training.task import CAUSAL_LM
 
+pytestmark = pytest.mark.versions
+
 STEPS = 200
 PARTS = {"lora_A.default.weight": "lora_A", "lora_B.default.weight": "lora_B"}
 PARTS["lora_magnitude_vector.default.weight"] = "magnitude_delta"  # m = weight_norm + delta: the same gradient

@@ -27,6 +27,8 @@ from fsdp_utils.model.weights import load_weights, materialize
 from fsdp_utils.training.task import CAUSAL_LM
 from methods.targets import decoder_blocks, refuse_experts
 
+pytestmark = pytest.mark.versions
+
 CPU = torch.device("cpu")
 UNBUILT = {  # families of which no tiny model is made here, and why
     **dict.fromkeys(("blt", "longcat_flash"), "sizes of its own that stay large"),

@@ -22,6 +22,8 @@ from fsdp_utils.training.task import CAUSAL_LM
 from methods.llama_pro import EXPANDED_LAYERS_FILE
 from methods.targets import adapter_targets
 
+pytestmark = pytest.mark.versions
+
 IDS = torch.arange(24).view(2, 12) * 7 % 256
 
 

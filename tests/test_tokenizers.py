@@ -14,6 +14,8 @@ from fsdp_utils.core.errors import UserError
 from fsdp_utils.model import tokenizer as reading
 from fsdp_utils.model.build import read_tokenizer
 
+pytestmark = pytest.mark.versions
+
 SENTENCES = ["the quick brown fox", "hello world 123", "def f(x):\n    return x"] * 30
 AS_LLAMA = dict(  # how Llama's SentencePiece model was trained
     model_type="bpe", normalization_rule_name="identity", remove_extra_whitespaces=False, byte_fallback=True,

@@ -26,7 +26,7 @@ from fsdp_utils.data.encode import Piece, Text, TextEncoder, exact
 from fsdp_utils.data.show import histogram, marked
 from fsdp_utils.data.tokens import prepare_dataset
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = [pytest.mark.versions, pytest.mark.usefixtures("own_cache")]
 
 
 @pytest.fixture(scope="module")
