@@ -26,6 +26,15 @@ class Text(NamedTuple):
     bare: bool = False
 
 
+Parts = list[tuple[np.ndarray, bool]]  # ids, int32, and whether they are trained
+
+
+def joined(parts: Parts) -> tuple[np.ndarray, np.ndarray]:
+    """(ids int32, which are trained) `[tokens]`."""
+    ids = np.concatenate([ids for ids, _ in parts] or [np.zeros(0, dtype=np.int32)])
+    return ids, np.repeat([trained for _, trained in parts], [len(ids) for ids, _ in parts]).astype(bool)
+
+
 class TextEncoder:
     """What a tokenizer makes of texts, without the special tokens that it would add.
 
@@ -60,6 +69,10 @@ class TextEncoder:
 
     def rows(self, texts: list["Text"]) -> list[tuple[np.ndarray, np.ndarray]]:
         """(ids int32, which are trained) `[tokens]` of each text."""
+        return [joined(parts) for parts in self.parts(texts)]
+
+    def parts(self, texts: list["Text"]) -> list[Parts]:
+        """The ids of each text, in parts that are trained or not."""
         cut = [[piece for piece in text.pieces if piece.text] for text in texts]
         begins, on = [], []
         for pieces in cut:
@@ -79,21 +92,18 @@ class TextEncoder:
             return None
         return max((token for token in self._tokens if before.endswith(token)), key=len)
 
-    def _row(self, pieces, text: "Text", begins: dict, on: dict) -> tuple[np.ndarray, np.ndarray]:
-        ids, trained = [], []
+    def _row(self, pieces, text: "Text", begins: dict, on: dict) -> Parts:
+        found = []
         for i, piece in enumerate(pieces):
             token = self._anchor(pieces, i)
-            part = on[piece.text] if token is None else begins[token + piece.text]
-            ids.append(part[1:] if token else part)  # the token itself is at the end of the piece before
-            trained.append(np.full(len(ids[-1]), piece.trained))
-        n, first = len(self.prefix), ids[0] if ids else []
-        if n and not text.bare and list(first[:n]) != self.prefix:
-            ids, trained = [np.array(self.prefix, dtype=np.int32), *ids], [np.zeros(n, dtype=bool), *trained]
+            ids = on[piece.text] if token is None else begins[token + piece.text]
+            found.append((ids[1:] if token else ids, piece.trained))  # the token is at the end of the piece before
+        n = len(self.prefix)
+        if n and not text.bare and (not found or found[0][0][:n].tolist() != self.prefix):
+            found.insert(0, (np.array(self.prefix, dtype=np.int32), False))
         if text.ended and self.eos:
-            ids, trained = [*ids, np.array(self.eos, dtype=np.int32)], [*trained, np.ones(1, dtype=bool)]
-        if not ids:
-            return np.zeros(0, dtype=np.int32), np.zeros(0, dtype=bool)
-        return np.concatenate(ids), np.concatenate(trained)
+            found.append((np.array(self.eos, dtype=np.int32), True))
+        return found
 
     def _ids(self, texts: list[str], which: int) -> dict[str, np.ndarray]:
         """Ids of each distinct text."""

@@ -62,12 +62,12 @@ class Lines:
 
     def read(self, indices: Sequence[int]) -> list[Row]:
         """The rows at these places."""
+        starts, ends, numbers = (of[indices].tolist() for of in (self.starts, self.ends, self.numbers))
         found = []
         with open(self.path, "rb") as file:
-            for i in indices:
-                file.seek(self.starts[i])
-                text = file.read(self.ends[i] - self.starts[i])
-                found.append(_parsed(text, where=f"{self.name}, {self.noun} {self.numbers[i]}"))
+            for start, end, number in zip(starts, ends, numbers, strict=True):
+                file.seek(start)
+                found.append(_parsed(file.read(end - start), where=f"{self.name}, {self.noun} {number}"))
         return found
 
 

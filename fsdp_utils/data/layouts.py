@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from string import Formatter
 
@@ -196,22 +196,38 @@ class Form:
         """A raw row under the layout's names."""
         return row | {name: _at(row, path) for name, path in self.paths.items()}
 
+    @cached_property
+    def _read(self) -> dict[str, bool]:
+        """The fields that are read, and which may be missing."""
+        spec = LAYOUTS[self.layout]
+        return dict.fromkeys(spec.columns, False) | {
+            name: True for name in (*spec.optional, *self._in_template) if name not in spec.columns
+        }
+
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        """Every column that is read."""
+        return frozenset(
+            {*self._read, *SWITCHES, *self.paths.values(), *(p.split(".")[0] for p in self.paths.values())}
+        )
+
     def fields(self, row: dict) -> dict[str, str]:
         """What the layout reads of a raw row, and the other columns that the prompt names.
 
         Raises:
             BadRow: a field is missing or not a string.
         """
-        spec, row = LAYOUTS[self.layout], self.named(row)
-        picked = {name: row.get(name) for name in spec.columns}
-        optional = (*spec.optional, *(name for name in self._in_template if name not in picked))
-        picked |= {name: "" if row.get(name) is None else row[name] for name in optional}
-        for name, value in picked.items():
+        row, picked = self.named(row) if self.paths else row, {}
+        for name, optional in self._read.items():
+            value = row.get(name)
+            if value is None and optional:
+                value = ""
             if not isinstance(value, str):
                 found = "missing or null" if value is None else f"{type(value).__name__}, not a string"
                 raise BadRow(f"field {name!r} is {found}")
             if not is_text(value):
                 raise BadRow(f"field {name!r} holds half of a surrogate pair, which is no character")
+            picked[name] = value
         return picked
 
     def split(self, picked: dict[str, str]) -> tuple[str, str]:
@@ -235,10 +251,7 @@ class Form:
         """
         if not self.checked:
             return []
-        spec = LAYOUTS[self.layout]
-        known = {*spec.columns, *spec.optional, *self._in_template, *SWITCHES}
-        known |= {part for path in self.paths.values() for part in (path, path.split(".")[0])}
-        found = [name for name, value in row.items() if has_value(value) and name not in known]
+        found = [name for name, value in row.items() if name not in self._known and has_value(value)]
         for name in found:
             if name in MATTERS:
                 raise BadRow(
@@ -259,6 +272,8 @@ def has_value(value) -> bool:
 
 def is_text(text: str) -> bool:
     """Whether a string is made of characters: JSON can write half of one."""
+    if text.isascii():
+        return True
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,5 +1,6 @@
 """Tokens: raw rows become token ids with labels, once a machine."""
 
+import gc
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ from fsdp_utils.core.errors import DataError
 from fsdp_utils.data import chats, encode, files, layouts
 from fsdp_utils.data.batches import IGNORED
 from fsdp_utils.data.chats import Chat, Template, pick_chat
-from fsdp_utils.data.encode import Piece, Text, TextEncoder
+from fsdp_utils.data.encode import Parts, Piece, Text, TextEncoder, joined
 from fsdp_utils.data.files import Row, cache_folder, writing_cache
 from fsdp_utils.data.layouts import BadRow, Form, Reading, is_learned
 from fsdp_utils.data.sources import Examples, load_examples
@@ -150,15 +151,14 @@ class Encoded:
     """One row as ids.
 
     Args:
-        ids, trained: of each token, `[tokens]`; empty for a row that is refused.
+        parts: its ids; none for a row that is refused.
         end: id of the special token that ends its last answer, or NONE.
         refused: why it cannot be trained on, with its place; "" if it can.
         unread: columns that nothing reads.
         text: what the ids are to decode to, special tokens that were added left out.
     """
 
-    ids: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
-    trained: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    parts: Parts = ()
     end: int = NONE
     refused: str = ""
     unread: Sequence[str] = ()
@@ -192,8 +192,8 @@ class RowEncoder:
             except BadRow as error:
                 encoded.refused = f"{row.where}: {error}"
             found.append(encoded)
-        for encoded, text, (ids, trained) in zip(places, texts, self.texts.rows(texts), strict=True):
-            encoded.ids, encoded.trained = ids, trained
+        for encoded, text, parts in zip(places, texts, self.texts.parts(texts), strict=True):
+            encoded.parts = parts
             encoded.text = "".join(piece.text for piece in text.pieces)
         return found
 
@@ -217,23 +217,29 @@ class RowEncoder:
 
 
 def as_table(rows: list[Encoded], *, context_length: int) -> pa.Table:
-    """The columns of FEATURES."""
-    cut = [row.ids[:context_length] for row in rows]
-    offsets = np.cumsum([0, *map(len, cut)], dtype=np.int32)
-    ids = np.concatenate(cut) if cut else np.zeros(0, dtype=np.int32)
-    trained = np.concatenate([row.trained[:context_length] for row in rows]) if cut else np.zeros(0, dtype=bool)
+    """The columns of FEATURES. All rows at once: a row is worth few microseconds."""
+    parts = [part for row in rows for part in row.parts]
+    sizes = np.array([len(ids) for ids, _ in parts], dtype=np.int64)
+    row_of = np.repeat(np.arange(len(rows)), [len(row.parts) for row in rows])
+    lengths = np.bincount(row_of, weights=sizes, minlength=len(rows)).astype(np.int64)
+    place = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)  # of a token in its row
+    kept = place < context_length
+    ids = np.concatenate([ids for ids, _ in parts] or [np.zeros(0, dtype=np.int32)])[kept]
     # nothing predicts the first token. Which labels count never depends on an id: EOS may be padding too (trl#1623)
-    trained[offsets[:-1][np.diff(offsets) > 0]] = False
-    sums = np.concatenate([[0], np.cumsum(trained)])
+    trained = (np.repeat(np.array([trained for _, trained in parts], dtype=bool), sizes) & (place > 0))[kept]
+    offsets = np.concatenate([[0], np.cumsum(np.minimum(lengths, context_length))]).astype(np.int32)
+    sums, full = np.concatenate([[0], np.cumsum(trained)]), np.diff(offsets) > 0
+    largest = np.full(len(rows), NONE, dtype=np.int32)
+    largest[full] = np.maximum.reduceat(ids, offsets[:-1][full]) if full.any() else NONE
     lists = lambda values: pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, type=pa.int32()))
-    whole = [len(row.ids) <= context_length for row in rows]
+    truncated = lengths > context_length
     columns = dict(
         input_ids=lists(ids),
         labels=lists(np.where(trained, ids, IGNORED).astype(np.int32)),
         labelled=pa.array((sums[offsets[1:]] - sums[offsets[:-1]]).astype(np.int32)),
-        truncated=pa.array([not kept for kept in whole]),
-        max_token_id=pa.array([max(part.tolist(), default=NONE) for part in cut], type=pa.int32()),
-        end=pa.array([row.end if kept else NONE for row, kept in zip(rows, whole, strict=True)], type=pa.int32()),
+        truncated=pa.array(truncated),
+        max_token_id=pa.array(largest),
+        end=pa.array(np.where(truncated, NONE, [row.end for row in rows]).astype(np.int32)),
         refused=pa.array([row.refused for row in rows]),
         unread=pa.array(["\n".join(row.unread) for row in rows]),
     )
@@ -314,6 +320,7 @@ def prepare_dataset(config, tokenizer, *, load: Callable = load_examples) -> Tok
         workers = _processes(len(examples))
         if workers:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not outlive a fork
+        gc.freeze()  # or each collection, of which there are many, looks at all that was imported
         with writing_cache():
             tokenized = Dataset.from_dict({"index": np.arange(len(examples))}).map(
                 _tokenize,
@@ -327,6 +334,7 @@ def prepare_dataset(config, tokenizer, *, load: Callable = load_examples) -> Tok
                 cache_file_name=str(path),
                 desc="Tokenizing",
             )
+        gc.unfreeze()
     kept = _kept(tokenized, config, has_eos=chats_there or tokenizer.eos_token_id is not None)
     notes = (f"mixture: {', '.join(examples.taken)}",) if examples.taken else ()
     report = replace(kept.report, notes=(*notes, *_changed_texts(examples.first(COMPARED), encoder)))
@@ -339,7 +347,7 @@ def _changed_texts(examples: Examples, encoder: RowEncoder) -> tuple[str, ...]:
     special = re.compile("|".join(map(re.escape, sorted(tokenizer.all_special_tokens, key=len, reverse=True))) or "$^")
     changed = []
     for (row, _), encoded in zip(examples, encoder(list(examples)), strict=True):
-        wanted, found = (special.sub("", text) for text in (encoded.text, tokenizer.decode(encoded.ids)))
+        wanted, found = (special.sub("", text) for text in (encoded.text, tokenizer.decode(joined(encoded.parts)[0])))
         if found.strip(" ") != wanted.strip(" "):  # one that begins with a space puts it behind BOS too
             at = next((i for i, (a, b) in enumerate(zip(wanted, found, strict=False)) if a != b), 0)
             changed.append(f"{row.where}: {wanted[at : at + 20]!r} is read as {found[at : at + 20]!r}")
