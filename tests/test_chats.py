@@ -408,3 +408,62 @@ def test_an_end_that_only_some_messages_share(tmp_path):
     )
     messages = [CHAT[1], {"role": "tool", "content": "noon"}, *CHAT[2:]]
     assert trained_text(prepared(tmp_path, tokenizer, {"messages": messages}), tokenizer) == STYLES["gpt_oss"][1]
+
+
+@pytest.mark.parametrize("name", ["system", "context", "history"])
+def test_a_column_is_not_read_because_its_name_occurs(tmp_path, name):
+    """As a role, a word of a comment, a variable that the template sets."""
+    tokenizer = styled("llama3")
+    tokenizer.chat_template = (
+        "{# context #}{% set history = 1 %}{% if messages[0].role == 'system' %}{% endif %}" + TOOLS
+    )
+    with pytest.raises(DataError, match=f"line 1: column '{name}' is not written"):
+        prepared(tmp_path, tokenizer, {name: "x", "messages": CHAT})
+    found = prepared(tmp_path, tokenizer, {"role": "x", "message": "y", "m": "z", "messages": CHAT})
+    assert found.report.unread == {"role": 1, "message": 1, "m": 1}
+
+
+def test_thoughts_that_history_loses_are_named(tmp_path):
+    """Those of the last answer are learned, or the row is refused; what a template drops on purpose is counted."""
+    tokenizer = styled("qwen3")
+    thought = lambda message: {**message, "reasoning_content": "hm"}
+    last = prepared(tmp_path, tokenizer, {"messages": [*CHAT[:4], thought(CHAT[4])]})
+    assert "<think>\nhm\n</think>" in trained_text(last, tokenizer) and not last.report.unread
+    earlier = prepared(tmp_path, tokenizer, {"messages": [*CHAT[:2], thought(CHAT[2]), *CHAT[3:]]})
+    assert earlier.report.unread == {"reasoning_content of messages": 1}
+    tokenizer.chat_template = tokenizer.chat_template.replace("and loop.last", "and loop.last and enable_thinking")
+    with pytest.raises(DataError, match="'reasoning_content' of message 5 is not written"):
+        prepared(tmp_path, tokenizer, {"messages": [*CHAT[:4], thought(CHAT[4])]})
+
+
+@pytest.mark.parametrize(
+    ("content", "messages"),
+    [
+        ("{{ m.content[:3] }}", CHAT),
+        ("{{ m.content if m.role != 'system' }}", [{"role": "system", "content": "Four"}, *CHAT[1:]]),
+        ("{{ m.content[0].text }}", [{**m, "content": [{"type": "text", "text": t} for t in "xy"]} for m in CHAT]),
+        ("{{ m.content }}", [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in CHAT]),
+    ],
+    ids=["cut", "dropped, though its words occur", "first part", "as Python's list"],
+)
+def test_content_that_is_not_all_written(tmp_path, content, messages):
+    tokenizer = styled("llama3")
+    tokenizer.chat_template = PARTS.replace("{% for part in m.content %}{{ part.text }}{% endfor %}", content)
+    refusals = "the content of message .* is not written|the chat template writes content in parts as a Python list"
+    with pytest.raises(DataError, match=f"line 1: ({refusals})"):
+        prepared(tmp_path, tokenizer, {"messages": messages})
+
+
+def test_a_mark_that_is_never_reached_is_none(tmp_path, tokenizer):
+    tokenizer.chat_template = "{# {% generation %} #}" + CHATML
+    assert trained_text(prepared(tmp_path, tokenizer, {"messages": CHAT}), tokenizer).startswith("Four.<|im_end|>")
+
+
+def test_nested_chats(tmp_path):
+    """What stands beside the messages that --columns finds inside a column is not lost."""
+    tokenizer, flags = styled("llama3"), dict(columns="messages=d.messages")
+    assert prepared(tmp_path, tokenizer, {"d": {"messages": CHAT, "id": 1}}, **flags).report.unread == {"d.id": 1}
+    with pytest.raises(DataError, match="'value' and 'content'"):
+        prepared(tmp_path, tokenizer, {"messages": [{"from": "human", "value": "x", "content": "y"}]})
+    with pytest.raises(DataError, match="chat_template_kwargs is no object"):
+        prepared(tmp_path, tokenizer, {"messages": CHAT, "chat_template_kwargs": "x"})

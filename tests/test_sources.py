@@ -318,8 +318,11 @@ def test_mixture(tmp_path, tokenizer):
     ("text", "message"),
     [
         ("{a}:0.5,{b}", "give every source a weight, or none"),
-        ("{a}:0,{b}:1", "a weight of 0 takes nothing"),
-        ("{a}:1,{a}:1", "names the same rows twice"),
+        ("{a}:0,{b}:1", "the weight '0' of .* is no number above 0"),
+        ("{a}:1,{a}:1", "holds the same rows twice"),
+        ("{a}:1e-9,{b}:1", r"takes no row of .*a\.jsonl"),
+        ("{a}:1e-1,{b}:nan", "the weight 'nan' of"),
+        ("{a}:1", "beside other sources only"),
         ("{a}:1,,{b}:1", "an empty source"),
         ("{a}:1,none.jsonl:1", "none.jsonl: no such file"),
     ],
@@ -496,3 +499,124 @@ def test_lines_are_read_where_they_stand(tmp_path):
     read = rows.read(np.array([2, 0, 1]))
     assert [row.value["text"] for row in read] == ["c", "a", "b"]
     assert [row.where.rsplit(" ", 1)[1] for row in read] == ["5", "1", "4"]
+
+
+# --- what a newcomer's data hold
+
+
+@pytest.mark.parametrize(
+    ("weight", "learned"),
+    [("0", 0), ("1", 1), ("0.0", 0), ("true", 1), ("False", 0), ("", 1), (0, 0), (1.0, 1), (None, 1)],
+)
+def test_switches_of_any_type(tmp_path, tokenizer, weight, learned):
+    """Text too, as in a table of text, and under another name; what is neither on nor off is refused."""
+    rows = [{"question": "q", "answer": "a"}, {"question": "r", "answer": "a"}]
+    for name in ("weight", "train"):
+        assert len(prepared(tmp_path, tokenizer, {**rows[0], name: weight}, rows[1])) == 1 + learned
+        assert len(prepared(tmp_path, tokenizer, {**rows[0], "w": weight}, rows[1], columns=f"{name}=w")) == 1 + learned
+    for wrong in ("heavy", 0.5, [1]):
+        with pytest.raises(DataError, match=r"line 1: weight .*: only 0"):
+            prepared(tmp_path, tokenizer, {**rows[0], "weight": wrong}, rows[1])
+
+
+@pytest.mark.parametrize(
+    ("row", "flags", "message"),
+    [
+        (
+            {"question": "q", "answer": "a", "context": "c"},
+            dict(columns="context=context"),
+            "context=context: has no effect",
+        ),
+        ({"question": "q", "answer": "a", "x": "c"}, dict(columns="foo=x"), "foo=x: has no effect"),
+        ({"d": {"q": "q", "a": "a", "context": "c"}}, dict(columns="question=d.q,answer=d.a"), r"column 'd\.context'"),
+        ({"instruction": "i", "input": "x", "output": "o"}, dict(prompt_template="{instruction}"), "column 'input'"),
+        ({"question": "q", "answer": "a", "c": None}, dict(prompt_template="{question}{c}"), "field 'c' is missing"),
+        ({"question": "q", "answer": "a"}, dict(prompt_template="{question:>9}"), "names no column"),
+        ({"question": "q", "answer": "a"}, dict(prompt_template="{question!r}"), "names no column"),
+    ],
+)
+def test_nothing_is_left_out_in_silence(tmp_path, tokenizer, row, flags, message):
+    with pytest.raises(DataError, match=message):
+        prepared(tmp_path, tokenizer, row, **flags)
+
+
+def test_what_stands_beside_a_part_is_named(tmp_path, tokenizer):
+    row = {"d": {"q": "q", "a": "a", "id": 3}}
+    assert prepared(tmp_path, tokenizer, row, columns="question=d.q,answer=d.a").report.unread == {"d.id": 1}
+
+
+def test_the_first_row_need_not_have_every_column(tmp_path, tokenizer):
+    """Columns are those of the first rows together: one that is null in the first is there."""
+    rows = [{"question": "q", "answer": "wrong", "alt": None}, {"question": "q", "answer": "wrong", "alt": "right"}]
+    found = prepared(tmp_path, tokenizer, *rows, columns="answer=alt", skip_bad_rows=True)
+    assert found.report.refused == 1 and trained_text(found, tokenizer) == "right</s>"
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst"])
+def test_a_packed_file_that_ends_too_early(tmp_path, tokenizer, kind):
+    """Also where the cut falls between two rows; files of several packed parts are whole."""
+    pack = gzip.compress if kind.endswith("gz") else zstandard.ZstdCompressor().compress
+    lines = b"".join(json.dumps({"text": os.urandom(20).hex()}).encode() + b"\n" for _ in range(4000))
+    path = tmp_path / f"rows.{kind}"
+    path.write_bytes(pack(lines)[:-3000])
+    with pytest.raises(DataError, match="cannot be unpacked"):
+        prepare_dataset(make_config(path), tokenizer)
+    path.write_bytes(pack(lines[: lines.index(b"\n") + 1]) + pack(lines[lines.index(b"\n") + 1 :]))
+    assert len(load_examples(make_config(path))) == 4000
+
+
+def test_the_same_rows_twice_are_refused(tmp_path, tokenizer):
+    """A copy in a folder or pattern, packed or not; a file about files is none of the data."""
+    folder = write_as("folder", tmp_path / "rows", questions(4))
+    (folder / "dataset_infos.json").write_text("{}")
+    assert len(load_examples(make_config(folder))) == 4
+    (folder / "copy.jsonl.gz").write_bytes(gzip.compress((folder / "a.jsonl").read_bytes()))
+    for name in (f"{folder}/*.jsonl*", folder):
+        with pytest.raises(DataError, match=r"the same rows twice, as .*a\.jsonl|belongs to no split"):
+            load_examples(make_config(name))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"text": "a", "id": ' + b"1" * 5000 + b"}\n", "line 1: malformed JSON"),
+        ('{"text": "a"}\n'.encode("utf-16"), "line 1: malformed JSON"),
+        ('{"text": "é"}\n'.encode("latin-1"), "line 1: malformed JSON: it is not UTF-8"),
+        (b'{\n "data": [1]\n}\n', "one object over several lines"),
+    ],
+)
+def test_other_bad_files(tmp_path, tokenizer, content, message):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        prepare_dataset(make_config(tmp_path / "rows.jsonl"), tokenizer)
+
+
+def test_tables_that_cannot_be_read(tmp_path, tokenizer):
+    """Columns of a type that is not known, or of the same name; a wide cell is no error."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    twice = pa.table([["q"], ["a"], ["b"]], names=["question", "answer", "answer"])
+    odd = pa.table({"text": ["a"], "m": pa.array([[("k", 1)]], type=pa.map_(pa.string(), pa.int64()))})
+    for name, table, message in (("twice", twice, "names a column twice"), ("odd", odd, "leave that column away")):
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+        with pytest.raises(DataError, match=message):
+            prepare_dataset(make_config(tmp_path / f"{name}.parquet"), tokenizer)
+    (tmp_path / "wide.CSV").write_text(f"question,answer\nq,{'a' * 200_000}\n")
+    assert len(load_examples(make_config(tmp_path / "wide.CSV"))) == 1
+
+
+def test_none_of_the_rows_can_be_read(tmp_path, tokenizer):
+    """Is not blamed on --context_length."""
+    with pytest.raises(DataError, match=r"none of its 2 rows can be read; .*line 1: field 'answer'"):
+        prepared(
+            tmp_path, tokenizer, {"question": "q", "answer": 1}, {"question": "r", "answer": 2}, skip_bad_rows=True
+        )
+
+
+def test_dataset_samples_of_a_mixture(tmp_path):
+    """Exactly so many."""
+    for name in "ab":
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name}{i}"} for i in range(30)])
+    name = f"{tmp_path}/a.jsonl:0.5,{tmp_path}/b.jsonl:0.5"
+    assert len(load_examples(make_config(name, dataset_samples=7, explicit_flags={"dataset_samples"}))) == 7

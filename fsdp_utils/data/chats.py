@@ -3,13 +3,12 @@
 import inspect
 import json
 import re
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-from jinja2 import TemplateRuntimeError, TemplateSyntaxError
+from jinja2 import Environment, TemplateRuntimeError, TemplateSyntaxError, meta, nodes
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from fsdp_utils.core.errors import DataError
@@ -47,7 +46,7 @@ def give_template(tokenizer, path: str | None) -> None:
     if not path:
         return
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
         with suppress(TemplateRuntimeError):  # as for a chat without a system message
             tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False, chat_template=text)
         if not text.strip():
@@ -76,22 +75,22 @@ class Template:
         except ValueError as error:
             raise DataError(f"--dataset {source}: chats need one chat template ({one_line(error)})") from None
         self.special = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-        self._writes: dict[str, bool] = {}
         callables = (tokenizer.apply_chat_template, render_jinja_template)
-        self.taken = {name for f in callables for name in inspect.signature(f).parameters} - {*READ_BY_TRANSFORMERS}
+        self.taken = {"messages"} | {name for f in callables for name in inspect.signature(f).parameters} - {
+            *READ_BY_TRANSFORMERS
+        }
 
     def source(self, variables: dict) -> str:
         """The template's text, for a chat with these variables."""
         return self.tokenizer.get_chat_template(tools=variables.get("tools"))
 
-    def writes(self, name: str, variables: dict, changes: Callable[[], bool]) -> bool:
-        """Whether the template reads a variable, or a field of a message: it names it, or writes something else
-        without it, as where it writes whole messages."""
-        if name in _words(self.source(variables)):
-            return True
-        if name not in self._writes:
-            self._writes[name] = changes()
-        return self._writes[name]
+    def reads(self, name: str) -> bool:
+        """Whether the template reads a variable of this name."""
+        return name in _variables(self.source({}))
+
+    def knows_field(self, name: str) -> bool:
+        """Whether the template reads a field of this name of some message."""
+        return name in _fields(self.source({}))
 
     def render(self, messages: list[dict], variables: dict, *, header: bool = False) -> str:
         """What the template writes, with the header that asks for an answer or without.
@@ -116,7 +115,7 @@ class Template:
             (text,), (spans,) = render_jinja_template([messages], return_assistant_tokens_mask=True, **names)
         except Exception as error:
             raise BadRow(f"the chat template fails ({one_line(error)})") from None
-        return text, [tuple(span) for span in spans]
+        return (text, [tuple(span) for span in spans]) if spans else None  # a mark that is never reached is none
 
 
 def pick_chat(row: dict, form: Form) -> tuple[list[dict], dict]:
@@ -132,11 +131,14 @@ def pick_chat(row: dict, form: Form) -> tuple[list[dict], dict]:
     messages = [_as_said(message, f"message {number}") for number, message in enumerate(messages, start=1)]
     read = {"messages", *(path.split(".")[0] for path in form.paths.values())}
     variables = {name: value for name, value in row.items() if name not in read and has_value(value)}
-    if isinstance(variables.get("tools"), str):  # a table holds them so: its columns cannot hold any object
-        with suppress(ValueError):
-            variables["tools"] = json.loads(variables["tools"])
-    more = variables.pop("chat_template_kwargs", None)  # as TRL names them
-    return messages, variables | (more if isinstance(more, dict) else {})
+    for name in ("tools", "chat_template_kwargs"):
+        if isinstance(variables.get(name), str):  # a table holds them so: its columns cannot hold any object
+            with suppress(ValueError):
+                variables[name] = json.loads(variables[name])
+    more = variables.pop("chat_template_kwargs", {})  # as TRL names them
+    if not isinstance(more, dict):
+        raise BadRow("chat_template_kwargs is no object")
+    return messages, variables | more
 
 
 def _as_said(message, named: str) -> dict:
@@ -145,6 +147,8 @@ def _as_said(message, named: str) -> dict:
         if message["from"] not in SPEAKERS:
             raise BadRow(f"{named} is from {message['from']!r}; known are {', '.join(SPEAKERS)}")
         others = {name: value for name, value in message.items() if name not in ("from", "value")}
+        if "content" in others:
+            raise BadRow(f"{named} has both 'value' and 'content'")
         message = dict(role=SPEAKERS[message["from"]], content=message["value"]) | others
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise BadRow(f"{named} needs 'role' and 'content'")
@@ -228,14 +232,24 @@ class Chat:
         return text
 
     def _check_contents(self, text: str) -> None:
-        """Raises BadRow where the content of a message is not written: some templates want a list of parts."""
-        for i, message in enumerate(self.messages):
-            content = message.get("content")
-            if isinstance(content, str) and content.strip() not in text:  # changed, or not written at all
-                try:
-                    self._around(self.messages, i)
-                except BadRow:
-                    raise BadRow(f"the content of message {i + 1} is not written by the chat template") from None
+        """Raises BadRow where the content of a message is not written, or as Python writes a list."""
+        at = 0
+        for words in (words for message in self.messages for words in _words_of(message.get("content"))):
+            found = text.find(words.strip(), at)
+            if found < 0:  # changed, in another order, or not written at all
+                self._refuse_unwritten()
+                break
+            at = found + len(words.strip())
+        if "{'type':" in text and any(isinstance(message.get("content"), list) for message in self.messages):
+            raise BadRow("the chat template writes content in parts as a Python list; give it as a string")
+
+    def _refuse_unwritten(self) -> None:
+        """Raises BadRow for the first content whose end is not written."""
+        marked = [_with_marks(message, f"{UNLIKELY}{i}") for i, message in enumerate(self.messages)]
+        rendered = self._render([message for message, _ in marked])
+        for i, (_, marks) in enumerate(marked, start=1):
+            if not all(mark in rendered for mark in marks):
+                raise BadRow(f"the content of message {i} is not written by the chat template")
 
     def _render(self, messages: list[dict], *, header: bool = False) -> str:
         return self.template.render(messages, self.variables, header=header)
@@ -250,31 +264,49 @@ class Chat:
         """
         given = [name for name in self.variables if name not in SWITCHES]
         found = [*self.ignored, *(name for name in given if not self._writes_variable(name))]
-        matters = [(name, f"column {name!r}") for name in found if name in MATTERS]
-        for number, message in enumerate(self.messages, start=1):
-            for name, value in message.items():
-                if name in ("role", "content", *SWITCHES) or not has_value(value) or self._writes_field(name):
-                    continue
-                found.append(f"{name} of messages")
-                matters += [(name, f"{name!r} of message {number}")] if name in MATTERS else []
+        matters = [f"column {name!r}" for name in found if name in MATTERS]
+        for name in self._more_fields():
+            if self._writes_field(name):
+                continue
+            found.append(f"{name} of messages")
+            if name in MATTERS and not self._is_history(name):
+                matters.append(f"{name!r} of message {self._carriers(name)[0] + 1}")
         if matters:
             raise BadRow(
-                f"{matters[0][1]} is not written by the chat template, though the answer may depend on it; "
+                f"{matters[0]} is not written by the chat template, though the answer may depend on it; "
                 "give a --chat_template that does, or remove it"
             )
         if any(m["role"] != ANSWERS and m.get("train") is True for m in self.messages):
             found.append("train of other roles than assistant")
         return list(dict.fromkeys(found))
 
+    def _more_fields(self) -> list[str]:
+        """The fields of messages beside role and content that say something."""
+        names = dict.fromkeys(name for message in self.messages for name in message)
+        return [name for name in names if name not in ("role", "content", *SWITCHES) and self._carriers(name)]
+
+    def _carriers(self, name: str) -> list[int]:
+        """The messages in which a field says something."""
+        return [i for i, message in enumerate(self.messages) if has_value(message.get(name))]
+
+    def _is_history(self, name: str) -> bool:
+        """Whether a template may leave a field out on purpose: thoughts before the last question."""
+        asked = max((i for i, message in enumerate(self.messages) if message["role"] == "user"), default=-1)
+        return self.template.knows_field(name) and self._carriers(name)[-1] < asked
+
     def _writes_variable(self, name: str) -> bool:
+        if self.template.reads(name):
+            return True
         fewer = {key: value for key, value in self.variables.items() if key != name}
-        plain = lambda: self.template.render(self.messages, fewer) != self._render(self.messages)
-        return self.template.writes(name, self.variables, plain)
+        return self.template.render(self.messages, fewer) != self._render(self.messages)
 
     def _writes_field(self, name: str) -> bool:
+        """Whether the chat is another without the field, in whatever messages."""
         fewer = [{key: value for key, value in message.items() if key != name} for message in self.messages]
-        plain = lambda: self._render(fewer) != self._render(self.messages)
-        return self.template.writes(name, self.variables, plain)
+        try:
+            return self._render(fewer) != self._render(self.messages)
+        except BadRow:  # it cannot be written without
+            return True
 
     # --- what is learned
 
@@ -441,7 +473,38 @@ def _whole(text: str) -> str:
     return found.group() if found else ""
 
 
+def _with_marks(message: dict, mark: str) -> tuple[dict, list[str]]:
+    """A message with a mark at the end of each text of its content, and the marks."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return {**message, "content": f"{content}{mark};"}, [f"{mark};"]
+    if not isinstance(content, list):
+        return message, []
+    marks = [f"{mark}.{k};" for k in range(len(content))]
+    parts = [{**part, "text": part.get("text", "") + end} for part, end in zip(content, marks, strict=True)]
+    return {**message, "content": parts}, marks
+
+
+def _words_of(content) -> list[str]:
+    """The texts of a content, a string or parts."""
+    if isinstance(content, list):
+        return [part.get("text", "") for part in content]
+    return [content] if isinstance(content, str) else []
+
+
 @lru_cache(maxsize=16)
-def _words(template: str) -> frozenset[str]:
-    """The names that a template knows."""
-    return frozenset(re.findall(r"[A-Za-z_]\w*", template))
+def _variables(template: str) -> frozenset[str]:
+    """The variables that a template reads, but what it sets itself."""
+    return frozenset(meta.find_undeclared_variables(_parsed(template)))
+
+
+@lru_cache(maxsize=16)
+def _fields(template: str) -> frozenset[str]:
+    """The names of attributes and keys that a template reads."""
+    attributes = {node.attr for node in _parsed(template).find_all(nodes.Getattr)}
+    return frozenset(attributes | {node.value for node in _parsed(template).find_all(nodes.Const)})
+
+
+def _parsed(template: str) -> nodes.Template:
+    tag = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # which only transformers knows
+    return Environment(extensions=["jinja2.ext.loopcontrols"]).parse(tag.sub("", template))

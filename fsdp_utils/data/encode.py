@@ -56,6 +56,8 @@ class TextEncoder:
         self.eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self._tokens = tuple(token.content for token in tokenizer.added_tokens_decoder.values())
         backend = getattr(tokenizer, "backend_tokenizer", None) if tokenizer.is_fast else None
+        if backend is not None:
+            backend.encode_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))
         self._begins = backend
         self._goes_on = exact(backend) if backend is not None else None
         self._memo: tuple[dict[str, np.ndarray], dict[str, np.ndarray]] = ({}, {})
@@ -157,7 +159,9 @@ def exact(backend: Tokenizer) -> Tokenizer:
         state[name] = _exact(state[name])
     for token in state["added_tokens"]:
         token.update(lstrip=False, rstrip=False)
-    return Tokenizer.from_str(json.dumps(state))
+    made = Tokenizer.from_str(json.dumps(state))
+    made.encode_special_tokens = backend.encode_special_tokens  # which its file does not hold
+    return made
 
 
 def _exact(state: dict | None) -> dict | None:

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -89,11 +90,14 @@ def _line_places(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _parsed(text: bytes, *, where: str) -> Row:
     try:
-        value = json.loads(text.removeprefix(MARK))
+        value = json.loads(text.removeprefix(MARK).decode())
     except json.JSONDecodeError as error:
-        return Row(where, problem=f"malformed JSON ({error.msg} at column {error.colno})")
-    except (UnicodeDecodeError, RecursionError) as error:
-        return Row(where, problem=f"malformed JSON ({type(error).__name__})")
+        hint = "; it is one object over several lines: write one a line" if text.strip() == b"{" else ""
+        return Row(where, problem=f"malformed JSON ({error.msg} at column {error.colno}){hint}")
+    except UnicodeDecodeError:
+        return Row(where, problem="malformed JSON: it is not UTF-8; write the file in it")
+    except (RecursionError, ValueError) as error:  # as of a number of thousands of digits
+        return Row(where, problem=f"malformed JSON ({one_line(error)})")
     return _checked(where, value)
 
 
@@ -199,8 +203,8 @@ def _json_rows(path: Path, *, name: str, digest: str, noun: str = "line"):
         return Records(json.loads(text), name=name, digest=digest)
     except json.JSONDecodeError as error:
         place, why = f"line {error.lineno}", f"{error.msg} at column {error.colno}"
-    except (UnicodeDecodeError, RecursionError) as error:
-        place, why = "the array", type(error).__name__
+    except (UnicodeDecodeError, RecursionError, ValueError) as error:
+        place, why = "the array", one_line(error)
     raise DataError(f"{name}, {place}: malformed JSON ({why}); correct it")
 
 
@@ -208,6 +212,7 @@ def _csv_rows(path: Path, *, name: str, digest: str, noun: str = "line"):
     """A table with a header; all its cells are strings. Kept as JSON lines, for quoted cells may hold line ends."""
 
     def write(to: Path):
+        csv.field_size_limit(sys.maxsize)
         with open(path, newline="", encoding="utf-8-sig") as file, open(to, "w") as out:
             for values in _csv_values(csv.reader(file, strict=True), name=name):
                 out.write(json.dumps(values) + "\n")
@@ -234,37 +239,59 @@ def _parquet_rows(path: Path, *, name: str, digest: str, noun: str = "line"):
         file = pyarrow.parquet.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{name}: cannot be read ({one_line(error)}); write the file again") from None
+    names = file.schema_arrow.names
+    if len(set(names)) < len(names):
+        raise DataError(f"{name}: names a column twice; rename one")
 
     def write(to: Path):
         with pa.OSFile(str(to), "wb") as out, pa.ipc.new_stream(out, file.schema_arrow) as stream:
             for batch in file.iter_batches(batch_size=10_000):
                 stream.write_batch(batch)
 
-    return Table(Dataset.from_file(str(_kept(f"table-{digest}.arrow", write))), name=name, digest=digest)
+    kept = str(_kept(f"table-{digest}.arrow", write))
+    try:
+        return Table(Dataset.from_file(kept), name=name, digest=digest)
+    except (ValueError, TypeError, NotImplementedError) as error:  # a type of column that `datasets` does not know
+        raise DataError(f"{name}: cannot be read ({one_line(error)}); leave that column away") from None
 
 
-def _zstandard(path: Path):
+def _gzip(path: Path) -> Iterator[bytes]:
+    with gzip.open(path) as file:
+        while chunk := file.read(SCANNED):
+            yield chunk
+
+
+def _zstandard(path: Path) -> Iterator[bytes]:
     try:
         import zstandard
     except ImportError:
         raise DataError(f"{path}: takes zstandard, which is not installed; `pip install zstandard`") from None
-    return zstandard.open(path, "rb")
+    part = zstandard.ZstdDecompressor().decompressobj()
+    with open(path, "rb") as file:
+        while chunk := file.read(SCANNED):
+            while chunk:
+                part = zstandard.ZstdDecompressor().decompressobj() if part.eof else part
+                yield part.decompress(chunk)
+                chunk = part.unused_data if part.eof else b""
+    if not part.eof:  # which its reader of files would not tell
+        raise EOFError("the file ends too early")
 
 
 FORMATS = {".jsonl": _json_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
-PACKED = {".gz": gzip.open, ".zst": _zstandard}
+PACKED = {".gz": _gzip, ".zst": _zstandard}
+ABOUT = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")  # files about files
 SUFFIXES = f"{', '.join(FORMATS)} (these but .parquet also as {' and '.join(PACKED)})"
 
 
 def suffixes(path: str | Path) -> tuple[str, str]:
     """The suffix that says what a file holds, and that of its packing or ""."""
-    path = Path(path)
+    path = Path(str(path).lower())
     return (Path(path.stem).suffix, path.suffix) if path.suffix in PACKED else (path.suffix, "")
 
 
 def is_data_file(path: str | Path) -> bool:
     """Whether a file is called as those that can be read here."""
-    return suffixes(path)[0] in FORMATS
+    return suffixes(path)[0] in FORMATS and Path(path).name not in ABOUT
 
 
 def read_file(path: Path, *, name: str):
@@ -282,7 +309,9 @@ def read_file(path: Path, *, name: str):
     try:
         digest = file_digest(path)
         if packing:
-            path = _kept(f"unpacked-{digest}{kind}", lambda to: _unpack(path, to, packing=packing, name=name))
+            packed = path
+            path = _kept(f"unpacked-{digest}{kind}", lambda to: _unpack(packed, to, packing=packing, name=name))
+            digest = file_digest(path)  # that of the same rows, packed or not
     except OSError as error:
         raise DataError(f"{name}: cannot be read ({error.strerror or one_line(error)})") from None
     rows = FORMATS[kind](path, name=name, digest=digest)
@@ -292,13 +321,16 @@ def read_file(path: Path, *, name: str):
 
 
 def _unpack(path: Path, to: Path, *, packing: str, name: str) -> None:
-    with PACKED[packing](path) as file, open(to, "wb") as out:
+    chunks = PACKED[packing](path)
+    with open(to, "wb") as out:
         while True:
             try:
-                chunk = file.read(SCANNED)
+                chunk = next(chunks, None)
+            except DataError:
+                raise
             except Exception as error:  # gzip, zlib and zstandard each raise their own
                 raise DataError(f"{name}: cannot be unpacked ({one_line(error)}); write it again") from None
-            if not chunk:
+            if chunk is None:
                 return
             out.write(chunk)
 

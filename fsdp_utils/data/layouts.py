@@ -1,6 +1,7 @@
 """Layouts: which columns a row has, and what they mean."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -125,7 +126,7 @@ class Reading:
         text = self.prompt_template or None
         if text and "{" not in text:
             try:
-                text = Path(text).read_text(encoding="utf-8")
+                text = Path(text).read_text(encoding="utf-8-sig")
             except (OSError, UnicodeDecodeError) as error:
                 raise DataError(f"--prompt_template {self.prompt_template}: cannot be read ({error})") from None
         if text is not None:
@@ -146,12 +147,13 @@ def _placeholders(template: str, *, named: str) -> list[str]:
         DataError: braces that are not those of a column, or no column at all.
     """
     try:
-        names = [name for _, name, spec, how in Formatter().parse(template) if name is not None]
+        parsed = [part for part in Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         raise DataError(f"{named}: {error}; name a column as {{question}}, and double braces that stay") from None
-    if not names or not all(name.isidentifier() for name in names):
-        wrong = next((name for name in names if not name.isidentifier()), None)
-        why = f"{{{wrong}}} names no column" if wrong is not None else "names no column"
+    names = [name for _, name, _, _ in parsed]
+    wrong = [name for _, name, spec, how in parsed if not name.isidentifier() or spec or how]
+    if not names or wrong:
+        why = f"{{{wrong[0]}…}} names no column" if wrong else "names no column"
         raise DataError(f"{named}: {why}; name one as {{question}}, and double braces that stay")
     return names
 
@@ -200,16 +202,33 @@ class Form:
     def _read(self) -> dict[str, bool]:
         """The fields that are read, and which may be missing."""
         spec = LAYOUTS[self.layout]
-        return dict.fromkeys(spec.columns, False) | {
-            name: True for name in (*spec.optional, *self._in_template) if name not in spec.columns
-        }
+        names = (*spec.columns, *spec.optional) if self.template is None else (*self._in_template, spec.answer)
+        return {name: name in spec.optional for name in names}
 
     @cached_property
     def _known(self) -> frozenset[str]:
-        """Every column that is read."""
-        return frozenset(
-            {*self._read, *SWITCHES, *self.paths.values(), *(p.split(".")[0] for p in self.paths.values())}
-        )
+        """Every column that is read, or that holds what is."""
+        return frozenset({*self._read, *SWITCHES, *self.paths.values(), *self._inside})
+
+    @cached_property
+    def _inside(self) -> dict[str, set[str]]:
+        """Columns of which only a part is read, and which keys of it. A list counts as read."""
+        found: dict[str, set[str]] = {}
+        for path in self.paths.values():
+            root, _, rest = path.partition(".")
+            if rest:
+                found.setdefault(root, set()).add(rest.split(".")[0])
+        return found
+
+    def beside(self, row: dict) -> list[str]:
+        """What has a value beside the part of a column that is read."""
+        parts = [(root, row[root], keys) for root, keys in self._inside.items() if isinstance(row.get(root), dict)]
+        return [
+            f"{root}.{key}"
+            for root, part, keys in parts
+            for key, value in part.items()
+            if key not in keys and has_value(value)
+        ]
 
     def fields(self, row: dict) -> dict[str, str]:
         """What the layout reads of a raw row, and the other columns that the prompt names.
@@ -252,8 +271,9 @@ class Form:
         if not self.checked:
             return []
         found = [name for name, value in row.items() if name not in self._known and has_value(value)]
+        found += self.beside(row)
         for name in found:
-            if name in MATTERS:
+            if name.rpartition(".")[2] in MATTERS:
                 raise BadRow(
                     f"column {name!r} is read by nothing, though the answer may depend on it; "
                     "name it in a --prompt_template, or remove it"
@@ -285,12 +305,20 @@ def is_learned(switched: dict) -> bool:
     """Whether `weight` and `train` of a message or row leave it to be learned.
 
     Raises:
-        BadRow: a weight between none and whole.
+        BadRow: one that is neither on nor off.
     """
-    weight, train = switched.get("weight"), switched.get("train")
-    if isinstance(weight, int | float) and weight not in (0, 1):
-        raise BadRow(f"weight {weight}: only 0 (read, not learned) and 1 can be trained; write one of them")
-    return weight != 0 and train is not False
+    return all(_is_on(name, switched[name]) for name in SWITCHES if has_value(switched.get(name)))
+
+
+def _is_on(name: str, value) -> bool:
+    """A switch, which in a table of text is text."""
+    text = str(value).strip().lower()
+    if text in ("true", "false"):
+        return text == "true"
+    with suppress(ValueError):
+        if float(text) in (0, 1):
+            return bool(float(text))
+    raise BadRow(f"{name} {value!r}: only 0 (read, not learned) and 1 can be trained; write one of them, or rename it")
 
 
 def find_form(row: dict, reading: Reading, *, source: str) -> Form:
@@ -299,16 +327,24 @@ def find_form(row: dict, reading: Reading, *, source: str) -> Form:
     Raises:
         DataError: no layout fits; lists what was found and what is accepted.
     """
-    paths = {name: path for name, path in reading.paths.items() if _at(row, path) is not None}
+    paths = {name: path for name, path in reading.paths.items() if path in row or _at(row, path) is not None}
     names = {*row, *paths}
     for name, layout in LAYOUTS.items():
         if layout.found_in_files and set(layout.columns) <= names:
-            return with_template(Form(name, paths), reading, columns=names, source=source)
+            return _with_fields(with_template(Form(name, paths), reading, columns=names, source=source))
     accepted = "; ".join(", ".join(layout.columns) for layout in LAYOUTS.values() if layout.found_in_files)
     raise DataError(
         f"{source}: unknown columns {', '.join(sorted(names)) or '(none)'}; say which is which by --columns, as in "
         f"--columns question=prompt,answer=response, or rename them to one of: {accepted}"
     )
+
+
+def _with_fields(form: Form) -> Form:
+    """`form` without the fields that nothing reads: --columns would be said to have had an effect."""
+    if form.layout == "messages":  # whose others are variables of the template
+        return form
+    read = {*form._read, *SWITCHES}
+    return replace(form, paths={name: path for name, path in form.paths.items() if name in read})
 
 
 def with_template(form: Form, reading: Reading, *, columns, source: str) -> Form:

@@ -42,6 +42,13 @@ def hold_out(config, data: TokenizedData, tokenizer, model_config) -> tuple[Toke
         raise DataError(
             f"--eval_dataset {config.eval_dataset}: is what is trained on; hold samples out by --eval_samples"
         )
+    shared = held_out.shared_with(data)
+    if shared == len(held_out):
+        raise DataError(
+            f"--eval_dataset {config.eval_dataset}: all of its {shared} samples are trained on; give others"
+        )
+    if shared:
+        say(f"note: {shared} of the {len(held_out)} samples of --eval_dataset are trained on too")
     say(f"validation: {config.eval_dataset}: {held_out.report}")
     return data, held_out
 

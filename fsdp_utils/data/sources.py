@@ -4,6 +4,7 @@ import bisect
 import difflib
 import glob
 import hashlib
+import math
 import os
 import re
 import unicodedata
@@ -29,11 +30,10 @@ from fsdp_utils.data.files import (
     read_saved,
     suffixes,
 )
-from fsdp_utils.data.layouts import BadRow, Form, Reading, find_form, with_template
+from fsdp_utils.data.layouts import BadRow, Form, Reading, find_form, has_value, with_template
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-WEIGHTED = re.compile(r"(?P<name>.+?)(?::(?P<weight>\d+(?:\.\d+)?|\.\d+))?")
 SAMPLED = 100  # rows whose columns say how a source is read
 TRAIN = "train"
 
@@ -264,22 +264,37 @@ def _sources(text: str, *, flag: str) -> list[tuple[str, float | None]]:
     """The sources of `a.jsonl:0.7,org/b:0.3`, with their weights.
 
     Raises:
-        DataError: some have a weight and some have none, or none is above zero.
+        DataError: some have a weight and some have none, or one is no number above zero.
     """
     if text in DATASETS or Path(text).exists():
         return [(text, None)]
-    matched = [WEIGHTED.fullmatch(part.strip()) for part in text.split(",")]
-    if not all(matched):
-        raise DataError(f"--{flag} {text}: an empty source; write name:weight,name:weight")
-    found = [(match["name"], match["weight"] and float(match["weight"])) for match in matched]
+    found = [_weighted(part.strip(), named=f"--{flag} {text}") for part in text.split(",")]
     weights = [weight for _, weight in found]
-    if len(found) == 1 and weights[0] is None:
+    if len(found) == 1:
+        if weights[0] is not None:
+            raise DataError(f"--{flag} {text}: a weight has a meaning beside other sources only; leave it away")
         return found
     if None in weights and any(weight is not None for weight in weights):
         raise DataError(f"--{flag} {text}: give every source a weight, or none")
-    if 0 in weights:
-        raise DataError(f"--{flag} {text}: a weight of 0 takes nothing; leave the source away")
     return found
+
+
+def _weighted(part: str, *, named: str) -> tuple[str, float | None]:
+    """A source and its weight, as in `a.jsonl:0.7`."""
+    name, colon, said = part.rpartition(":")
+    if not part or (colon and not name):
+        raise DataError(f"{named}: an empty source; write name:weight,name:weight")
+    if not colon or Path(part).exists():
+        return part, None
+    try:
+        weight = float(said)
+    except ValueError:
+        weight = math.nan
+    if not 0 < weight < math.inf:
+        raise DataError(
+            f"{named}: the weight {said!r} of {name} is no number above 0; leave the source away, or correct it"
+        )
+    return name, weight
 
 
 def open_source(name: str, *, place: Place, reading: Reading, flag: str = "dataset") -> Examples:
@@ -299,7 +314,18 @@ def open_source(name: str, *, place: Place, reading: Reading, flag: str = "datas
     else:
         found = [_from_hub(name, place=place)]
     parts = [Part(rows, _form_of(rows, reading), range(len(rows))) for rows in found]
+    _refuse_doubles(parts, named=f"--{flag} {name}")
     return Examples(tuple(parts), name)
+
+
+def _refuse_doubles(parts: Sequence[Part], *, named: str) -> None:
+    """Raises DataError where two parts are the same rows."""
+    known = {}
+    for part in parts:
+        if part.rows.digest in known:
+            both = f"{known[part.rows.digest]} and {part.rows.name}"
+            raise DataError(f"{named}: holds the same rows twice, as {both}; each can be taken once an epoch")
+        known[part.rows.digest] = part.rows.name
 
 
 def _is_hub_name(name: str) -> bool:
@@ -310,7 +336,8 @@ def _form_of(rows, reading: Reading) -> Form:
     """How rows are read: by the columns of the first."""
     columns, first = {}, rows.read(range(min(SAMPLED, len(rows))))
     for row in first:
-        columns = {**(row.value or {}), **columns}
+        for name, value in (row.value or {}).items():  # the first that says something: others may be null
+            columns[name] = columns[name] if has_value(columns.get(name)) else value
     if not columns and first[0].problem:
         raise DataError(f"{first[0].where}: {first[0].problem}; correct the file")
     return find_form(columns, reading, source=rows.name)
@@ -395,22 +422,22 @@ def _check_columns_found(found: list[Examples], reading: Reading) -> None:
     for name, path in reading.paths.items():
         if name not in used:
             where = ", ".join(examples.name for examples in found)
-            raise DataError(f"--columns {name}={path}: {where} has no column {path!r}; check its spelling")
+            has_none = f"{where} has no column {path!r}, or no field {name!r} that it would fill"
+            raise DataError(f"--columns {name}={path}: has no effect: {has_none}")
 
 
 def _mixed(found: list[Examples], weights: list, *, limit: int | None, seed: int, name: str) -> Examples:
     """Several sources as one: as many rows as the weights allow without taking one twice, drawn at random."""
-    digests = [part.rows.digest for examples in found for part in examples.parts]
-    if len(set(digests)) < len(digests):
-        raise DataError(f"--dataset {name}: names the same rows twice; each can be taken once an epoch")
+    _refuse_doubles([part for examples in found for part in examples.parts], named=f"--dataset {name}")
     sizes = [len(examples) for examples in found]
     shares = np.array(sizes if weights[0] is None else weights, dtype=np.float64)
     shares /= shares.sum()
     total = min(size / share for size, share in zip(sizes, shares, strict=True))
     total = min(total, limit) if limit else total
     chosen, taken = [], []
-    for number, (examples, share) in enumerate(zip(found, shares, strict=True)):
-        count = min(round(total * share), len(examples))
+    for number, (examples, count) in enumerate(zip(found, _counts(total, shares), strict=True)):
+        if not count:
+            raise DataError(f"--dataset {name}: takes no row of {examples.name}; raise its weight, or leave it away")
         if count < len(examples):
             drawn = np.random.default_rng([seed, number]).permutation(len(examples))[:count]
             chosen += examples.select(np.sort(drawn).tolist()).parts
@@ -418,6 +445,15 @@ def _mixed(found: list[Examples], weights: list, *, limit: int | None, seed: int
             chosen += examples.parts
         taken.append(f"{count:,} of {len(examples):,} rows of {examples.name}")
     return Examples(tuple(chosen), name, tuple(taken))
+
+
+def _counts(total: float, shares: np.ndarray) -> list[int]:
+    """Whole numbers in these shares, of `total` together: largest remainders."""
+    exact = total * shares
+    counts = np.floor(exact + 1e-9).astype(int)
+    left = int(total + 1e-9) - counts.sum()
+    counts[np.argsort(counts - exact, kind="stable")[: max(left, 0)]] += 1
+    return counts.tolist()
 
 
 def held_out_rows(name: str, *, place: Place, reading: Reading, flag: str = "dataset") -> Examples:

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -140,10 +140,26 @@ class TokenizedData:
     def digest(self) -> str:
         """Tells these samples, in this order, from others; reads them all."""
         found = hashlib.sha256(self.lengths.tobytes())
-        for batch in self.dataset.with_format("arrow").iter(batch_size=10_000):
+        for batch in self._batches():
             for column in ("input_ids", "labels"):
                 found.update(batch[column].combine_chunks().flatten().to_numpy().tobytes())
         return found.hexdigest()
+
+    def shared_with(self, others: "TokenizedData") -> int:
+        """How many of these samples are among others, too."""
+        mine = Counter(self._each())
+        return sum(mine.pop(sample, 0) for sample in others._each())
+
+    def _each(self) -> Iterator[bytes]:
+        """A digest of the ids of each sample."""
+        for batch in self._batches():
+            rows = batch["input_ids"].combine_chunks()
+            ends = np.cumsum(rows.value_lengths().to_numpy(zero_copy_only=False))
+            for ids in np.split(rows.flatten().to_numpy(), ends[:-1]):
+                yield hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
+
+    def _batches(self) -> Iterator[pa.Table]:
+        return self.dataset.with_format("arrow").iter(batch_size=10_000)
 
 
 @dataclass
@@ -202,16 +218,17 @@ class RowEncoder:
             return self._chat(row, form, encoded)
         encoded.unread = form.unread(row)
         prompt, completion = form.split(form.fields(row))
-        learned, has_end = is_learned(row), bool(self.eos) and completion.rstrip().endswith(self.eos)
+        learned, has_end = is_learned(form.named(row)), bool(self.eos) and completion.rstrip().endswith(self.eos)
+        learned = learned and bool(prompt or completion)  # nothing at all teaches only to end
         return Text([Piece(prompt, False), Piece(completion, learned)], ended=learned and not has_end)
 
     def _chat(self, row: dict, form: Form, encoded: Encoded) -> Text:
         self.template = self.template or Template(self.texts.tokenizer, source=self.source)
         chat = Chat(*pick_chat(row, form), self.template, train_on=self.reading.train_on)
-        encoded.unread = chat.unread()
+        encoded.unread = [*chat.unread(), *form.beside(row)]
         text, end = chat.text()
         encoded.end = self.ids_of.get(end, NONE)
-        if not is_learned(row):
+        if not is_learned(form.named(row)):
             return text._replace(pieces=[piece._replace(trained=False) for piece in text.pieces], ended=False)
         return text
 
@@ -241,9 +258,14 @@ def as_table(rows: list[Encoded], *, context_length: int) -> pa.Table:
         max_token_id=pa.array(largest),
         end=pa.array(np.where(truncated, NONE, [row.end for row in rows]).astype(np.int32)),
         refused=pa.array([row.refused for row in rows]),
-        unread=pa.array(["\n".join(row.unread) for row in rows]),
+        unread=pa.array(["\n".join(map(_told, row.unread)) for row in rows]),
     )
     return pa.table(columns, schema=FEATURES.arrow_schema)
+
+
+def _told(name: str) -> str:
+    """A column's name as one line of text."""
+    return " ".join(name.split()).encode(errors="replace").decode()
 
 
 def tokenize(examples: Examples, tokenizer, *, reading: Reading, source: str, context_length: int) -> pa.Table:
@@ -287,7 +309,7 @@ def _cache_key(examples: Examples, tokenizer, **settings) -> str:
     if backend is not None:
         # earlier calls of the tokenizer leave these behind, and then a cache would be missed
         state = {key: value for key, value in state.items() if key not in ("truncation", "padding")}
-    special = (tokenizer.chat_template, tokenizer.eos_token_id, tokenizer.bos_token_id)
+    special = (tokenizer.chat_template, sorted(tokenizer.special_tokens_map.items(), key=str))
     return Hasher.hash((CODE, examples.digest, type(tokenizer).__name__, state, special, sorted(settings.items())))
 
 
@@ -335,7 +357,7 @@ def prepare_dataset(config, tokenizer, *, load: Callable = load_examples) -> Tok
                 desc="Tokenizing",
             )
         gc.unfreeze()
-    kept = _kept(tokenized, config, has_eos=chats_there or tokenizer.eos_token_id is not None)
+    kept = _kept(tokenized, config, has_eos=tokenizer.eos_token_id is not None)
     notes = (f"mixture: {', '.join(examples.taken)}",) if examples.taken else ()
     report = replace(kept.report, notes=(*notes, *_changed_texts(examples.first(COMPARED), encoder)))
     return replace(kept, report=report, sources=tuple(part.rows.digest for part in examples.parts))
@@ -365,6 +387,8 @@ def _kept(tokenized: Dataset, config, *, has_eos: bool) -> TokenizedData:
     good = pc.binary_length(table.column("refused")).to_numpy() == 0
     refused = _refused(table, np.flatnonzero(~good), config)
     keep = labelled > 0
+    if not good.any():
+        raise DataError(f"--dataset {config.dataset}: none of its {len(good):,} rows can be read; {refused[0]}")
     if not keep.any():
         raise DataError(
             f"--dataset {config.dataset}: no label is left in any of its {good.sum():,} samples with "
@@ -381,7 +405,7 @@ def _kept(tokenized: Dataset, config, *, has_eos: bool) -> TokenizedData:
         label_tokens=int(labelled.sum()),
         max_token_id=int(largest[keep].max()),
         context_length=config.context_length,
-        has_eos=has_eos,
+        has_eos=has_eos or bool((ends[keep] != NONE).any()),
         refused=int((~good).sum()),
         first_refused=refused,
         unread=dict(unread),
