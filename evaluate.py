@@ -72,11 +72,10 @@ def read_questions(config: EvalConfig, reading: Reading) -> tuple[list[dict], st
 
 
 def reading_of(config: EvalConfig, run: Run) -> Reading:
-    """How questions are read; their prompt is that of training, unless the user gives another."""
-    reading = Reading.of(config)
-    if reading.prompt_template is None and run.config:
-        return replace(reading, prompt_template=run.config.prompt_template)
-    return reading
+    """How questions are read: as in training, unless the user says otherwise."""
+    reading, trained = Reading.of(config), Reading.of(run.config) if run.config else Reading()
+    prompt_template = reading.prompt_template or trained.prompt_template
+    return replace(reading, prompt_template=prompt_template, columns=reading.columns or trained.columns)
 
 
 def settings_key(config: EvalConfig, run: Run, questions: list[dict], prompts: list[list[int]]) -> str:

@@ -83,7 +83,7 @@ def test_templates_go_with_the_result(flags, brought, tmp_path):
     run_train(**given | asked)
     prompt.unlink()
     run = describe(tmp_path / "out")
-    asking = [f"--dataset={tmp_path}/asked.jsonl", "--columns=question=ask,answer=reply", "--samples=9"]
+    asking = [f"--dataset={tmp_path}/asked.jsonl", "--samples=9"]
     config = parse(EvalConfig, asking, prog="evaluate.py")
     reading = evaluate.reading_of(config, run)
     with pytest.raises(UserError, match="row 1: has no answer"):

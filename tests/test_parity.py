@@ -208,6 +208,21 @@ def test_quantized_cache_that_is_a_file(tiny, tmp_path):
         packed_bytes(dict(model_name=tiny("llama"), train_type="bnb_dora", quantized_cache=tmp_path / "file"))
 
 
+def test_quantized_cache_of_an_edited_checkpoint(tiny, tmp_path):
+    """A change between the samples of the fingerprint is seen: the old weights are not taken."""
+    base = shutil.copytree(tiny("llama"), tmp_path / "base")
+    flags = dict(model_name=base, train_type="bnb_dora", quantized_cache=tmp_path / "cache")
+    before = packed_bytes(flags)
+    weights = load_file(base / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    weights[name][1:8:2] *= -1
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    after = packed_bytes(flags)
+    key = name.replace(".weight", ".base_layer.codes")
+    assert not torch.equal(after[key], before[key])
+    assert torch.equal(after[key], packed_bytes({**flags, "quantized_cache": tmp_path / "other"})[key])
+
+
 def test_quantized_cache_is_read(tiny, tmp_path):
     """What the cache holds is what is loaded: a changed byte shows up; another quantizer gets a folder of its own."""
     flags = dict(model_name=tiny("llama"), train_type="bnb_dora", quantized_cache=tmp_path)

@@ -13,6 +13,7 @@ from torch import nn
 
 from fsdp_utils.core.errors import UserError, first_line, refuse_code
 from fsdp_utils.core.folders import refuse_cache
+from fsdp_utils.core.processes import all_gather_objects
 from fsdp_utils.core.ranks import say
 from fsdp_utils.core.rows import local
 from fsdp_utils.memory import budget, recompute
@@ -27,6 +28,7 @@ from fsdp_utils.model.weights import (
     load_weights,
     materialize,
     open_weights,
+    stamp,
     whole_reader,
 )
 from fsdp_utils.options import PRECISIONS
@@ -215,7 +217,8 @@ def _fill(planned: Plan, config, *, on_host: dict, rows_on_host: bool, device: t
     method.before_loading(whole_reader(weights, device=device), device=device)
     cache = None
     if config.quantized_cache and planned.quantizer:
-        base = planned.base_fingerprint + method.base_recipe  # only now does the method know which base it wants
+        # only now does the method know which base it wants; process 0 says for all which files those are
+        base = planned.base_fingerprint + method.base_recipe + all_gather_objects(stamp(weights))[0]
         cache = QuantizedCache(cache_folder(config.quantized_cache, model, base=base), device=device)
     load_weights(model, weights, device=device, base_rows=method.base_rows, cache=cache)
     if cache:

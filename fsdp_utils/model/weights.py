@@ -98,6 +98,14 @@ def checkpoint_dtype(weights) -> torch.dtype:
     return weights.dtype(matrices[0])
 
 
+def stamp(weights) -> str:
+    """Sizes and times of the files: tells an edited checkpoint from what it was, where `fingerprint` may not."""
+    if isinstance(weights, DummyWeights):
+        return ""
+    files = ((shard, (weights.folder / shard).stat()) for shard in sorted(set(weights.reader.shard_of.values())))
+    return str([(shard, stat.st_size, stat.st_mtime_ns) for shard, stat in files])
+
+
 def fingerprint(weights) -> str:
     """A hash that tells one checkpoint from another: each tensor's name, dtype, shape and up to 16 samples.
 
