@@ -467,3 +467,11 @@ def test_nested_chats(tmp_path):
         prepared(tmp_path, tokenizer, {"messages": [{"from": "human", "value": "x", "content": "y"}]})
     with pytest.raises(DataError, match="chat_template_kwargs is no object"):
         prepared(tmp_path, tokenizer, {"messages": CHAT, "chat_template_kwargs": "x"})
+
+
+def test_parts_where_the_last_turn_ends_otherwise(tmp_path):
+    """Content in parts is found as a string is."""
+    tokenizer = styled("phi3")
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ m.content }}", "{{ m.content[0].text }}")
+    listed = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in CHAT]
+    assert trained_text(prepared(tmp_path, tokenizer, {"messages": listed}), tokenizer) == STYLES["phi3"][1]

@@ -1,10 +1,9 @@
-"""Chats: what a tokenizer's template writes of messages, and which part of it each answer is."""
+"""Chats: messages, what a tokenizer's template writes of them, and what it leaves out."""
 
 import inspect
 import json
 import re
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -15,11 +14,10 @@ from fsdp_utils.core.errors import DataError
 from fsdp_utils.data.encode import Piece, Text
 from fsdp_utils.data.files import one_line
 from fsdp_utils.data.layouts import MATTERS, SWITCHES, BadRow, Form, has_value, is_learned, is_text
+from fsdp_utils.data.turns import ANSWERS, UNLIKELY, Span, Turns, first_of
 
-UNLIKELY = "\u241e\u241f\u241e"  # symbols that no chat template has a use for
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 READ_BY_TRANSFORMERS = ("tools", "documents")
-ANSWERS = "assistant"
 # who speaks in chats of the ShareGPT kind, whose messages have `from` and `value`
 SPEAKERS = {
     **dict.fromkeys(("human", "user"), "user"),
@@ -27,14 +25,6 @@ SPEAKERS = {
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
     "system": "system",
 }
-
-
-@dataclass(frozen=True)
-class Span:
-    """Where in a rendered chat a turn that is learned stands, from what the model is to write first to what ends it."""
-
-    start: int
-    end: int
 
 
 def give_template(tokenizer, path: str | None) -> None:
@@ -76,21 +66,20 @@ class Template:
             raise DataError(f"--dataset {source}: chats need one chat template ({one_line(error)})") from None
         self.special = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
         callables = (tokenizer.apply_chat_template, render_jinja_template)
-        self.taken = {"messages"} | {name for f in callables for name in inspect.signature(f).parameters} - {
-            *READ_BY_TRANSFORMERS
-        }
+        names = {name for f in callables for name in inspect.signature(f).parameters}
+        self.taken = {"messages", *names} - {*READ_BY_TRANSFORMERS}
 
     def source(self, variables: dict) -> str:
         """The template's text, for a chat with these variables."""
         return self.tokenizer.get_chat_template(tools=variables.get("tools"))
 
-    def reads(self, name: str) -> bool:
+    def reads(self, name: str, variables: dict) -> bool:
         """Whether the template reads a variable of this name."""
-        return name in _variables(self.source({}))
+        return name in _variables(self.source(variables))
 
-    def knows_field(self, name: str) -> bool:
+    def knows_field(self, name: str, variables: dict) -> bool:
         """Whether the template reads a field of this name of some message."""
-        return name in _fields(self.source({}))
+        return name in _fields(self.source(variables))
 
     def render(self, messages: list[dict], variables: dict, *, header: bool = False) -> str:
         """What the template writes, with the header that asks for an answer or without.
@@ -215,13 +204,18 @@ class Chat:
         return self.template.marked(self.messages, self.variables)
 
     @cached_property
+    def _plain(self) -> str:
+        """What the template writes of the messages as they were given."""
+        return self._render(self.messages)
+
+    @cached_property
     def full(self) -> str:
         """The whole chat.
 
         Raises:
             BadRow: the template fails, or writes what is no text.
         """
-        text = self._marked[0] if self._marked else self._render(self.messages)
+        text = self._marked[0] if self._marked else self._plain
         if _escaped_arguments(self.messages, text):
             self.messages = _with_objects(self.messages)
             self.__dict__.pop("_marked", None)
@@ -292,19 +286,19 @@ class Chat:
     def _is_history(self, name: str) -> bool:
         """Whether a template may leave a field out on purpose: thoughts before the last question."""
         asked = max((i for i, message in enumerate(self.messages) if message["role"] == "user"), default=-1)
-        return self.template.knows_field(name) and self._carriers(name)[-1] < asked
+        return self.template.knows_field(name, self.variables) and self._carriers(name)[-1] < asked
 
     def _writes_variable(self, name: str) -> bool:
-        if self.template.reads(name):
+        if self.template.reads(name, self.variables):
             return True
         fewer = {key: value for key, value in self.variables.items() if key != name}
-        return self.template.render(self.messages, fewer) != self._render(self.messages)
+        return self.template.render(self.messages, fewer) != self._plain
 
     def _writes_field(self, name: str) -> bool:
         """Whether the chat is another without the field, in whatever messages."""
         fewer = [{key: value for key, value in message.items() if key != name} for message in self.messages]
         try:
-            return self._render(fewer) != self._render(self.messages)
+            return self._render(fewer) != self._plain
         except BadRow:  # it cannot be written without
             return True
 
@@ -327,7 +321,8 @@ class Chat:
         """
         learned = self.learned()
         full = self.full  # first: it may read the messages otherwise
-        spans = self._marked_spans(learned) if self._marked else [self._span(i) for i in learned]
+        turns = Turns(self.messages, full, self._render, self.template.special)
+        spans = self._marked_spans(learned) if self._marked else [turns.span(i) for i in learned]
         pieces, cursor = [], 0
         for span in spans:
             if span.start < cursor:
@@ -337,20 +332,11 @@ class Chat:
         rest = full[cursor:]
         if not spans:
             return Text([Piece(rest, False)], bare=True), None
-        ending = self._ending(learned[-1], spans[-1])
+        ending = turns.ending(learned[-1], spans[-1])
         if not rest.strip() and not ending.strip() and self.template.tokenizer.eos_token:
             return Text(pieces, ended=True, bare=True), None  # without an end of turn, stopping would not be learned
-        token = _first(ending, self.template.special)
+        token = first_of(ending, self.template.special)
         return Text([*pieces, Piece(rest, False)], bare=True), token and token[0]
-
-    def _ending(self, i: int, span: Span) -> str:
-        """What ends a turn, at the end of its span."""
-        with suppress(BadRow):
-            after = self._around(self.messages, i)[1]
-            if self.full.endswith(after):
-                return self.full[max(span.start, len(self.full) - len(after)) : span.end]
-        text = self.full[span.start : span.end].rstrip()  # as of a tool call without content: what it ends with
-        return max((token for token in self.template.special if text.endswith(token)), key=len, default="")
 
     def _marked_spans(self, learned: list[int]) -> list[Span]:
         """The places that the template's own marks say."""
@@ -361,116 +347,6 @@ class Chat:
                 raise BadRow("the chat template marks no single place for each answer, so none can be left out")
             spans = [span for i, span in zip(answers, spans, strict=True) if i in learned]
         return [Span(*span) for span in spans]
-
-    def _span(self, i: int) -> Span:
-        """Where message i, an answer, stands: from the header that asks for it to what the template puts behind it."""
-        start = self._start(i)
-        alone = self.full if i == len(self.messages) - 1 else self._render(self.messages[: i + 1])
-        written = alone[: self._visible_end(i, alone)]
-        if self.full.startswith(written) and len(written) >= start:
-            return Span(start, len(written))
-        try:
-            return self._rewritten(i, start)
-        except BadRow as error:
-            if span := self._ended_before_the_next(i, start, alone):
-                return span
-            raise error
-
-    def _visible_end(self, i: int, alone: str) -> int:
-        """Where a chat that ends with answer i ends, without the white space that the template puts there."""
-        content = self.messages[i].get("content")
-        if isinstance(content, str) and content != content.rstrip():
-            with suppress(BadRow):
-                after = self._around(self.messages[: i + 1], i)[1]
-                if alone.endswith(after):
-                    return len(alone) - len(after) + len(after.rstrip())
-        return len(alone.rstrip())
-
-    def _start(self, i: int) -> int:
-        """Where answer i begins: behind the header that a server puts before it."""
-        history = self.messages[:i]
-        asked = self._render(history, header=True) if history else None
-        if asked is not None and self.full.startswith(asked):
-            return len(asked)
-        before = self._around(self.messages, i)[0]
-        if not self.full.startswith(before):
-            raise BadRow(f"the chat template rewrites what stands before message {i + 1}, so its place is not known")
-        if asked is None:  # no header asks for a first message
-            return len(before)
-        told = len(_common(asked, self._render(history)))
-        shared = len(_common(asked, self.full))
-        if shared > told and (kept := _whole(asked[told:shared])):
-            # the header goes on with what this chat has not, as the start of a thought
-            return min(told + len(kept), len(before))
-        header = asked[told:]
-        found = before.rfind(header) if header.strip() else -1
-        if found < 0 and any(has_value(v) for name, v in self.messages[i].items() if name not in ("role", "content")):
-            raise BadRow(f"the chat template writes no header before message {i + 1}, so its place is not known")
-        return len(before) if found < 0 else found + len(header)
-
-    def _around(self, messages: list[dict], i: int) -> tuple[str, str]:
-        """What the template writes before and after the content of message i, whatever that is.
-
-        Raises:
-            BadRow: the content is not written once and by itself.
-        """
-        rendered = self._render([*messages[:i], {**messages[i], "content": UNLIKELY}, *messages[i + 1 :]])
-        before, found, after = rendered.partition(UNLIKELY)
-        if not found or UNLIKELY in after:
-            raise BadRow(f"the chat template does not write message {i + 1} once, so its place is not known")
-        return before, after
-
-    def _rewritten(self, i: int, start: int) -> Span:
-        """The place of an answer that is written otherwise, or ended otherwise, than where it is the last message:
-        without its thoughts, without the end of the chat."""
-        before, after = self._around(self.messages, i)
-        if not self.full.startswith(before) or not self.full.endswith(after):
-            raise BadRow(f"the chat template rewrites message {i + 1}, so its place is not known")
-        content_end = len(self.full) - len(after)
-        tail = self._around(self.messages[: i + 1], i)[1].rstrip()
-        if tail and after.startswith(tail):
-            return Span(start, content_end + len(tail))
-        ending = _whole(_common(after, tail)).rstrip() or self._end_of_any(after, i)
-        return Span(start, content_end + len(ending))
-
-    def _ended_before_the_next(self, i: int, start: int, alone: str) -> Span | None:
-        """The place of an answer whose content cannot stand in for another, as of a tool call without any: it ends
-        with the token that ends it where it is the last message."""
-        token = max((t for t in self.template.special if alone.rstrip().endswith(t)), key=len, default=None)
-        following = self._around(self.messages, i + 1)[0]
-        found = self.full.rfind(token, start, len(following)) if token and self.full.startswith(following) else -1
-        return None if found < 0 else Span(start, found + len(token))
-
-    def _end_of_any(self, after: str, i: int) -> str:
-        """The first special token behind an answer, if it ends messages of other roles too: otherwise it begins the
-        next message."""
-        found = _first(after, self.template.special)
-        if not found:
-            return ""
-        ending, roles = after[: found[1]], [message["role"] for message in self.messages]
-        others = [j for j in range(i) if roles[j] != ANSWERS and roles[j + 1] != roles[i + 1]]
-        return ending if any(self._around(self.messages, j)[1].startswith(ending) for j in others) else ""
-
-
-def _common(a: str, b: str) -> str:
-    """What two texts begin with."""
-    ends = (n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
-    return a[: next(ends, min(len(a), len(b)))]
-
-
-def _first(text: str, tokens: tuple[str, ...]) -> tuple[str, int] | None:
-    """The first of these tokens in a text, and where it ends."""
-    places = [(text.find(token), -len(token), token) for token in tokens if token in text]
-    if not places:
-        return None
-    at, _, token = min(places)
-    return token, at + len(token)
-
-
-def _whole(text: str) -> str:
-    """What two texts share, up to where a mark ends in it: they may share the beginning of the next mark too."""
-    found = re.match(r".*[>\])}\s]", text, re.DOTALL)
-    return found.group() if found else ""
 
 
 def _with_marks(message: dict, mark: str) -> tuple[dict, list[str]]:

@@ -20,7 +20,7 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 
 from fsdp_utils.core.errors import DataError
-from fsdp_utils.data import chats, encode, files, layouts
+from fsdp_utils.data import chats, encode, files, layouts, turns
 from fsdp_utils.data.batches import IGNORED
 from fsdp_utils.data.chats import Chat, Template, pick_chat
 from fsdp_utils.data.encode import Parts, Piece, Text, TextEncoder, joined
@@ -29,7 +29,7 @@ from fsdp_utils.data.layouts import BadRow, Form, Reading, is_learned
 from fsdp_utils.data.sources import Examples, load_examples
 
 # part of every cache key: rows tokenized by an older version of the code are not taken back
-MODULES = (Path(module.__file__) for module in (chats, encode, files, layouts))
+MODULES = (Path(module.__file__) for module in (chats, encode, files, layouts, turns))
 CODE = hashlib.sha256(b"".join(path.read_bytes() for path in (Path(__file__), *MODULES))).hexdigest()[:16]
 
 BATCH = 1000  # rows that are tokenized together
