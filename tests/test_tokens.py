@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from fsdp_utils.core.errors import DataError
 from fsdp_utils.data import tokens as tokens_module
 from fsdp_utils.data.encode import Piece, Text, TextEncoder, exact
-from fsdp_utils.data.show import histogram, marked
+from fsdp_utils.data.show import histogram, in_colour, marked, shown
 from fsdp_utils.data.tokens import prepare_dataset
 
 pytestmark = [pytest.mark.versions, pytest.mark.usefixtures("own_cache")]
@@ -146,6 +146,18 @@ def test_marked_rows(kind):
     ((ids, trained),) = TextEncoder(kind).rows([Text(pieces)])
     text = marked(ids.tolist(), trained.tolist(), kind, marks=("[", "]"))
     assert text.replace("<s> ", "<s>") == "<s>x=[ 42] yes"
+
+
+def test_colour_where_there_is_one(tmp_path, kind, monkeypatch):
+    """On a terminal that has not asked for none (no-color.org); brackets elsewhere."""
+    found = prepared(tmp_path, kind, {"prompt": "x=", "completion": "42"})
+    assert "\033[30;42m42" in shown(found, kind, count=1, colour=True)
+    assert "⟦42" in shown(found, kind, count=1, colour=False)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert in_colour()
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not in_colour()
 
 
 def test_histogram():
