@@ -148,6 +148,8 @@ def main(config: EvalConfig) -> None:
     processes.start(device)
     run = whole(run, device=device)
     tokenizer = tokenizer_of(run)
+    if run.config and run.config.chat_template:
+        say("note: it was trained with a --chat_template; questions are asked in the prompt of their rows, without it")
     questions, shots = read_questions(config, reading_of(config, run))
     prompts = prompt_ids([shots + question["prompt"] for question in questions], tokenizer)
     partial = Partial(output, key=settings_key(config, run, questions, prompts))

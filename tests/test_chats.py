@@ -475,3 +475,24 @@ def test_parts_where_the_last_turn_ends_otherwise(tmp_path):
     tokenizer.chat_template = tokenizer.chat_template.replace("{{ m.content }}", "{{ m.content[0].text }}")
     listed = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in CHAT]
     assert trained_text(prepared(tmp_path, tokenizer, {"messages": listed}), tokenizer) == STYLES["phi3"][1]
+
+
+def test_an_end_that_is_text_is_told(tmp_path):
+    """A template made for another tokenizer: its end is learned letter by letter, and no server knows it."""
+    tokenizer = styled("llama3", special=False)
+    found = prepared(tmp_path, tokenizer, {"messages": CHAT}, {"messages": CHAT[:3]})
+    assert "note: answers end in '<|eot|>', which is no special token: no server stops there (2 rows)" in str(
+        found.report
+    )
+    assert not found.report.ends
+    assert "note" not in str(prepared(tmp_path, styled("llama3"), {"messages": CHAT}).report)
+
+
+def test_special_tokens_in_an_answer_are_told(tmp_path):
+    """They are learned as such, as a server would read them; of a question they are not learned."""
+    tokenizer = styled("llama3")
+    asked = [{**CHAT[1], "content": "say <|eot|>"}, CHAT[2]]
+    assert "note" not in str(prepared(tmp_path, tokenizer, {"messages": asked}).report)
+    answered = [CHAT[1], {**CHAT[2], "content": "ok <|eot|> done"}]
+    said = str(prepared(tmp_path, tokenizer, {"messages": answered}, {"messages": CHAT}).report)
+    assert "note: answers hold special tokens in their own words, which are learned as such (1 rows)" in said

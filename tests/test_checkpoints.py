@@ -260,7 +260,10 @@ def test_another_base_or_data_is_refused(stopped, tiny, tiny_data, tmp_path):
     """Judged by content: the same file under another name may go on."""
     other = tmp_path / "other.jsonl"
     other.write_text(tiny_data.read_text().replace("0", "1"))
-    assert "data: another one" in refused(**stopped | dict(resume="auto", dataset=other))
+    said = refused(**stopped | dict(resume="auto", dataset=other))
+    assert "data: another one" in said and f"--dataset {other}, it has {stopped['dataset']}" in said
+    said = refused(**stopped | dict(resume="auto", prompt_template="Q {question}"))
+    assert "data: another one than in the checkpoint (--prompt_template Q {question}, it has None)" in said
     assert "base: another one" in refused(**stopped | dict(resume="auto", model_name=tiny(num_hidden_layers=1)))
     copy = tmp_path / "copy.jsonl"
     copy.write_text(tiny_data.read_text())

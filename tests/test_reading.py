@@ -278,11 +278,14 @@ def remote(tiny, tmp_path, monkeypatch):
 def test_code_that_a_model_brings(remote, save_run, export, train_type):
     """It runs where the flag says so, in training, evaluation and export, and its results bring it along."""
     stock = lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True)
+    set_json(remote / "tokenizer_config.json", tokenizer_class="TinyTokenizer", auto_map=TOKENIZER_CLASSES)
     folder, trained = save_run(remote, train_type, trust_remote_code=True)
     run = describe(folder, trust_remote_code=True)
-    tokenizer_of(run)
     torch.testing.assert_close(logits(load_for_inference(run, device=CPU)), logits(trained))
-    merged = stock(export(folder, "merged", dtype="fp32", trust_remote_code=True)).eval()
+    exported = export(folder, "merged", dtype="fp32", trust_remote_code=True)
+    for tokenizer in (tokenizer_of(run), read_tokenizer(str(exported), trust_remote_code=True)):
+        assert type(tokenizer).__name__ == "TinyTokenizer"
+    merged = stock(exported).eval()
     torch.testing.assert_close(logits(merged), logits(trained), atol=1e-4, rtol=0)
     with pytest.raises(UserError, match=r"brings code of its own .*--trust_remote_code true"):
         load_for_inference(describe(folder), device=CPU)

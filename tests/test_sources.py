@@ -620,3 +620,23 @@ def test_dataset_samples_of_a_mixture(tmp_path):
         write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name}{i}"} for i in range(30)])
     name = f"{tmp_path}/a.jsonl:0.5,{tmp_path}/b.jsonl:0.5"
     assert len(load_examples(make_config(name, dataset_samples=7, explicit_flags={"dataset_samples"}))) == 7
+
+
+def test_rows_within_a_file_of_another_shape(tmp_path, tokenizer):
+    (tmp_path / "rows.json").write_text(json.dumps([{"version": 1, "data": questions(2)}]))
+    with pytest.raises(DataError, match="if the rows are those under 'data'"):
+        prepare_dataset(make_config(tmp_path / "rows.json"), tokenizer)
+
+
+def test_configurations_of_a_clone(tmp_path):
+    """--dataset_config names one; a wrong name is told those that exist."""
+    clone = tmp_path / "clone"
+    for name, rows in (("main", questions(2)), ("other", questions(3))):
+        (clone / name).mkdir(parents=True)
+        write_jsonl(clone / name / "train.jsonl", rows)
+    files = "".join(f"- config_name: {n}\n  data_files: {n}/train.jsonl\n" for n in ("main", "other"))
+    (clone / "README.md").write_text(f"---\nconfigs:\n{files}---\n")
+    assert len(load_examples(make_config(clone, dataset_config="other"))) == 3
+    for config in ("none", None):
+        with pytest.raises(DataError, match=r"main.*other.*name one by --dataset_config"):
+            load_examples(make_config(clone, dataset_config=config))

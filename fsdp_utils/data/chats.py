@@ -65,6 +65,7 @@ class Template:
         except ValueError as error:
             raise DataError(f"--dataset {source}: chats need one chat template ({one_line(error)})") from None
         self.special = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+        self.any_special = re.compile("|".join(map(re.escape, self.special)) or "$^")
         callables = (tokenizer.apply_chat_template, render_jinja_template)
         names = {name for f in callables for name in inspect.signature(f).parameters}
         self.taken = {"messages", *names} - {*READ_BY_TRANSFORMERS}
@@ -196,6 +197,7 @@ class Chat:
 
     def __init__(self, messages: list[dict], variables: dict, template: Template, *, train_on: str = "all"):
         self.messages, self.template, self.train_on = messages, template, train_on
+        self.noted: list[str] = []
         self.ignored = [name for name in variables if name in template.taken]
         self.variables = {name: value for name, value in variables.items() if name not in template.taken}
 
@@ -336,7 +338,16 @@ class Chat:
         if not rest.strip() and not ending.strip() and self.template.tokenizer.eos_token:
             return Text(pieces, ended=True, bare=True), None  # without an end of turn, stopping would not be learned
         token = first_of(ending, self.template.special)
+        if not token and ending.strip():
+            self.noted.append(f"answers end in {ending.strip()!r}, which is no special token: no server stops there")
         return Text([*pieces, Piece(rest, False)], bare=True), token and token[0]
+
+    def notes(self) -> list[str]:
+        """What is to be known of the chat, after `text`."""
+        words = [words for i in self.learned() for words in _words_of(self.messages[i].get("content"))]
+        if any(self.template.any_special.search(said) for said in words):
+            self.noted.append("answers hold special tokens in their own words, which are learned as such")
+        return self.noted
 
     def _marked_spans(self, learned: list[int]) -> list[Span]:
         """The places that the template's own marks say."""

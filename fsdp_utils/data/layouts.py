@@ -332,10 +332,12 @@ def find_form(row: dict, reading: Reading, *, source: str) -> Form:
     for name, layout in LAYOUTS.items():
         if layout.found_in_files and set(layout.columns) <= names:
             return _with_fields(with_template(Form(name, paths), reading, columns=names, source=source))
+    within = [name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    wrapped = f"; or, if the rows are those under {within[0]!r}, write them alone" if len(within) == 1 else ""
     accepted = "; ".join(", ".join(layout.columns) for layout in LAYOUTS.values() if layout.found_in_files)
     raise DataError(
         f"{source}: unknown columns {', '.join(sorted(names)) or '(none)'}; say which is which by --columns, as in "
-        f"--columns question=prompt,answer=response, or rename them to one of: {accepted}"
+        f"--columns question=prompt,answer=response, or rename them to one of: {accepted}{wrapped}"
     )
 
 

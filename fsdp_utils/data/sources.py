@@ -362,11 +362,13 @@ def _folder(folder: Path, *, place: Place) -> list:
         builder = datasets.load_dataset_builder(str(folder), place.dataset_config)
     except Exception as error:
         cache_folder()  # which may be what failed
-        raise DataError(f"{folder}: cannot be read as a dataset ({one_line(error)}); name its files") from None
+        way_out = "name one by --dataset_config" if "onfig" in type(error).__name__ + str(error) else "name its files"
+        raise DataError(f"{folder}: cannot be read as a dataset ({one_line(error)}); {way_out}") from None
     splits = {str(split): [Path(path) for path in files] for split, files in builder.config.data_files.items()}
     left = {path.resolve() for path in there} - {path.resolve() for files in splits.values() for path in files}
     if left and place.dataset_config is None and len(builder.builder_configs) < 2:
-        raise DataError(f"{folder}: {min(left).name} (of {len(left)}) belongs to no split; name the files by a pattern")
+        first = min(left).relative_to(folder.resolve())
+        raise DataError(f"{folder}: {first} (of {len(left)}) belongs to no split; name the files by a pattern")
     chosen = place.choose(list(splits), source=str(folder))
     return [read_file(path, name=str(path)) for path in sorted(splits[chosen])]
 

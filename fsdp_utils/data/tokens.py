@@ -45,6 +45,7 @@ FEATURES = datasets.Features(
         "end": datasets.Value("int32"),
         "refused": datasets.Value("string"),
         "unread": datasets.Value("string"),
+        "noted": datasets.Value("string"),
     }
 )
 NONE = -1  # an end that is not known
@@ -171,6 +172,7 @@ class Encoded:
         end: id of the special token that ends its last answer, or NONE.
         refused: why it cannot be trained on, with its place; "" if it can.
         unread: columns that nothing reads.
+        noted: what else is to be known of it.
         text: what the ids are to decode to, special tokens that were added left out.
     """
 
@@ -178,6 +180,7 @@ class Encoded:
     end: int = NONE
     refused: str = ""
     unread: Sequence[str] = ()
+    noted: Sequence[str] = ()
     text: str = ""
 
 
@@ -227,7 +230,7 @@ class RowEncoder:
         chat = Chat(*pick_chat(row, form), self.template, train_on=self.reading.train_on)
         encoded.unread = [*chat.unread(), *form.beside(row)]
         text, end = chat.text()
-        encoded.end = self.ids_of.get(end, NONE)
+        encoded.end, encoded.noted = self.ids_of.get(end, NONE), chat.notes()
         if not is_learned(form.named(row)):
             return text._replace(pieces=[piece._replace(trained=False) for piece in text.pieces], ended=False)
         return text
@@ -259,6 +262,7 @@ def as_table(rows: list[Encoded], *, context_length: int) -> pa.Table:
         end=pa.array(np.where(truncated, NONE, [row.end for row in rows]).astype(np.int32)),
         refused=pa.array([row.refused for row in rows]),
         unread=pa.array(["\n".join(map(_told, row.unread)) for row in rows]),
+        noted=pa.array(["\n".join(row.noted) for row in rows]),
     )
     return pa.table(columns, schema=FEATURES.arrow_schema)
 
@@ -358,8 +362,9 @@ def prepare_dataset(config, tokenizer, *, load: Callable = load_examples) -> Tok
             )
         gc.unfreeze()
     kept = _kept(tokenized, config, has_eos=tokenizer.eos_token_id is not None)
-    notes = (f"mixture: {', '.join(examples.taken)}",) if examples.taken else ()
-    report = replace(kept.report, notes=(*notes, *_changed_texts(examples.first(COMPARED), encoder)))
+    mixture = (f"mixture: {', '.join(examples.taken)}",) if examples.taken else ()
+    notes = (*mixture, *kept.report.notes, *_changed_texts(examples.first(COMPARED), encoder))
+    report = replace(kept.report, notes=notes)
     return replace(kept, report=report, sources=tuple(part.rows.digest for part in examples.parts))
 
 
@@ -394,9 +399,7 @@ def _kept(tokenized: Dataset, config, *, has_eos: bool) -> TokenizedData:
             f"--dataset {config.dataset}: no label is left in any of its {good.sum():,} samples with "
             f"--context_length {config.context_length}; raise it, or shorten the prompts"
         )
-    unread = Counter()
-    for found in table.column("unread").value_counts().to_pylist():
-        unread.update({name: found["counts"] for name in found["values"].split("\n") if name})
+    unread, noted = _counted(table.column("unread")), _counted(table.column("noted"))
     report = DataReport(
         samples=int(keep.sum()),
         dropped=int((good & ~keep).sum()),
@@ -408,13 +411,22 @@ def _kept(tokenized: Dataset, config, *, has_eos: bool) -> TokenizedData:
         has_eos=has_eos or bool((ends[keep] != NONE).any()),
         refused=int((~good).sum()),
         first_refused=refused,
-        unread=dict(unread),
+        unread=unread,
+        notes=tuple(f"note: {said} ({count:,} rows)" for said, count in noted.items()),
         ends=tuple(sorted(set(ends[keep].tolist()) - {NONE})),
     )
     kept = tokenized if keep.all() else tokenized.select(np.flatnonzero(keep))
     columns = kept.select_columns(["input_ids", "labels"]).with_format("numpy")
     rows = np.flatnonzero(keep)
     return TokenizedData(dataset=columns, lengths=lengths[keep], rows=rows, report=report, name=config.dataset)
+
+
+def _counted(column: pa.ChunkedArray) -> dict[str, int]:
+    """In how many rows each line of a column of texts is."""
+    counts = Counter()
+    for found in column.value_counts().to_pylist():
+        counts.update({line: found["counts"] for line in found["values"].split("\n") if line})
+    return dict(counts)
 
 
 def _refused(table, places: np.ndarray, config) -> tuple[str, ...]:

@@ -602,6 +602,10 @@ class Keeper:
         return error is None
 
 
+DATA_FLAGS = ("dataset", "dataset_samples", "dataset_split", "dataset_config", "columns", "prompt_template",
+              "chat_template", "eval_samples")  # fmt: skip
+
+
 def differences(state: dict, config, *, facts: dict) -> list[str]:
     """One line for each thing in which a run differs from the one that wrote a checkpoint.
 
@@ -614,7 +618,10 @@ def differences(state: dict, config, *, facts: dict) -> list[str]:
         for name in lasting_flags(config)
         if state["flags"].get(name, now[name]) != now[name]
     ]
-    hints = dict(data=" (--dataset, --eval_samples, the tokenizer)", rows_per_step=f" ({facts['rows_per_step']})")
+    before = {name: state["flags"].get(name, now[name]) for name in DATA_FLAGS}
+    changed = [f"--{name} {now[name]}, it has {old}" for name, old in before.items() if old != now[name]]
+    of_data = "; ".join(changed) or "the files or the tokenizer changed"
+    hints = dict(data=f" ({of_data})", rows_per_step=f" ({facts['rows_per_step']})")
     return found + [
         f"{name}: another one than in the checkpoint{hints.get(name, '')}"
         for name, value in facts.items()

@@ -36,6 +36,12 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def _copy_code(source: Path, folder: Path, *, named_by: str) -> None:
+    """The code that a document of the base names."""
+    if "auto_map" in read_json(source / named_by):
+        _copy(source, folder, lambda name: name.endswith(".py"))
+
+
 def is_tokenizer_file(name: str) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in TOKENIZER_FILES)
 
@@ -61,6 +67,7 @@ def describe_tokenizer(folder: Path, source: Path | None, *, tokenizer) -> None:
         tokenizer.save_pretrained(folder)
         return
     _copy(source, folder, is_tokenizer_file)
+    _copy_code(source, folder, named_by=TOKENIZER_CONFIG)
     given = getattr(tokenizer, "given_chat_template", None)
     if given is not None:
         for name in TEMPLATE_FILES:
@@ -125,8 +132,7 @@ def describe_model(folder: Path, source: Path, *, dtype: torch.dtype, untied: bo
         part |= older_words(part)
     content = {key: value for key, value in (config | more).items() if value is not None or key not in more}
     write_json(folder / "config.json", content)
-    if "auto_map" in config:
-        _copy(source, folder, lambda name: name.endswith(".py"))
+    _copy_code(source, folder, named_by="config.json")
 
 
 def older_words(config: dict) -> dict:

@@ -24,7 +24,7 @@ class EvalConfig:
     dataset_split: str = flag("validation", "split of a hub set or folder that has several")
     dataset_config: str | None = flag(None, "configuration of a hub set that has several")
     columns: str | None = flag(None, "what columns are called in the data: question=prompt,answer=response")
-    prompt_template: str | None = flag(None, "file with the prompt, columns in braces; not given: as it was trained")
+    prompt_template: str | None = flag(None, "file with the prompt, columns in braces; not given: that of training")
     samples: int = flag(500, "the first so many of the validation set", minimum=1)
     n_shots: int = flag(0, "solved questions of the training split before each question", minimum=0)
 

@@ -118,6 +118,9 @@ def build(config, *, task, device: torch.device) -> Built:
         refuse_code(error, named=config.source)
         raise UserError(f"{config.source}{asked}: {first_line(error)}") from None
     refuse_experts(model)
+    if task.auto_class.__name__ in (getattr(model_config, "auto_map", None) or {}) and not config.trust_remote_code:
+        used = f"transformers' {type(model).__name__} is used"
+        say(f"note: {config.source} brings code of its own, which is not run: {used}")
     weights = open_weights(
         model, config.source, load_format=config.load_format, dtype=dtypes.stored, device=device, seed=config.seed
     )
