@@ -59,7 +59,7 @@ def off_zero(run: Prepared) -> Prepared:
 
 def batches_of(config, run: Prepared):
     """The data of a run, as train.py makes it."""
-    tokenizer = read_tokenizer(config.source)
+    tokenizer = read_tokenizer(config.source, trust_remote_code=config.trust_remote_code)
     data = train.prepare_data(config, tokenizer, run.model.config)
     return train.make_batches(config, data, tokenizer, task=CAUSAL_LM)
 
@@ -67,7 +67,9 @@ def batches_of(config, run: Prepared):
 def tokenized(config):
     """The samples of a run."""
     model_config = read_model_config(config.source, task=CAUSAL_LM)
-    return train.prepare_data(config, read_tokenizer(config.source), model_config)
+    return train.prepare_data(
+        config, read_tokenizer(config.source, trust_remote_code=config.trust_remote_code), model_config
+    )
 
 
 def perturb(model, seed: int = 1) -> None:
@@ -83,7 +85,7 @@ def save_trained(config):
     """Saves the run of `config` with changed weights, as finished; returns the model it had in memory."""
     planned, run = planned_and_prepared(config)
     off_zero(run)
-    saving.save(run.model, read_tokenizer(config.source), planned, config)
+    saving.save(run.model, read_tokenizer(config.source, trust_remote_code=config.trust_remote_code), planned, config)
     saving.write_run(config, planned, finished=True)
     return run.model.eval()
 
