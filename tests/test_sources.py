@@ -207,7 +207,7 @@ def test_a_file_of_no_split_is_not_left_out(tmp_path):
     """A folder in which a file would be ignored is refused."""
     path = write_as("folder", tmp_path / "rows", questions(4))
     datasets.Dataset.from_list(questions(1)).to_parquet(path / "more.parquet")
-    with pytest.raises(DataError, match=r"more\.parquet .* belongs to no split; name the files by a pattern"):
+    with pytest.raises(DataError, match=r"more\.parquet .* belongs to no split of .*; name the files by a pattern"):
         load_examples(make_config(path))
 
 
@@ -640,3 +640,29 @@ def test_configurations_of_a_clone(tmp_path):
     for config in ("none", None):
         with pytest.raises(DataError, match=r"main.*other.*name one by --dataset_config"):
             load_examples(make_config(clone, dataset_config=config))
+
+
+def test_a_validation_set_of_the_hub(monkeypatch):
+    """Its split is --eval_split, or the only one that there is."""
+    asked = hub(monkeypatch, questions(3))
+    splits = ["train", "validation"]
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, config: splits)
+    assert len(held_out("some/set")) == 3
+    splits = ["test"]
+    held_out("some/set")
+    splits = ["train", "test"]
+    with pytest.raises(DataError, match="has no split 'validation', but train, test"):
+        held_out("some/set")
+    assert [split for _, _, split in asked] == ["validation", "test"]
+
+
+def test_a_clone_whose_files_are_links(tmp_path):
+    """As a cache keeps them; a file that belongs to no split is named as it stands in the folder."""
+    kept = write_as("clone", tmp_path / "kept", questions(6))
+    (tmp_path / "clone/data").mkdir(parents=True)
+    for path in (kept / "data").iterdir():
+        (tmp_path / "clone/data" / path.name).symlink_to(path)
+    assert len(load_examples(make_config(tmp_path / "clone"))) == 6
+    (tmp_path / "clone/other.jsonl").symlink_to(write_jsonl(tmp_path / "rows.jsonl", questions(1)))
+    with pytest.raises(DataError, match=r"clone/other\.jsonl .* belongs to no split"):
+        load_examples(make_config(tmp_path / "clone"))

@@ -365,10 +365,10 @@ def _folder(folder: Path, *, place: Place) -> list:
         way_out = "name one by --dataset_config" if "onfig" in type(error).__name__ + str(error) else "name its files"
         raise DataError(f"{folder}: cannot be read as a dataset ({one_line(error)}); {way_out}") from None
     splits = {str(split): [Path(path) for path in files] for split, files in builder.config.data_files.items()}
-    left = {path.resolve() for path in there} - {path.resolve() for files in splits.values() for path in files}
+    read = {path.resolve() for files in splits.values() for path in files}
+    left = [path for path in there if path.resolve() not in read]
     if left and place.dataset_config is None and len(builder.builder_configs) < 2:
-        first = min(left).relative_to(folder.resolve())
-        raise DataError(f"{folder}: {first} (of {len(left)}) belongs to no split; name the files by a pattern")
+        raise DataError(f"{left[0]} (of {len(left)}): belongs to no split of {folder}; name the files by a pattern")
     chosen = place.choose(list(splits), source=str(folder))
     return [read_file(path, name=str(path)) for path in sorted(splits[chosen])]
 
@@ -381,10 +381,10 @@ def _from_hub(name: str, *, place: Place) -> Table:
     split = place.dataset_split
     if place.sole:
         try:
-            split = place.choose(datasets.get_dataset_split_names(name, place.dataset_config), source=name)
-        except (DataError, datasets.exceptions.DatasetNotFoundError, ConnectionError, ValueError) as error:
-            if isinstance(error, DataError):
-                raise
+            splits = datasets.get_dataset_split_names(name, place.dataset_config)
+        except Exception:  # as many types as of `_hub`, which says what is wrong
+            splits = [split]
+        split = place.choose(splits, source=name)
     loaded = _hub(name, split=split, name=place.dataset_config)
     return Table(loaded, name=name, digest=loaded._fingerprint)
 
