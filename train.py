@@ -21,6 +21,7 @@ from fsdp_utils.core.errors import Diverged, naming
 from fsdp_utils.core.ranks import rank, say, world_size
 from fsdp_utils.data.batches import accumulation_for
 from fsdp_utils.data.chats import give_template
+from fsdp_utils.data.layouts import Reading
 from fsdp_utils.data.prepare import batch_arithmetic, hold_out, make_batches, prepare_data
 from fsdp_utils.data.show import in_colour, shown
 from fsdp_utils.folders import checkpoints, saving
@@ -86,6 +87,7 @@ def read_inputs(config: TrainConfig, *, task):
         tokenizer = read_tokenizer(config.source, **trusted)
     give_template(tokenizer, config.chat_template)
     data = prepare_data(config, tokenizer, model_config)
+    config.prompt_template = Reading.of(config).template  # its text: the file may be another when the result is saved
     tokenizer.learned_ends = data.report.ends  # saved with the result: servers are to stop there
     say(data.report)
     return model_config, tokenizer, data

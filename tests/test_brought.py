@@ -72,16 +72,18 @@ def test_shown_instead_of_trained(tiny, brought, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_templates_go_with_the_result(flags, brought, tmp_path):
-    """The chat template is saved in the tokenizer; evaluate.py asks as it was trained, though the file is gone."""
+def test_templates_go_with_the_result(flags, brought, tmp_path, monkeypatch):
+    """The chat template is saved in the tokenizer; evaluate.py asks as it was trained, though the file is gone before
+    the run has ended."""
     given = flags(train_type="custom_lora") | brought | dict(max_steps=1, save_model=True, output_dir=tmp_path / "out")
     prompt, mixed = tmp_path / "prompt.txt", dict(dataset=tmp_path / "chats.jsonl", columns="messages=messages")
     run_train(**given | mixed)
     saved = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert saved.get_chat_template() == CHATML
     asked = dict(dataset=tmp_path / "asked.jsonl", prompt_template=prompt, overwrite=True, chat_template="")
+    monkeypatch.setattr(train, "plan", lambda *args, plan=train.plan, **more: (prompt.unlink(), plan(*args, **more))[1])
     run_train(**given | asked)
-    prompt.unlink()
+    assert not prompt.exists()
     run = describe(tmp_path / "out")
     asking = [f"--dataset={tmp_path}/asked.jsonl", "--samples=9"]
     config = parse(EvalConfig, asking, prog="evaluate.py")

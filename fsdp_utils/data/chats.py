@@ -3,7 +3,7 @@
 import inspect
 import json
 import re
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from fsdp_utils.data.files import one_line
 from fsdp_utils.data.layouts import MATTERS, SWITCHES, BadRow, Form, has_value, is_learned, is_text
 from fsdp_utils.data.turns import ANSWERS, UNLIKELY, Span, Turns, first_of
 
-GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+GENERATION_MARK = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # which only transformers knows
 READ_BY_TRANSFORMERS = ("tools", "documents")
 # who speaks in chats of the ShareGPT kind, whose messages have `from` and `value`
 SPEAKERS = {
@@ -44,6 +44,15 @@ def give_template(tokenizer, path: str | None) -> None:
     except (OSError, UnicodeDecodeError, TemplateSyntaxError) as error:
         raise DataError(f"--chat_template {path}: {one_line(error)}; give a file with a Jinja template") from None
     tokenizer.chat_template = tokenizer.given_chat_template = text
+
+
+@contextmanager
+def _failing_as_row():
+    """Makes whatever a template raises a BadRow."""
+    try:
+        yield
+    except Exception as error:  # templates raise their own types, as for roles that do not alternate
+        raise BadRow(f"the chat template fails ({one_line(error)})") from None
 
 
 class Template:
@@ -88,12 +97,10 @@ class Template:
         Raises:
             BadRow: the template fails.
         """
-        try:
+        with _failing_as_row():
             return self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=header, **variables
             )
-        except Exception as error:  # templates raise their own types, as for roles that do not alternate
-            raise BadRow(f"the chat template fails ({one_line(error)})") from None
 
     def marked(self, messages: list[dict], variables: dict) -> tuple[str, list[tuple[int, int]]] | None:
         """What the template writes, and what of it its marks say is generated; None for one without marks."""
@@ -101,10 +108,8 @@ class Template:
         if not GENERATION_MARK.search(source):
             return None
         names = {**self.tokenizer.special_tokens_map, **variables, "chat_template": source}
-        try:
+        with _failing_as_row():
             (text,), (spans,) = render_jinja_template([messages], return_assistant_tokens_mask=True, **names)
-        except Exception as error:
-            raise BadRow(f"the chat template fails ({one_line(error)})") from None
         return (text, [tuple(span) for span in spans]) if spans else None  # a mark that is never reached is none
 
 
@@ -393,5 +398,4 @@ def _fields(template: str) -> frozenset[str]:
 
 
 def _parsed(template: str) -> nodes.Template:
-    tag = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # which only transformers knows
-    return Environment(extensions=["jinja2.ext.loopcontrols"]).parse(tag.sub("", template))
+    return Environment(extensions=["jinja2.ext.loopcontrols"]).parse(GENERATION_MARK.sub("", template))

@@ -35,6 +35,13 @@ def joined(parts: Parts) -> tuple[np.ndarray, np.ndarray]:
     return ids, np.repeat([trained for _, trained in parts], [len(ids) for ids, _ in parts]).astype(bool)
 
 
+def last_of(text: str, tokens: tuple[str, ...]) -> str:
+    """The longest of these tokens that a text ends with, or ""."""
+    if not text.endswith(tokens):
+        return ""
+    return max((token for token in tokens if text.endswith(token)), key=len)
+
+
 class TextEncoder:
     """What a tokenizer makes of texts, without the special tokens that it would add.
 
@@ -76,28 +83,22 @@ class TextEncoder:
     def parts(self, texts: list["Text"]) -> list[Parts]:
         """The ids of each text, in parts that are trained or not."""
         cut = [[piece for piece in text.pieces if piece.text] for text in texts]
-        begins, on = [], []
-        for pieces in cut:
-            for i, piece in enumerate(pieces):
-                token = self._anchor(pieces, i)
-                (on if token is None else begins).append((token or "") + piece.text)
-        begins, on = self._ids(begins, 0), self._ids(on, 1)
-        return [self._row(pieces, text, begins, on) for pieces, text in zip(cut, texts, strict=True)]
+        keyed = [[(self._anchor(pieces, i), piece) for i, piece in enumerate(pieces)] for pieces in cut]
+        given = [key for row in keyed for key in row]
+        begins = self._ids([token + piece.text for token, piece in given if token is not None], 0)
+        on = self._ids([piece.text for token, piece in given if token is None], 1)
+        return [self._row(row, text, begins, on) for row, text in zip(keyed, texts, strict=True)]
 
     def _anchor(self, pieces: list[Piece], i: int) -> str | None:
         """The added token before piece i, where the tokenizer is given both; "" at the beginning; None where it goes
         on."""
         if i == 0:
             return ""
-        before = pieces[i - 1].text
-        if pieces[i].trained or not before.endswith(self._tokens):
-            return None
-        return max((token for token in self._tokens if before.endswith(token)), key=len)
+        return None if pieces[i].trained else last_of(pieces[i - 1].text, self._tokens) or None
 
-    def _row(self, pieces, text: "Text", begins: dict, on: dict) -> Parts:
+    def _row(self, keyed: list[tuple[str | None, Piece]], text: "Text", begins: dict, on: dict) -> Parts:
         found = []
-        for i, piece in enumerate(pieces):
-            token = self._anchor(pieces, i)
+        for token, piece in keyed:
             ids = on[piece.text] if token is None else begins[token + piece.text]
             found.append((ids[1:] if token else ids, piece.trained))  # the token is at the end of the piece before
         n = len(self.prefix)

@@ -360,7 +360,7 @@ def _folder(folder: Path, *, place: Place) -> list:
         raise DataError(f"{folder}: holds no data; give a folder of {SUFFIXES}, or one that save_to_disk wrote")
     try:
         builder = datasets.load_dataset_builder(str(folder), place.dataset_config)
-    except Exception as error:
+    except Exception as error:  # pyarrow, YAML and datasets raise many types for what they cannot read
         cache_folder()  # which may be what failed
         way_out = "name one by --dataset_config" if "onfig" in type(error).__name__ + str(error) else "name its files"
         raise DataError(f"{folder}: cannot be read as a dataset ({one_line(error)}); {way_out}") from None

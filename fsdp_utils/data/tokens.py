@@ -372,15 +372,15 @@ def _changed_texts(examples: Examples, encoder: RowEncoder) -> tuple[str, ...]:
     """Says where the ids of a row decode to another text: a tokenizer may drop or change characters."""
     tokenizer = encoder.texts.tokenizer
     special = re.compile("|".join(map(re.escape, sorted(tokenizer.all_special_tokens, key=len, reverse=True))) or "$^")
-    changed = []
-    for (row, _), encoded in zip(examples, encoder(list(examples)), strict=True):
+    changed, rows = [], list(examples)
+    for (row, _), encoded in zip(rows, encoder(rows), strict=True):
         wanted, found = (special.sub("", text) for text in (encoded.text, tokenizer.decode(joined(encoded.parts)[0])))
         if found.strip(" ") != wanted.strip(" "):  # one that begins with a space puts it behind BOS too
             at = next((i for i, (a, b) in enumerate(zip(wanted, found, strict=False)) if a != b), 0)
             changed.append(f"{row.where}: {wanted[at : at + 20]!r} is read as {found[at : at + 20]!r}")
     if not changed:
         return ()
-    return (f"note: the tokenizer changes the text of {len(changed)} of the first {len(examples)} rows; {changed[0]}",)
+    return (f"note: the tokenizer changes the text of {len(changed)} of the first {len(rows)} rows; {changed[0]}",)
 
 
 def _kept(tokenized: Dataset, config, *, has_eos: bool) -> TokenizedData:

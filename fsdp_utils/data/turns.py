@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
+from fsdp_utils.data.encode import last_of
 from fsdp_utils.data.layouts import BadRow, has_value
 
 UNLIKELY = "\u241e\u241f\u241e"  # symbols that no chat template has a use for
@@ -111,7 +112,7 @@ class Turns:
     def _ended_before_the_next(self, i: int, start: int, alone: str) -> Span | None:
         """The place of an answer whose content cannot stand in for another, as of a tool call without any: it ends
         with the token that ends it where it is the last message."""
-        token = max((t for t in self.special if alone.rstrip().endswith(t)), key=len, default=None)
+        token = last_of(alone.rstrip(), self.special)
         following = self._around(self.messages, i + 1)[0]
         found = self.full.rfind(token, start, len(following)) if token and self.full.startswith(following) else -1
         return None if found < 0 else Span(start, found + len(token))
@@ -133,7 +134,7 @@ class Turns:
             if self.full.endswith(after):
                 return self.full[max(span.start, len(self.full) - len(after)) : span.end]
         text = self.full[span.start : span.end].rstrip()  # as of a tool call without content: what it ends with
-        return max((token for token in self.special if text.endswith(token)), key=len, default="")
+        return last_of(text, self.special)
 
 
 def _common(a: str, b: str) -> str:

@@ -22,7 +22,6 @@ from fsdp_utils.core.processes import barrier
 from fsdp_utils.core.ranks import is_main, world_size
 from fsdp_utils.core.rows import gather
 from fsdp_utils.core.safetensors_io import INDEX_NAME, StreamingWriter, refuse_full_disk
-from fsdp_utils.data.layouts import Reading
 from fsdp_utils.data.sources import DATASETS
 from fsdp_utils.folders.documents import (
     describe_generation,
@@ -152,10 +151,8 @@ def run_record(config, planned, *, finished: bool, saved: bool) -> dict:
 
 
 def lasting_values(config) -> dict:
-    """Every flag and its value; places by names that mean the same from another working directory, and the text of a
-    prompt template."""
-    places = {name: _lasting(getattr(config, name)) for name in READ}
-    return as_dict(config) | places | dict(prompt_template=Reading.of(config).template)
+    """Every flag and its value; places by names that mean the same from another working directory."""
+    return as_dict(config) | {name: _lasting(getattr(config, name)) for name in READ}
 
 
 def write_run(config, planned, *, finished: bool) -> None:
