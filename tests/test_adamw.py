@@ -1,5 +1,7 @@
 """AdamW that rounds bf16 weights at random: it learns what fp32 does, and the same for any number of processes."""
 
+import math
+
 import pytest
 import torch
 from kernel_devices import DEVICES, KERNEL_DEVICES, relative
@@ -134,6 +136,17 @@ def test_kernel_equals_plain(device, aligned, monkeypatch):
     for ours, wanted, few, near in zip(*results, (3e-3, 0.1, 3e-3), (1e-3, 3e-3, 1e-3), strict=True):
         assert (ours != wanted).float().mean() < few
         assert relative(ours, wanted) < near
+
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+@pytest.mark.parametrize("unless", [math.nan, math.inf, 0.0])
+def test_nothing_changes_where_the_run_diverged(device, unless):
+    """The host has not looked yet when it launches a step: the step looks itself."""
+    for run in (step_plain, adamw.StepKernel()):
+        stepped, before = row(70, 64, device=device), row(70, 64, device=device)
+        run([stepped], STEP._replace(unless=torch.tensor(unless, device=device)))
+        same = [torch.equal(stepped[i], before[i]) for i in (0, 2, 3)]
+        assert same == [unless != 0.0] * 3
 
 
 def test_places_of_parameters(tiny):

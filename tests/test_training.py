@@ -260,12 +260,12 @@ def test_loss_scaler():
     assert gradients[0].tolist() == [2.0, torch.inf]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16_autocast"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16_autocast"])
 def test_divergence_ends_the_run(flags, precision):
     """A loss that is not finite is an error that names the step; in fp16, once the scale cannot be the reason."""
     tired = lambda enabled: LossScaler(enabled, start=2.0)
     nowhere = lambda *args, **kwargs: torch.tensor(torch.nan)
-    step = 1 if precision == "fp32" else 2
+    step = 2 if precision == "fp16_autocast" else 1
     with pytest.raises(Diverged, match=f"step {step}: .*--lr"):  # a UserError: one line, no traceback
         run(flags(precision=precision, train_type="custom_lora"), LossScaler=tired, global_norm=nowhere)
 

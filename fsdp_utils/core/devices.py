@@ -64,4 +64,9 @@ def repeat_exactly() -> None:
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
     torch.use_deterministic_algorithms(True)  # warn_only would leave attention as it is
+    # without it Inductor may still time two block sizes of a reduction in each process, and take the faster one:
+    # pytorch/pytorch#189121
+    from torch._inductor import config as inductor  # here: it takes a second
+
+    inductor.deterministic = True
     torch.utils.deterministic.fill_uninitialized_memory = False  # we fill what we read

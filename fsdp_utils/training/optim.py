@@ -16,6 +16,9 @@ class StochasticAdamW(torch.optim.Optimizer):
     Args:
         places: of each parameter, its number in the model and the number of its first element here.
 
+    Attributes:
+        unless: fp32 scalar on the device; where it is no number, a step changes nothing. None: not asked.
+
     Raises:
         ValueError: a parameter is not bf16, and would lose bits that it has, or has gaps between its elements.
     """
@@ -25,14 +28,15 @@ class StochasticAdamW(torch.optim.Optimizer):
             raise ValueError("StochasticAdamW: trains contiguous bf16 parameters")
         # the number of steps is part of the state: without it a resumed run would draw other random bits
         super().__init__(params, dict(lr=lr, weight_decay=wd, betas=(0.9, 0.999), eps=1e-8, steps=0))
-        self.places, self.seed = places, seed
+        self.places, self.seed, self.unless = places, seed, None
         self.step_kernel = adamw.StepKernel()
 
     @torch.no_grad()
     def step(self, closure=None):
         (group,) = self.param_groups
         group["steps"] += 1
-        step = adamw.Step(group["lr"], group["weight_decay"], *group["betas"], group["eps"], group["steps"], self.seed)
+        numbers = group["lr"], group["weight_decay"], *group["betas"], group["eps"], group["steps"]
+        step = adamw.Step(*numbers, self.seed, self.unless)
         rows = []
         for p, place in zip(group["params"], self.places, strict=True):
             if p.grad is not None:

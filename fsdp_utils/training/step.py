@@ -13,14 +13,14 @@ from typing import NamedTuple
 import torch
 
 from fsdp_utils.core.errors import Diverged
-from fsdp_utils.core.processes import all_reduce, all_reduce_each
+from fsdp_utils.core.processes import all_reduce_each, sum_over_processes
 from fsdp_utils.core.ranks import world_size
 from fsdp_utils.data.batches import Batches, predicting_tokens
 from fsdp_utils.memory.graphs import graph_tokens
 from fsdp_utils.sharding import fsdp
 from fsdp_utils.sharding.mesh import shard_group
 from fsdp_utils.sharding.prepared import Prepared
-from fsdp_utils.training.optim import LocalParameters, LossScaler, clip_, global_norm, make_optimizer
+from fsdp_utils.training.optim import LocalParameters, LossScaler, StochasticAdamW, clip_, global_norm, make_optimizer
 
 MAX_GRAPHS = 16  # different shapes; padding to multiples keeps them few
 TARGETS_MULTIPLE = 256
@@ -170,18 +170,24 @@ class TrainStep:
         Raises:
             Diverged: loss or gradient is no number, and it is not the loss scale's fault; no parameter has changed.
         """
-        loss_sum, tokens = self.backward(micro_batches, votes=votes)
+        total, tokens = self.backward(micro_batches, votes=votes)
         gradients = self.trained.collect_gradients()
         self.scaler.unscale_(gradients)
         norm = global_norm(gradients, group=self.group, device=self.device)
-        loss, value = self.mean_loss(loss_sum, tokens), norm.item()  # wait for the GPU: what diverged is not stepped on
+        ahead = isinstance(self.optimizer, StochasticAdamW)
+        if ahead:  # the host need not wait for the GPU here: what diverged is not stepped on, and then nobody goes on
+            self.optimizer.unless = norm + 0 * total.float()
+            self._update(gradients, norm, lr=lr)
+            fsdp.gather_ahead(self.prepared)
+        loss, value = self.mean_loss(total, tokens), norm.item()
         finite = math.isfinite(value)
         # too large a scale overflows gradients, never the loss
         if not math.isfinite(loss) or not (finite or self.scaler.can_shrink):
             raise Diverged(f"step {self.taken + 1}: loss {loss}, gradient norm {value}; lower --lr or check the data")
-        if finite:
-            self._update(gradients, norm, lr=lr)
-        fsdp.gather_ahead(self.prepared)
+        if not ahead:
+            if finite:
+                self._update(gradients, norm, lr=lr)
+            fsdp.gather_ahead(self.prepared)
         self.taken += 1
         self.scaler.update(finite)
         self.trained.zero_grad()
@@ -194,8 +200,8 @@ class TrainStep:
         return replace(batches, multiple=multiple, targets_multiple=self.micro_step.targets_multiple)
 
     def backward(self, micro_batches: list[Batch], *, votes: Sequence[float] = ()) -> tuple[torch.Tensor, int]:
-        """Adds the gradients of the mean loss of the global batch. Returns the summed loss of this process's
-        micro-batches, fp32 scalar, and the tokens of the global batch. Collective."""
+        """Adds the gradients of the mean loss of the global batch. Returns its summed loss, fp64 scalar on the device,
+        and its tokens. Collective."""
         tokens, *self.votes = all_reduce_each([sum(map(predicting_tokens, micro_batches)), *votes], self.device)
         tokens = int(tokens)
         total = torch.zeros((), device=self.device)
@@ -203,7 +209,7 @@ class TrainStep:
             fsdp.prepare_backward(self.prepared, last=i == len(micro_batches), no_sync=self.no_sync)
             # gradient = d/dp (sum over ranks and micro-batches of loss_sum) / tokens; FSDP2 divides by world_size
             total += self.micro_step(batch, self.scaler.scale * world_size() / max(tokens, 1))
-        return total, tokens
+        return sum_over_processes(total.double()), tokens
 
     def _update(self, gradients: list[torch.Tensor], norm: torch.Tensor, *, lr: float) -> None:
         if self.clip_to is not None:
@@ -214,8 +220,8 @@ class TrainStep:
         self.prepared.method.after_step(self.model, device=self.device)
 
     def mean_loss(self, total: torch.Tensor, tokens: int) -> float:
-        """Per token of the global batch, from what `backward` returned; waits for the GPU. Collective."""
-        return LossSum(all_reduce(total.item(), self.device), tokens).mean
+        """Per token of the global batch, from what `backward` returned; waits for the GPU."""
+        return LossSum(total.item(), tokens).mean
 
     @contextmanager
     def _looking(self):

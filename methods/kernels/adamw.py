@@ -34,6 +34,7 @@ class Step(NamedTuple):
     eps: float
     number: int  # from 1
     seed: int
+    unless: Tensor | None = None  # fp32 scalar on the parameters' device; where it is no number, nothing changes
 
     def scalars(self) -> tuple[float, ...]:
         """Factor of the weight, size of the step, the gradient's share of the first moment, factor of the second one,
@@ -95,6 +96,8 @@ def round_(x: Tensor, bits: Tensor | int) -> Tensor:
 
 def step_plain(rows: list[Row], step: Step) -> None:
     """One step of every row, in place: the definition."""
+    if step.unless is not None and not step.unless.isfinite():
+        return
     decay, size, share1, beta2, share2, root, eps = step.scalars()
     for row in rows:
         weight, grad, first, second = (t.view(-1) for t in (row.weight, row.grad.contiguous(), *row[2:4]))
@@ -125,13 +128,14 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["key"])  # else compiled again in the first step whose key is a multiple of 16
     def _step_kernel(
-        addresses, sizes, parameters, firsts, of_program, tensors, key,
+        addresses, sizes, parameters, firsts, of_program, unless, tensors, key,
         decay, size, share1, beta2, share2, root, eps, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.load(of_program + 2 * tl.program_id(0))
         start = tl.load(of_program + 2 * tl.program_id(0) + 1).to(tl.int64) * BLOCK
         at = start + tl.arange(0, BLOCK)
-        inside = at < tl.load(sizes + row)
+        finite = tl.abs(tl.load(unless)) < float("inf")  # false of NaN too
+        inside = (at < tl.load(sizes + row)) & finite
         bf16 = tl.pointer_type(tl.bfloat16)
         weight, grad = tl.load(addresses + row).to(bf16), tl.load(addresses + tensors + row).to(bf16)
         first, second = tl.load(addresses + 2 * tensors + row).to(bf16), tl.load(addresses + 3 * tensors + row).to(bf16)
@@ -170,7 +174,8 @@ class StepKernel:
         addresses = [tensor.data_ptr() for place in range(4) for tensor in (row[place] for row in rows)]
         if addresses != self.addresses:  # gradients move where they are not kept for a CUDA graph
             self.addresses, self.address_table = addresses, _to(device, torch.tensor(addresses))
-        numbers = len(rows), _signed(_key(step)), *step.scalars()
+        unless = torch.zeros((), device=device) if step.unless is None else step.unless
+        numbers = unless, len(rows), _signed(_key(step)), *step.scalars()
         programs = self.tables[-1]
         _step_kernel[(len(programs),)](self.address_table, *self.tables, *numbers, BLOCK=BLOCK, num_warps=8)
 
