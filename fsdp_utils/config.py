@@ -363,6 +363,11 @@ class TrainConfig:
                 f"--lora_init {self.lora_init}: the adapter holds a part of the weight itself, which --lora_dropout "
                 f"{self.lora_dropout:g} drops and --wd {self.wd:g} shrinks; 0 leaves it alone"
             )
+        if self.deterministic and self.lora_dropout and self.compile and not self.packing:
+            said.append(
+                f"--deterministic true with --lora_dropout {self.lora_dropout:g}: on GPUs, compiled dropout was seen not "
+                "to repeat where batches change their shape; --lora_dropout 0 repeats to the bit"
+            )
         if self.no_sync and self.gradient_accumulation_steps == 1:
             said.append("--no_sync has no effect with --gradient_accumulation_steps 1")
         return said
