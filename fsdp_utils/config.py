@@ -365,8 +365,8 @@ class TrainConfig:
             )
         if self.deterministic and self.lora_dropout and self.compile and not self.packing:
             said.append(
-                f"--deterministic true with --lora_dropout {self.lora_dropout:g}: on GPUs, compiled dropout was seen not "
-                "to repeat where batches change their shape; --lora_dropout 0 repeats to the bit"
+                f"--deterministic true with --lora_dropout {self.lora_dropout:g}: on GPUs, compiled dropout was seen "
+                "not to repeat where batches change their shape; --lora_dropout 0 repeats to the bit"
             )
         if self.no_sync and self.gradient_accumulation_steps == 1:
             said.append("--no_sync has no effect with --gradient_accumulation_steps 1")
