@@ -34,6 +34,7 @@ from fsdp_utils.core.ranks import say
 from fsdp_utils.export import fidelity, format_of
 from fsdp_utils.export.formats import Format, write_rest, write_weights
 from fsdp_utils.export.gptq import check_gptq, write_gptq
+from fsdp_utils.export.held_out import HeldOut, held_out
 from fsdp_utils.export.trained import TrainedWeights
 from fsdp_utils.folders.describe import Run, describe, tokenizer_of
 from fsdp_utils.inference.whole import whole
@@ -82,12 +83,14 @@ def export(chosen: Format, config: ExportConfig, tokenizer, target: Path, *, dev
     say(f"{read / 1e9:.3f} GB read, {size / 1e9:.3f} GB of weights in {target}; {took:.0f} s, {peak:.2f} GiB")
 
 
-def report(config: ExportConfig, run: Run, text: fidelity.HeldOut, target: Path, *, device) -> None:
+def report(config: ExportConfig, chosen: Format, text: HeldOut, target: Path, *, device) -> None:
     """Prints the comparison and writes fidelity.json."""
+    run = chosen.trained.run
     scores = fidelity.fidelity(run, target, text, device=device, dtype=getattr(torch, DTYPES[config.dtype]))
-    tokens = sum(int((labels != fidelity.IGNORED).sum()) for _, labels in text.rows)
-    say(f"{len(text.rows)} texts of {text.source}, {tokens} tokens", fidelity.table(scores), sep="\n")
-    facts = dict(data=text.source, texts=len(text.rows), tokens=tokens, settings=as_dict(config))
+    said = fidelity.verdict(scores, text, infer_type=config.infer_type, better=chosen.better)
+    say(f"{len(text.rows)} texts of {text.source}, {text.tokens} tokens", fidelity.table(scores), said, sep="\n")
+    known = dict(data=text.source, unseen=text.unseen, texts=len(text.rows), tokens=text.tokens)
+    facts = known | dict(settings=as_dict(config))
     write_json(target / "fidelity.json", scores | facts)
 
 
@@ -109,13 +112,13 @@ def main(config: ExportConfig) -> None:
     tokenizer = tokenizer_of(run)
     text = None
     if config.fidelity_samples:
-        text = fidelity.held_out(run, tokenizer, name=config.fidelity_data, samples=config.fidelity_samples)
+        text = held_out(run, tokenizer, name=config.fidelity_data, samples=config.fidelity_samples)
     say(f"{run} -> {config.infer_type} in {target}")
     # to the end of the report, which reads what was written; new_folder's own lock ends before
     with exclusively(target.with_name(f"{target.name}.export"), named=f"--save_dir {config.save_dir}"):
         export(chosen, config, tokenizer, target, device=device)
         if text:
-            report(config, run, text, target, device=device)
+            report(config, chosen, text, target, device=device)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from real_run import make_config, prepared
 from fsdp_utils.training.optim import LocalParameters, StochasticAdamW, make_optimizer
 from methods import TRAIN_TYPES
 from methods.kernels import adamw
-from methods.kernels.adamw import Row, Step, hashed, random_bits, round_, step_plain
+from methods.kernels.adamw import Row, Step, random_bits, round_, step_plain
+from methods.kernels.rounding import hashed
 
 STEP = Step(lr=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.999, eps=1e-8, number=3, seed=2**40 + 5)
 

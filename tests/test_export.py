@@ -16,7 +16,7 @@ import prepare_weights
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.flags import ConfigError
 from fsdp_utils.data.layouts import Reading
-from fsdp_utils.export import fidelity, w4a16
+from fsdp_utils.export import fidelity, held_out, w4a16
 from fsdp_utils.folders.describe import describe
 from prepare_weights import ExportConfig
 from scripts.block_expansion import Expansion, expand
@@ -343,4 +343,4 @@ def test_flags_are_required():
 def test_comparison_data_that_is_not_there(name):
     """What cannot be read is said under the flag that named it."""
     with pytest.raises(UserError, match=f"^--fidelity_data {name}: "):
-        fidelity._named(name, Reading())
+        held_out.named(name, Reading())

@@ -400,6 +400,11 @@ def load_examples(config) -> Examples:
     Raises:
         DataError: unknown name, file missing, malformed, empty or of unknown columns, hub not reachable.
     """
+    return divide(config)[0]
+
+
+def divide(config) -> tuple[Examples, Examples]:
+    """The raw rows to train on, as `load_examples`, and those of the same sources that are left unused."""
     check_name(config.dataset)
     reading, place = Reading.of(config), Place.of(config)
     spec, limit = DATASETS.get(config.dataset), config.dataset_samples
@@ -408,7 +413,9 @@ def load_examples(config) -> Examples:
     found = [_opened(name, config, place=place, reading=reading) for name, _ in sources]
     _check_columns_found(found, reading)
     if len(found) == 1:
-        return found[0].first(limit) if capped else found[0]
+        (examples,) = found
+        border = min(limit, len(examples)) if capped else len(examples)
+        return examples.first(border), examples.select(range(border, len(examples)))
     weights = [weight for _, weight in sources]
     return _mixed(found, weights, limit=limit if capped else None, seed=config.seed, name=config.dataset)
 
@@ -428,25 +435,29 @@ def _check_columns_found(found: list[Examples], reading: Reading) -> None:
             raise DataError(f"--columns {name}={path}: has no effect: {has_none}")
 
 
-def _mixed(found: list[Examples], weights: list, *, limit: int | None, seed: int, name: str) -> Examples:
-    """Several sources as one: as many rows as the weights allow without taking one twice, drawn at random."""
+def _mixed(
+    found: list[Examples], weights: list, *, limit: int | None, seed: int, name: str
+) -> tuple[Examples, Examples]:
+    """Several sources as one: as many rows as the weights allow without taking one twice, drawn at random; and those
+    that were not drawn."""
     _refuse_doubles([part for examples in found for part in examples.parts], named=f"--dataset {name}")
     sizes = [len(examples) for examples in found]
     shares = np.array(sizes if weights[0] is None else weights, dtype=np.float64)
     shares /= shares.sum()
     total = min(size / share for size, share in zip(sizes, shares, strict=True))
     total = min(total, limit) if limit else total
-    chosen, taken = [], []
+    chosen, left, taken = [], [], []
     for number, (examples, count) in enumerate(zip(found, _counts(total, shares), strict=True)):
         if not count:
             raise DataError(f"--dataset {name}: takes no row of {examples.name}; raise its weight, or leave it away")
         if count < len(examples):
-            drawn = np.random.default_rng([seed, number]).permutation(len(examples))[:count]
-            chosen += examples.select(np.sort(drawn).tolist()).parts
+            drawn = np.random.default_rng([seed, number]).permutation(len(examples))
+            chosen += examples.select(np.sort(drawn[:count]).tolist()).parts
+            left += examples.select(np.sort(drawn[count:]).tolist()).parts
         else:
             chosen += examples.parts
         taken.append(f"{count:,} of {len(examples):,} rows of {examples.name}")
-    return Examples(tuple(chosen), name, tuple(taken))
+    return Examples(tuple(chosen), name, tuple(taken)), Examples(tuple(left), name)
 
 
 def _counts(total: float, shares: np.ndarray) -> list[int]:

@@ -19,6 +19,9 @@ class ExportConfig:
     save_dir: str = flag("", "folder that is made")
     infer_type: str = flag("merged", "format; see above", choices=tuple(INFER_TYPES))
     dtype: str = flag("bf16", "of what is not packed, and of the arithmetic of 4-bit layers", choices=tuple(DTYPES))
+    rounding: str = flag(
+        "random", "to 16 bits, of what was trained; nearest loses small changes", choices=("random", "nearest")
+    )
     max_shard_size: str = flag("5GB", "largest size of one weight file")
     overwrite: bool = flag(False, "replace the model in --save_dir")
     device: str = flag("auto", "where to compute", choices=("auto", "cuda", "cpu"))

@@ -1,12 +1,11 @@
-"""How close an exported model is to the trained one on held-out text: KL divergence, top-1 agreement, perplexity."""
+"""How close an exported model is to the trained one on held-out text: KL divergence, top-1 agreement, perplexity, and
+the share of what training gained that it keeps."""
 
 import gc
 import math
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,77 +15,16 @@ from tqdm import tqdm
 from fsdp_utils.core.errors import CheckpointError, UserError
 from fsdp_utils.core.folders import model_folder
 from fsdp_utils.core.safetensors_io import CheckpointReader
-from fsdp_utils.data import sources
 from fsdp_utils.data.batches import IGNORED
-from fsdp_utils.data.layouts import Reading
-from fsdp_utils.data.tokens import tokenize
+from fsdp_utils.export.held_out import HeldOut
 from fsdp_utils.folders.describe import Run, describe
 from fsdp_utils.inference.load import default_dtype, load_for_inference, load_stock
 from fsdp_utils.model.build import resolve_model
 from fsdp_utils.model.weights import fingerprint
 from fsdp_utils.training.task import CAUSAL_LM
 
-MOST_TOKENS = 4096  # their log-probabilities go to disk: 2 GB with a vocabulary of 128k
-CONTEXT = 2048
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Text to compare on.
-
-    Args:
-        source: the dataset, and which part of it.
-        rows: (ids `[tokens]`, labels `[tokens]`, -100 where no token is asked for), int64.
-    """
-
-    source: str
-    rows: list[tuple[torch.Tensor, torch.Tensor]]
-
-
-def held_out(run: Run, tokenizer, *, name: str | None, samples: int) -> HeldOut:
-    """The first `samples` rows of a validation set or local file; by default of what the run held out.
-
-    Raises:
-        UserError: it is not known what the run was trained on; as `sources.load_examples`.
-    """
-    reading = Reading.of(run.config) if run.config else Reading()
-    source, examples = _named(name, reading) if name else _of_run(run, reading)
-    context = run.config.context_length if run.config else CONTEXT
-    table = tokenize(examples.first(samples), tokenizer, reading=reading, source=source, context_length=context)
-    rows, left = [], MOST_TOKENS
-    for ids, labels in zip(table["input_ids"].to_pylist(), table["labels"].to_pylist(), strict=True):
-        asked = sum(label != IGNORED for label in labels)
-        if 0 < asked <= left:
-            rows.append((torch.tensor(ids), torch.tensor(labels)))
-            left -= asked
-    if not rows:
-        raise UserError(f"--fidelity_data {source}: no row has an answer within {context} tokens; give other text")
-    return HeldOut(source, rows)
-
-
-def _named(name: str, reading: Reading) -> tuple[str, sources.Examples]:
-    place = sources.Place(dataset_split="validation", sole=True)
-    return name, sources.held_out_rows(name, place=place, reading=reading, flag="fidelity_data")
-
-
-def _of_run(run: Run, reading: Reading) -> tuple[str, sources.Examples]:
-    """The validation set of the run's dataset, else rows beyond those trained on, else its last rows."""
-    if run.config is None:
-        raise UserError(
-            f"--fidelity_data: {run.folder} does not say what it was trained on; give a dataset or local file "
-            "to compare on, or --fidelity_samples 0 for no report"
-        )
-    config = run.config
-    spec = sources.DATASETS.get(config.dataset)
-    if spec and spec.validation:
-        held_out = sources.held_out_rows(config.dataset, place=sources.Place.of(config), reading=reading)
-        return f"{config.dataset} (validation)", held_out
-    if spec and spec.capped:
-        examples = sources.load_examples(replace(config, dataset_samples=sys.maxsize))
-        if len(examples) > config.dataset_samples:
-            unseen = examples.select(range(config.dataset_samples, len(examples)))
-            return f"{config.dataset} (rows beyond those trained on)", unseen
-    return f"{config.dataset} (trained on: it has no validation set)", sources.load_examples(config)
+LEAST_GAIN = 0.01  # nats per token; a share of less is noise
+LOUD = 0.9  # of the gain
 
 
 def base_folder(run: Run) -> Path | None:
@@ -107,7 +45,8 @@ def fidelity(run: Run, exported: Path, text: HeldOut, *, device: torch.device, d
     One model is loaded at a time.
 
     Returns:
-        `{"trained": {"perplexity": …}, "exported": {"perplexity", "kl", "top1_agreement"}, "base": …}`; natural log.
+        `{"trained": {"perplexity": …}, "exported": {"perplexity", "kl", "top1_agreement"}, "base": …}`; natural log;
+        and `"gain_kept"` of `exported` where it is known.
     """
     base, trusted = base_folder(run), dict(trust_remote_code=run.trust_remote_code)
     models = {
@@ -117,7 +56,17 @@ def fidelity(run: Run, exported: Path, text: HeldOut, *, device: torch.device, d
     if base is not None:
         trained_in = default_dtype(run)
         models["base"] = lambda: load_for_inference(describe(base, **trusted), device=device, dtype=trained_in)
-    return compare(models, text.rows, device=device, scratch=exported.parent)
+    scores = compare(models, text.rows, device=device, scratch=exported.parent)
+    if text.unseen and base is not None:
+        scores["exported"]["gain_kept"] = gain_kept(*(scores[name]["perplexity"] for name in models))
+    return scores
+
+
+def gain_kept(trained: float, exported: float, base: float) -> float | None:
+    """Of three perplexities: the share of the fall of the loss from base to trained that is there in the exported
+    model. None where training gained next to nothing on this text."""
+    gain = math.log(base / trained)
+    return math.log(base / exported) / gain if gain > LEAST_GAIN else None
 
 
 def compare(models: dict[str, Callable[[], nn.Module]], rows, *, device: torch.device, scratch: Path) -> dict:
@@ -169,6 +118,20 @@ class _Reference:
             )
         flat = torch.from_file(str(self.path), shared=True, size=self.tokens * vocabulary, dtype=torch.float32)
         self.stored = flat.view(self.tokens, vocabulary)
+
+
+def verdict(scores: dict, text: HeldOut, *, infer_type: str, better: str) -> str:
+    """One line: what is kept of the gain, or why that is not known; loud where it is too little."""
+    if not text.unseen:
+        return "share of the gain kept: not known, the run left no text that it did not train on; give --fidelity_data"
+    if "base" not in scores:
+        return "share of the gain kept: not known, the model that training started from is not there"
+    share = scores["exported"]["gain_kept"]
+    if share is None:
+        return "share of the gain kept: not known, on this text training gained next to nothing; give --fidelity_data"
+    if share >= LOUD:
+        return f"share of the gain kept: {share:.1%}"
+    return f"WARNING: --infer_type {infer_type} keeps {share:.1%} of what training gained on this text; use {better}"
 
 
 def table(scores: dict) -> str:

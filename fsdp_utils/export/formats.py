@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -15,7 +16,9 @@ from fsdp_utils.folders.describe import generation_folder, tokenizer_folder
 from fsdp_utils.folders.documents import describe_generation, describe_model, describe_tokenizer
 from fsdp_utils.folders.names import GENERATION_CONFIG
 from fsdp_utils.options import DTYPES
+from methods.kernels.rounding import at_random
 from methods.llama_pro import EXPANDED_LAYERS_FILE
+from methods.quantizers.bnb import Bnb4bit
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
 
@@ -39,6 +42,12 @@ class Format:
     def __init__(self, trained: TrainedWeights, options):
         self.trained, self.options, self.dtype = trained, options, getattr(torch, DTYPES[options.dtype])
         self.packed = set(self.to_pack())
+
+    @property
+    def better(self) -> str:
+        """The flags of a format that keeps more of what was learned."""
+        exact = self.trained.run.kind == "adapter" and isinstance(self.trained.quantizer, Bnb4bit)
+        return "--infer_type bnb_dora, which is exact" if exact else "--infer_type merged"
 
     def to_pack(self) -> list[str]:
         """Every linear of the decoder blocks, except in blocks that were trained in 16 bits."""
@@ -96,7 +105,15 @@ class Format:
                 yield from self.linear_tensors(path).items()
                 continue
             whole = self.trained.merged(path) if path in self.trained.linears else self.trained.tensor(name)
-            yield self.trained.weights.stored_name(name), whole.to(self._dtype_of(name))
+            yield self.trained.weights.stored_name(name), self._rounded(name, whole)
+
+    def _rounded(self, name: str, whole: torch.Tensor) -> torch.Tensor:
+        """In the dtype it is stored in. What training changed is rounded at random where the dtype has 16 bits: to the
+        nearest, changes below half a unit in the last place are lost. The same bits in any run of the export."""
+        dtype = self._dtype_of(name)
+        if self.options.rounding == "nearest" or dtype.itemsize != 2 or not self.trained.has_changed(name):
+            return whole.to(dtype)
+        return at_random(whole.float(), dtype, key=int.from_bytes(sha256(name.encode()).digest()[:4]))
 
     def _dtype_of(self, name: str) -> torch.dtype:
         return self.trained.own_dtypes.get(name, self.dtype)
@@ -104,6 +121,10 @@ class Format:
 
 class Merged(Format):
     """A plain Hugging Face folder; adapters are folded into the dequantized base they were trained on."""
+
+    @property
+    def better(self):
+        return "--rounding random" if self.options.rounding == "nearest" else "--dtype fp32"
 
     def to_pack(self):
         return []

@@ -83,6 +83,12 @@ class TrainedWeights:
         """Paths of the linears that have an adapter."""
         return list(self._adapter)
 
+    def has_changed(self, name: str) -> bool:
+        """Whether training may have changed a tensor of the model."""
+        if self.run.kind == "llama_pro":
+            return name.startswith(tuple(f"{block}." for block in self.new_blocks))
+        return self.run.kind != "adapter" or name.removesuffix(".weight") in self._adapter
+
     def tensor(self, name: str) -> torch.Tensor:
         """A parameter of the model under the adapters, in the dtype it was trained in; dequantized if it was
         quantized."""

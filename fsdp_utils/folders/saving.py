@@ -146,6 +146,7 @@ def run_record(config, planned, *, finished: bool, saved: bool) -> dict:
         quantizer=asdict(planned.quantizer) if planned.quantizer else None,
         processes=world_size(),
         flags=lasting_values(config),
+        given=sorted(config.explicit_flags),
         versions={name: _version(name) for name in PACKAGES},
     )
 

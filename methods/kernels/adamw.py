@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from methods.kernels.rounding import bits_of, hashed, signed
+
 try:
     import triton
     import triton.language as tl
@@ -56,35 +58,15 @@ class Row(NamedTuple):
     first: int  # number of the first element here in the whole parameter
 
 
-def hashed(x: int) -> int:
-    """32 bits to 32 bits, each of the input changes half of the output (Wellons' lowbias32)."""
-    x = ((x >> 16) ^ x) * 0x7FEB352D & 0xFFFFFFFF
-    x = ((x >> 15) ^ x) * 0x846CA68B & 0xFFFFFFFF
-    return (x >> 16) ^ x
-
-
 def _key(step: Step) -> int:
     seed = (step.seed ^ (step.seed >> 32)) & 0xFFFFFFFF
     return hashed(step.number ^ hashed(seed))
 
 
-def _signed(x: int) -> int:
-    """The int32 of the same bits."""
-    return x - 2**32 if x >= 2**31 else x
-
-
 def random_bits(row: Row, step: Step, start: int, stop: int) -> Tensor:
     """`hashed(element ^ key)` of elements `[start, stop)`, int32."""
     key = hashed(row.parameter ^ _key(step))
-    first, stop, device = row.first + start, row.first + stop, row.weight.device
-    if stop <= 2**31:
-        x = torch.arange(first, stop, dtype=torch.int32, device=device)
-    else:
-        x = (torch.arange(first, stop, device=device) & 0xFFFFFFFF).to(torch.int32)
-    x.bitwise_xor_(_signed(key))
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        x.bitwise_xor_((x >> shift).bitwise_and_(2 ** (32 - shift) - 1)).mul_(_signed(factor))
-    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+    return bits_of(row.first + start, row.first + stop, key=key, device=row.weight.device)
 
 
 def round_(x: Tensor, bits: Tensor | int) -> Tensor:
@@ -175,7 +157,7 @@ class StepKernel:
         if addresses != self.addresses:  # gradients move where they are not kept for a CUDA graph
             self.addresses, self.address_table = addresses, _to(device, torch.tensor(addresses))
         unless = torch.zeros((), device=device) if step.unless is None else step.unless
-        numbers = unless, len(rows), _signed(_key(step)), *step.scalars()
+        numbers = unless, len(rows), signed(_key(step)), *step.scalars()
         programs = self.tables[-1]
         _step_kernel[(len(programs),)](self.address_table, *self.tables, *numbers, BLOCK=BLOCK, num_warps=8)
 
