@@ -33,7 +33,7 @@ from fsdp_utils.core.locks import exclusively
 from fsdp_utils.core.ranks import say
 from fsdp_utils.export import fidelity, format_of
 from fsdp_utils.export.formats import Format, write_rest, write_weights
-from fsdp_utils.export.gptq import check_gptq, write_gptq
+from fsdp_utils.export.gptq import trained_model, training_rows
 from fsdp_utils.export.held_out import HeldOut, held_out
 from fsdp_utils.export.trained import TrainedWeights
 from fsdp_utils.folders.describe import Run, describe, tokenizer_of
@@ -64,6 +64,22 @@ def check_reader(config: ExportConfig) -> None:
         )
 
 
+def calibrates(config: ExportConfig, chosen: Format) -> bool:
+    """Whether weights are rounded by their inputs on training samples.
+
+    Raises:
+        UserError: they are to be, and it is not known what was trained on.
+    """
+    if not chosen.calibrates or config.gptq == "false":
+        return False
+    run = chosen.trained.run
+    if run.config is None and config.gptq == "true":
+        raise UserError(f"--gptq true: {run.folder} does not say what it was trained on; give the run itself")
+    if run.config is None:
+        say(f"note: {run.folder} does not say what it was trained on, so each weight is rounded to the nearest")
+    return run.config is not None
+
+
 def export(chosen: Format, config: ExportConfig, tokenizer, target: Path, *, device) -> None:
     """Writes the complete folder.
 
@@ -73,11 +89,8 @@ def export(chosen: Format, config: ExportConfig, tokenizer, target: Path, *, dev
     begun = time.perf_counter()
     max_shard_bytes = parse_size(config.max_shard_size)
     with new_folder(target, overwrite=config.overwrite) as folder:
-        if config.gptq:
-            write_gptq(chosen, tokenizer, folder, samples=config.gptq_samples, max_shard_bytes=max_shard_bytes)
-        else:
-            write_weights(chosen, folder, max_shard_bytes=max_shard_bytes)
-            write_rest(chosen, tokenizer, folder, target=target)
+        write_weights(chosen, folder, max_shard_bytes=max_shard_bytes)
+        write_rest(chosen, tokenizer, folder, target=target)
     size = sum(path.stat().st_size for path in target.rglob("*.safetensors"))
     took, peak, read = time.perf_counter() - begun, peak_memory_gib(device), chosen.trained.nbytes
     say(f"{read / 1e9:.3f} GB read, {size / 1e9:.3f} GB of weights in {target}; {took:.0f} s, {peak:.2f} GiB")
@@ -105,17 +118,18 @@ def main(config: ExportConfig) -> None:
         run = whole(describe(config.model, trust_remote_code=config.trust_remote_code), device=device)
     target = check_target(config, run)
     check_reader(config)
-    if config.gptq:
-        check_gptq(run)
     # what else is wrong with the run comes before what its report needs, and before any folder is made
     chosen = format_of(config.infer_type)(TrainedWeights(run, device=device), config)
     tokenizer = tokenizer_of(run)
+    rows = training_rows(run, tokenizer, samples=config.gptq_samples) if calibrates(config, chosen) else []
     text = None
     if config.fidelity_samples:
         text = held_out(run, tokenizer, name=config.fidelity_data, samples=config.fidelity_samples)
     say(f"{run} -> {config.infer_type} in {target}")
     # to the end of the report, which reads what was written; new_folder's own lock ends before
     with exclusively(target.with_name(f"{target.name}.export"), named=f"--save_dir {config.save_dir}"):
+        if rows:
+            chosen.calibrate(trained_model(run, device=device), rows)
         export(chosen, config, tokenizer, target, device=device)
         if text:
             report(config, chosen, text, target, device=device)

@@ -102,7 +102,7 @@ def test_unmerged_qdora_in_bf16(save_run, tiny, export):
 def test_nf4(save_run, tiny, export):
     """bitsandbytes loads what was packed: merged weights quantized again, straight from the run or from its merge."""
     run, model = save_run(tiny("qwen2"), "qlora")
-    folder = export(run, "bnb_nf4", dtype="fp32")
+    folder = export(run, "bnb_nf4", dtype="fp32", gptq="false")
     direct = logits(stock(folder))
     assert kl(direct, logits(model)) < 0.05
     merged = export(run, "merged", name="merged", dtype="fp32")
@@ -135,7 +135,7 @@ CASES = [("bnb_dora", True, 64), ("bnb_dora", False, 32), ("hqq_dora", False, 64
 def test_w4a16(save_run, tiny, export, train_type, symmetric, group_size):
     """transformers with compressed-tensors unpacks what was packed, and it is near the trained model."""
     run, model = save_run(tiny("qwen2"), train_type)
-    folder = export(run, "w4a16", symmetric=symmetric, group_size=group_size, dtype="fp32")
+    folder = export(run, "w4a16", symmetric=symmetric, group_size=group_size, dtype="fp32", gptq="false")
     loaded = stock(folder, quantization_config=CompressedTensorsConfig(dequantize=True))
     assert kl(logits(loaded), logits(model)) < 0.05
     if symmetric:
@@ -169,7 +169,8 @@ def test_packing_is_that_of_compressed_tensors(symmetric):
     weight = torch.randn(12, 64, generator=torch.Generator().manual_seed(0))
     weight[0], weight[1], weight[2] = 0, 3.0, -3.0
     candidates = list(w4a16.grids(weight.unflatten(1, (-1, 32)), symmetric=symmetric))
-    codes, scales, zeros = w4a16.solve(weight, candidates, group_size=32, dtype=torch.float32)
+    grid = w4a16.choose(weight, candidates, group_size=32, dtype=torch.float32)
+    codes, scales, zeros = grid.codes(weight), grid.scale, grid.zero.to(torch.int8)
     assert torch.equal(unpack_from_int32(w4a16.pack(codes), 4, (12, 64)), codes)
     packed = w4a16.pack(zeros.T).T.contiguous()
     assert torch.equal(unpack_from_int32(packed, 4, (12, 2), packed_dim=0), zeros)
@@ -301,9 +302,12 @@ def test_unsupported_combinations(save_run, tiny, export, monkeypatch):
         with pytest.raises(UserError, match="no adapter on a bitsandbytes base"):
             export(run, "bnb_dora")
     with pytest.raises(UserError, match="no multiple of the group size 128"):
-        export(dora, "w4a16")
-    with pytest.raises(UserError, match="needs llm-compressor"):
-        export(dora, "w4a16", group_size=32, gptq=True)
+        export(dora, "w4a16", group_size=128)
+    merged = export(dora, "merged", name="merged")
+    with pytest.raises(UserError, match=r"--gptq true: .* give the run itself"):
+        export(merged, "w4a16", group_size=32, gptq="true")
+    with pytest.raises(ConfigError, match="--gptq: has no meaning for --infer_type bnb_dora"):
+        export(dora, "bnb_dora", gptq="false")
     with pytest.raises(ConfigError, match="--group_size: has no meaning for --infer_type merged"):
         export(dora, "merged", group_size=32)
     with monkeypatch.context() as patched:

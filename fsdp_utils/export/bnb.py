@@ -1,7 +1,7 @@
 """The 4-bit format of transformers and bitsandbytes: flat codes, fp32 absmax per block, a JSON of the rest."""
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import bitsandbytes.functional
 import torch
@@ -15,6 +15,35 @@ from fsdp_utils.folders.names import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEI
 from methods.adapter import KEY_PREFIX, LORA_A, LORA_B
 from methods.packed import as_bytes
 from methods.quantizers.bnb import Bnb4bit
+
+
+@dataclass(frozen=True)
+class TableGrid:
+    """The 16 values of a table, times the absmax of each group of a row.
+
+    Args:
+        table: fp32 `[16]`, by code.
+        absmax: fp32 `[out, in/group]`.
+    """
+
+    table: torch.Tensor
+    absmax: torch.Tensor
+    group_size: int
+
+    def nearest(self, column, place):
+        scale = self.absmax[:, place // self.group_size]
+        return self.table[self._code(column, scale)] * scale
+
+    def codes(self, values: torch.Tensor) -> torch.Tensor:
+        """uint8 `[out, in/2]` of values `[out, in]` on the grid, or the next ones there; high nibble first."""
+        scale = self.absmax.repeat_interleave(self.group_size, dim=1)
+        codes = self._code(values, scale).to(torch.uint8)
+        return codes[:, ::2] << 4 | codes[:, 1::2]
+
+    def _code(self, values, scale):
+        levels, order = self.table.sort()
+        between = (levels[1:] + levels[:-1]) / 2
+        return order[torch.bucketize(values / scale.clamp_min(torch.finfo(torch.float32).tiny), between)]
 
 
 class Bnb(Format):
@@ -82,6 +111,8 @@ class BnbNF4(Bnb):
     a change smaller than half a step is rounded away.
     """
 
+    calibrates = True
+
     def __init__(self, trained, options):
         super().__init__(trained, options)
         own = trained.quantizer if isinstance(trained.quantizer, Bnb4bit) else Bnb4bit()
@@ -94,8 +125,17 @@ class BnbNF4(Bnb):
                 "note: rounding to the grid it was trained on undoes part of an adapter; --infer_type bnb_dora is exact"
             )
 
+    def grid(self, path, weight, importance=None):
+        """Where the base lies on a grid of the same groups, that grid: what was frozen comes out as it was."""
+        table = bitsandbytes.functional.get_4bit_type(self.quantizer.quant_type, device=weight.device)
+        absmax = weight.unflatten(1, (-1, self.quantizer.group_size)).abs().amax(-1)
+        return TableGrid(table, absmax, self.quantizer.group_size)
+
     def linear_tensors(self, path):
-        return self.stored(path, *self.quantizer.quantize(self.trained.merged(path)))
+        values, grid = self.rounded(path)
+        if self.calibrated:
+            return self.stored(path, grid.codes(values), grid.absmax)
+        return self.stored(path, *self.quantizer.quantize(values))
 
 
 class BnbDoRA(Bnb):
@@ -112,6 +152,10 @@ class BnbDoRA(Bnb):
                 "adapter on a bitsandbytes base; use merged, bnb_nf4 or w4a16"
             )
         self.quantizer, self._factors = trained.quantizer, {}
+
+    @property
+    def better(self):
+        return "--infer_type merged --dtype fp32"
 
     def linear_tensors(self, path):
         codes, *scales = self.trained.packed(path)

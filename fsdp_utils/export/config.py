@@ -8,6 +8,13 @@ from fsdp_utils.core.folders import size_errors
 from fsdp_utils.export import INFER_TYPES
 from fsdp_utils.options import DTYPES
 
+_CALIBRATED = ("gptq", "gptq_samples")
+OF_FORMAT = {  # flags that mean nothing for other formats
+    "w4a16": (*_CALIBRATED, "symmetric", "group_size"),
+    "bnb_nf4": _CALIBRATED,
+    "full_post_quant": _CALIBRATED,
+}
+
 
 @dataclass
 class ExportConfig:
@@ -26,11 +33,17 @@ class ExportConfig:
     overwrite: bool = flag(False, "replace the model in --save_dir")
     device: str = flag("auto", "where to compute", choices=("auto", "cuda", "cpu"))
 
-    _w4a16: str = section("w4a16")
-    symmetric: bool = flag(True, "codes around zero; false: a zero point per group")
-    group_size: int = flag(128, "weights that share one scale", choices=(128, 64, 32))
-    gptq: bool = flag(False, "calibrate on training samples; needs llm-compressor")
-    gptq_samples: int = flag(512, "training samples to calibrate on", minimum=1)
+    _4bit: str = section("4 bits: w4a16, bnb_nf4")
+    gptq: str = flag(
+        "auto",
+        "round by the inputs of the trained model on samples that it was trained on; auto: where it says which",
+        choices=("auto", "true", "false"),
+    )
+    gptq_samples: int = flag(256, "training samples to calibrate on", minimum=1)
+    symmetric: bool = flag(True, "w4a16: codes around zero; false: a zero point per group")
+    group_size: int = flag(
+        128, "w4a16: weights that share one scale; not given: smaller where rows ask for it", choices=(128, 64, 32)
+    )
 
     _fidelity: str = section("fidelity report")
     fidelity_data: str | None = flag(None, "dataset or local file to compare on; default: what the run held out")
@@ -44,7 +57,6 @@ class ExportConfig:
         found += size_errors(self.max_shard_size, flag="max_shard_size")
         if "WORLD_SIZE" in os.environ:
             found.append("torchrun: an export is one process; start it with plain python")
-        others = {"symmetric", "group_size", "gptq", "gptq_samples"} & self.explicit_flags
-        if self.infer_type != "w4a16":
-            found += [f"--{name}: has no meaning for --infer_type {self.infer_type}" for name in sorted(others)]
-        return found
+        known = OF_FORMAT.get(self.infer_type, ())
+        others = {name for names in OF_FORMAT.values() for name in names} & self.explicit_flags - set(known)
+        return found + [f"--{name}: has no meaning for --infer_type {self.infer_type}" for name in sorted(others)]

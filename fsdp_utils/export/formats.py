@@ -1,16 +1,18 @@
 """What a format is, the plain one, and the writing of a complete model folder."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from pathlib import Path
 
 import torch
+from torch import nn
 from tqdm import tqdm
 from transformers import GenerationConfig
 
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.safetensors_io import StreamingWriter
+from fsdp_utils.export.gptq import Calibrated, Grid
 from fsdp_utils.export.trained import TrainedWeights
 from fsdp_utils.folders.describe import generation_folder, tokenizer_folder
 from fsdp_utils.folders.documents import describe_generation, describe_model, describe_tokenizer
@@ -32,16 +34,18 @@ class Format:
     Attributes:
         packed: paths of the linears that are stored in the format's own way; everything else is stored in `dtype`.
         reader: package beside transformers that loading the result needs.
+        calibrates: whether weights are rounded to a grid, which `calibrate` can do by their inputs.
 
     Raises:
         UserError: a run that cannot be stored so.
     """
 
     reader: str | None = None
+    calibrates = False
 
     def __init__(self, trained: TrainedWeights, options):
         self.trained, self.options, self.dtype = trained, options, getattr(torch, DTYPES[options.dtype])
-        self.packed = set(self.to_pack())
+        self.packed, self.calibrated = set(self.to_pack()), None
 
     @property
     def better(self) -> str:
@@ -80,6 +84,22 @@ class Format:
     def linear_tensors(self, path: str) -> dict[str, torch.Tensor]:
         """The tensors announced by `linear_specs`."""
         raise NotImplementedError
+
+    def grid(self, path: str, weight: torch.Tensor, importance: torch.Tensor | None = None) -> Grid:
+        """The values that the weights of a packed linear can have; see `gptq.Calibrated`."""
+        raise NotImplementedError
+
+    def rounded(self, path: str) -> tuple[torch.Tensor, Grid]:
+        """The merged weight of a packed linear, fp32 `[out, in]`, and its grid: on the grid where it was calibrated,
+        else not yet rounded."""
+        if self.calibrated:
+            return self.calibrated(path)
+        weight = self.trained.merged(path)
+        return weight, self.grid(path, weight)
+
+    def calibrate(self, model: nn.Module, rows: Iterable[torch.Tensor]) -> None:
+        """Rounds packed linears by what they get as inputs when the trained `model` runs on `rows`."""
+        self.calibrated = Calibrated(self.trained, model, rows, packed=self.packed, grid_of=self.grid)
 
     def quantization_config(self) -> dict | None:
         """What config.json says, None for plain weights."""

@@ -1,51 +1,173 @@
-"""w4a16 calibrated with GPTQ (arXiv:2210.17323) by llm-compressor, on samples the run was trained on.
+"""GPTQ (arXiv:2210.17323): 4-bit rounding that makes up in one input's weights for the error in another's.
 
-Written against llm-compressor's documented `oneshot`; not tested here, where it cannot be installed.
+What an error costs depends on the inputs that a linear really has, so the trained model is run on samples that it was
+trained on, block by block: each block sees what the packed blocks before it give. One block is unpacked at a time.
 """
 
-import shutil
-from importlib.util import find_spec
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Protocol
 
-from fsdp_utils.core.errors import UserError
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
 from fsdp_utils.data.tokens import prepare_dataset
-from fsdp_utils.export.formats import Merged, write_rest, write_weights
-from fsdp_utils.export.w4a16 import W4A16, scheme
-from fsdp_utils.folders.documents import describe_tokenizer
-from fsdp_utils.training.task import CAUSAL_LM
+from fsdp_utils.export.trained import TrainedWeights
+from fsdp_utils.folders.describe import Run
+from fsdp_utils.inference.load import load_for_inference
+from methods.targets import decoder_blocks
+
+DAMPING = 0.01  # of the mean of the diagonal: inputs that hardly occur are not worth much
+COLUMNS = 128  # that are rounded before the rest hears of their errors
+
+Tensor = torch.Tensor
 
 
-def check_gptq(run) -> None:
-    """Raises UserError where llm-compressor or the run's training samples are missing."""
-    if not find_spec("llmcompressor"):
-        raise UserError("--gptq true: needs llm-compressor, which is not installed; pip install llmcompressor")
-    if run.config is None:
-        raise UserError(f"--gptq true: {run.folder} does not say what it was trained on; give the run itself")
+class Grid(Protocol):
+    """The values that the weights of a linear can have: fixed before the first is rounded."""
+
+    def nearest(self, column: Tensor, place: int) -> Tensor:
+        """The value on the grid next to each weight fp32 `[out]` of input number `place`."""
 
 
-def write_gptq(chosen: W4A16, tokenizer, folder: Path, *, samples: int, max_shard_bytes: int) -> None:
-    """Merges into a temporary folder, calibrates on the first training samples, and writes packed weights."""
-    from llmcompressor import oneshot
-    from llmcompressor.modifiers.gptq import GPTQModifier
+def round_together(weight: Tensor, grid: Grid, hessian: Tensor) -> Tensor:
+    """Values on the grid for which `|(W - found) X|` is small, fp32 `[out, in]`.
 
-    run, temporary = chosen.trained.run, folder / ".merged"
-    temporary.mkdir()
-    merged = Merged(chosen.trained, chosen.options)
-    write_weights(merged, temporary, max_shard_bytes=max_shard_bytes)
-    write_rest(merged, tokenizer, temporary, target=temporary)
-    model = CAUSAL_LM.auto_class.from_pretrained(temporary, dtype=chosen.dtype, trust_remote_code=run.trust_remote_code)
-    rows = prepare_dataset(run.config, tokenizer).dataset.select_columns(["input_ids"])
-    rows = rows.select(range(min(samples, len(rows)))).map(lambda row: {"attention_mask": [1] * len(row["input_ids"])})
-    weights = scheme(symmetric=chosen.symmetric, group_size=chosen.group_size)
-    oneshot(
-        model=model,
-        dataset=rows,
-        recipe=GPTQModifier(
-            ignore=chosen.unpacked_linears(), config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}
-        ),
-        max_seq_length=run.config.context_length,
-        num_calibration_samples=len(rows),
-    )
-    model.save_pretrained(folder, save_compressed=True)
-    describe_tokenizer(folder, temporary, tokenizer=tokenizer)
-    shutil.rmtree(temporary)
+    Args:
+        weight: fp32 `[out, in]`.
+        hessian: `X X^T` of the inputs, fp32 `[in, in]`.
+    """
+    order = hessian.diagonal().argsort(descending=True)  # the dearest first: the others can still make up for them
+    left, found = weight[:, order], torch.empty_like(weight)
+    spread = _upper_of_inverse(hessian[order][:, order])
+    for start in range(0, len(order), COLUMNS):
+        stop = min(start + COLUMNS, len(order))
+        errors = torch.empty_like(left[:, start:stop])
+        for i in range(start, stop):
+            column, place = left[:, i], order[i].item()
+            found[:, place] = grid.nearest(column, place)
+            errors[:, i - start] = (column - found[:, place]) / spread[i, i]
+            left[:, i + 1 : stop] -= errors[:, i - start, None] * spread[i, i + 1 : stop]
+        left[:, stop:] -= errors @ spread[start:stop, stop:]
+    return found
+
+
+def _upper_of_inverse(hessian: Tensor) -> Tensor:
+    """The upper Cholesky factor of the damped inverse, fp32 `[in, in]`."""
+    damped = hessian.double()
+    diagonal = damped.diagonal()
+    diagonal += DAMPING * diagonal.mean() + (diagonal == 0)  # an input that is always zero costs nothing
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True).float()
+
+
+def training_rows(run: Run, tokenizer, *, samples: int) -> list[Tensor]:
+    """Ids `[tokens]` of the first samples that the run was trained on."""
+    data = prepare_dataset(run.config, tokenizer)
+    if run.config.eval_samples:
+        data, _ = data.split(run.config.eval_samples, seed=run.config.seed)
+    return [torch.tensor(ids) for ids in data.dataset[: min(samples, len(data))]["input_ids"]]
+
+
+def trained_model(run: Run, *, device: torch.device) -> nn.Module:
+    """The model of a run, each linear of which is called as a module: `Calibrated` looks at what they are given."""
+    return load_for_inference(replace(run, config=replace(run.config, fused_kernels=False)), device=device)
+
+
+class Calibrated:
+    """The weights of packed linears, rounded together; asked for in the order of the model.
+
+    Args:
+        model: the trained one in eval mode, on `trained`'s device; its blocks are used up.
+        rows: ids `[tokens]` of samples.
+        packed: paths of the linears to round.
+        grid_of: from a linear's path, weight and importance of its inputs (fp32 `[in]`) to its grid.
+    """
+
+    def __init__(
+        self,
+        trained: TrainedWeights,
+        model: nn.Module,
+        rows: Iterable[Tensor],
+        *,
+        packed: set[str],
+        grid_of: Callable[[str, Tensor, Tensor], Grid],
+    ):
+        self.trained, self.packed, self.grid_of, self.ready = trained, packed, grid_of, {}
+        self.blocks = list(zip(trained.block_paths, decoder_blocks(model).values(), strict=True))
+        self.samples = _record(model, [block for _, block in self.blocks], rows)
+        self.states, self.done = [sample.pop("state") for sample in self.samples], 0
+
+    def __call__(self, path: str) -> tuple[Tensor, Grid]:
+        """The rounded weight of a linear, fp32 `[out, in]`, and its grid; once for each."""
+        while path not in self.ready:
+            self._next_block()
+        return self.ready.pop(path)
+
+    @torch.no_grad()
+    def _next_block(self) -> None:
+        """Rounds all linears of a block, and lets the samples through it."""
+        number, (prefix, block) = self.done, self.blocks[self.done]
+        linears = {
+            path: block.get_submodule(path.removeprefix(f"{prefix}."))
+            for path in self.trained.in_blocks
+            if path.startswith(f"{prefix}.") and path in self.packed
+        }
+        for path, hessian in self._hessians(number, linears).items():
+            weight = self.trained.merged(path)
+            grid = self.grid_of(path, weight, hessian.diagonal())
+            values = round_together(weight, grid, hessian)
+            self.ready[path] = values, grid
+            self._replace(path, linears[path], values)
+        self.states = [self._through(number, sample) for sample in range(len(self.samples))]
+        self.blocks[number], self.done = (prefix, None), number + 1
+
+    def _through(self, number: int, sample: int) -> Tensor:
+        """What a block makes of a sample's state."""
+        found = self.blocks[number][1](self.states[sample], **self.samples[sample][number])
+        return found[0] if isinstance(found, tuple) else found
+
+    def _hessians(self, number: int, linears: dict[str, nn.Module]) -> dict[str, Tensor]:
+        """`X X^T` of each linear's inputs over all samples, fp32 `[in, in]`."""
+        sums, hooks = {}, []
+        for path, module in linears.items():
+
+            def add(module, args, *, path=path):
+                inputs = args[0].flatten(0, -2).float()
+                sums[path] = torch.addmm(sums[path], inputs.T, inputs) if path in sums else inputs.T @ inputs
+
+            hooks.append(module.register_forward_pre_hook(add))
+        for sample in range(len(self.samples)):
+            self._through(number, sample)
+        for hook in hooks:
+            hook.remove()
+        return sums
+
+    def _replace(self, path: str, module: nn.Module, weight: Tensor) -> None:
+        """Makes a linear, whatever stood there, compute with the rounded weight."""
+        name = f"{path}.bias"
+        bias = self.trained.tensor(name) if name in self.trained.shapes else None
+        module.forward = lambda x: F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+@torch.no_grad()
+def _record(model: nn.Module, blocks: list[nn.Module], rows: Iterable[Tensor]) -> list[dict]:
+    """For each sample the state that the first block gets, under `state`, and what else each block is given, under its
+    number: positions and masks, which a family may make for each block anew."""
+    found, hooks = [], []
+    for number, block in enumerate(blocks):
+
+        def keep(module, args, kwargs, *, number=number):
+            if number == 0:
+                found[-1]["state"] = args[0]
+            found[-1][number] = kwargs
+
+        hooks.append(block.register_forward_pre_hook(keep, with_kwargs=True))
+    for ids in tqdm(rows, desc="calibrating", unit="sample"):
+        found.append({})
+        model(input_ids=ids.unsqueeze(0).to(next(model.parameters()).device), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return found

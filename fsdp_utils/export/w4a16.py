@@ -3,12 +3,17 @@
 W = (code - zero) * scale      code and zero are integers from -8 to 7; symmetric: zero = 0
 """
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 import torch
 
+from fsdp_utils.core.ranks import say
 from fsdp_utils.export.formats import Format
 from methods.quantizers.hqq import HQQ
 
 LOW, HIGH = -8, 7
+GROUPS = (128, 64, 32)  # that vLLM's kernels know
 # ranges tried for each group; a little clipping often costs less than a coarser grid
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)
 
@@ -24,28 +29,57 @@ def grids(groups: torch.Tensor, *, symmetric: bool):
         yield scale, torch.zeros_like(scale) if symmetric else LOW - low * shrink / scale
 
 
-def solve(weight: torch.Tensor, candidates, *, group_size: int, dtype: torch.dtype):
-    """Round to nearest on the candidate grid with the smallest squared error, each group on its own.
+@dataclass(frozen=True)
+class IntGrid:
+    """Codes from -8 to 7, evenly spaced in each group of a row.
+
+    Args:
+        scale: fp32 `[out, in/group]`; zero: whole numbers, fp32, alike.
+    """
+
+    scale: torch.Tensor
+    zero: torch.Tensor
+    group_size: int
+
+    def nearest(self, column, place):
+        group = place // self.group_size
+        scale, zero = self.scale[:, group], self.zero[:, group]
+        return ((column / scale + zero).round().clamp(LOW, HIGH) - zero) * scale
+
+    def codes(self, values: torch.Tensor) -> torch.Tensor:
+        """int8 `[out, in]` of values `[out, in]` on the grid, or the next ones there."""
+        groups = values.unflatten(1, (-1, self.group_size))
+        codes = (groups / self.scale.unsqueeze(-1) + self.zero.unsqueeze(-1)).round().clamp(LOW, HIGH)
+        return codes.flatten(1).to(torch.int8)
+
+
+def choose(
+    weight: torch.Tensor,
+    candidates: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    *,
+    group_size: int,
+    dtype: torch.dtype,
+    importance: torch.Tensor | None = None,
+) -> IntGrid:
+    """Of the candidates for each group that which rounds to the nearest with the smallest squared error.
 
     Args:
         weight: fp32 `[out, in]`.
-        candidates: iterable of (scale, zero), fp32 `[out, in/group, 1]`; zeros are rounded here.
-        dtype: storage dtype of the scales; codes are solved for the rounded ones.
-
-    Returns:
-        codes int8 `[out, in]`, scales `[out, in/group]` in `dtype`, zeros int8 `[out, in/group]`.
+        candidates: (scale, zero), fp32 `[out, in/group, 1]`; zeros are rounded here.
+        dtype: storage dtype of the scales, which the error is that of.
+        importance: what an error costs at each input, fp32 `[in]`; None: the same everywhere.
     """
     groups = weight.unflatten(1, (-1, group_size))  # [out, in/group, group]
+    costs = 1 if importance is None else importance.unflatten(0, (-1, group_size))
     best = None
     for scale, zero in candidates:
         scale, zero = scale.to(dtype).float(), zero.round().clamp(LOW, HIGH)
         codes = (groups / scale + zero).round().clamp(LOW, HIGH)
-        error = ((codes - zero) * scale - groups).square().sum(-1, keepdim=True)
-        found = (error, codes, scale, zero)
+        error = (((codes - zero) * scale - groups).square() * costs).sum(-1, keepdim=True)
+        found = (error, scale, zero)
         best = best or found
         best = tuple(torch.where(error < best[0], new, old) for new, old in zip(found, best, strict=True))
-    _, codes, scale, zero = best
-    return codes.flatten(1).to(torch.int8), scale.squeeze(-1).to(dtype), zero.squeeze(-1).to(torch.int8)
+    return IntGrid(best[1].squeeze(-1), best[2].squeeze(-1), group_size)
 
 
 def pack(values: torch.Tensor) -> torch.Tensor:
@@ -61,15 +95,24 @@ def scheme(*, symmetric: bool, group_size: int) -> dict:
 
 
 class W4A16(Format):
-    """Round to nearest from the merged weight. The grid that HQQ chose is tried too, where it is such a grid."""
+    """From the merged weight. The grid that HQQ chose is tried too, where it is such a grid."""
 
-    reader = "compressed_tensors"
+    reader, calibrates = "compressed_tensors", True
 
     def __init__(self, trained, options):
         super().__init__(trained, options)
-        self.symmetric, self.group_size = options.symmetric, options.group_size
+        self.symmetric, self.group_size = options.symmetric, self._fitting_group()
         smaller = "use a smaller --group_size" if self.group_size > 32 else "use --infer_type merged"
         self.check_group(self.group_size, way_out=smaller)
+
+    def _fitting_group(self) -> int:
+        """--group_size, or the largest that divides the rows of all linears where it was not given."""
+        wanted, widths = self.options.group_size, [self.trained.linears[path].in_features for path in self.packed]
+        fitting = [size for size in GROUPS if not any(width % size for width in widths)]
+        if "group_size" in self.options.explicit_flags or wanted in fitting or not fitting:
+            return wanted
+        say(f"note: --group_size {fitting[0]}: {wanted} does not divide the rows of this model's linears")
+        return fitting[0]
 
     def linear_specs(self, path):
         out, width = self.trained.shapes[f"{path}.weight"]
@@ -83,17 +126,20 @@ class W4A16(Format):
             found[f"{path}.weight_zero_point"] = (torch.int32, (-(-out // 8), groups))
         return found
 
+    def grid(self, path, weight, importance=None):
+        wide = weight.unflatten(1, (-1, self.group_size))
+        candidates = [*grids(wide, symmetric=self.symmetric), *self._hqq(path)]
+        return choose(weight, candidates, group_size=self.group_size, dtype=self.dtype, importance=importance)
+
     def linear_tensors(self, path):
-        weight = self.trained.merged(path)
-        candidates = [*grids(weight.unflatten(1, (-1, self.group_size)), symmetric=self.symmetric), *self._hqq(path)]
-        codes, scales, zeros = solve(weight, candidates, group_size=self.group_size, dtype=self.dtype)
+        values, grid = self.rounded(path)
         found = {
-            f"{path}.weight_packed": pack(codes),
-            f"{path}.weight_scale": scales,
-            f"{path}.weight_shape": torch.tensor(weight.shape),
+            f"{path}.weight_packed": pack(grid.codes(values)),
+            f"{path}.weight_scale": grid.scale.to(self.dtype),
+            f"{path}.weight_shape": torch.tensor(values.shape),
         }
         if not self.symmetric:
-            found[f"{path}.weight_zero_point"] = pack(zeros.T).T.contiguous()
+            found[f"{path}.weight_zero_point"] = pack(grid.zero.to(torch.int8).T).T.contiguous()
         return found
 
     def _hqq(self, path):

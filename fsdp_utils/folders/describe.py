@@ -144,7 +144,9 @@ def _known_from(record: dict | None, *, base: Path | None) -> dict:
     config = TrainConfig(**{name: value for name, value in record["flags"].items() if name in names})
     if base is not None:
         config = replace(config, model_name=str(base))
-    config.explicit_flags = frozenset(record.get("given", ()))  # --dataset_samples caps some datasets only where given
+    # --dataset_samples caps some datasets only where it was given; old records say no more than the values
+    changed = [f.name for f in flags(TrainConfig) if getattr(config, f.name) != f.default]
+    config.explicit_flags = frozenset(record.get("given", changed))
     return dict(config=config, quantizer=record.get("quantizer"), base_fingerprint=record.get("base_fingerprint"))
 
 
