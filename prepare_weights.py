@@ -8,6 +8,7 @@ merged     16-bit (or fp32) weights, the adapter folded into the dequantized bas
 bnb_nf4    bitsandbytes 4-bit of any run, full fine-tune, merged folder or Llama-Pro model
 bnb_dora   QDoRA or QLoRA unmerged and exact: a 4-bit base with scaled rows, and a plain LoRA in its folder adapter/
 w4a16      compressed-tensors pack-quantized, for vLLM's Marlin and Machete kernels
+w4a16_dora the same of the base alone, and a plain LoRA in its folder adapter/, of an adapter run on any base
 
 Weights are streamed one tensor at a time, and the folder appears when it is complete. fidelity.json compares it, as
 transformers (and PEFT) load it, with the trained model on held-out text.

@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+from peft import PeftModel
 from real_run import make_config, tokenized
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
+from fsdp_utils.core.errors import UserError
 from fsdp_utils.export import gptq, w4a16
 from fsdp_utils.export.bnb import TableGrid
 from fsdp_utils.folders.describe import describe, tokenizer_of
@@ -73,9 +75,11 @@ def test_codes_of_a_table():
 
 
 @pytest.mark.parametrize("train_type", ["bnb_dora", "custom_lora", "lora", "full"])
-@pytest.mark.parametrize("infer_type", ["w4a16", "bnb_nf4"])
+@pytest.mark.parametrize("infer_type", ["w4a16", "w4a16_dora", "bnb_nf4"])
 def test_exports_are_nearer_on_what_was_trained_on(save_run, tiny, tiny_data, export, train_type, infer_type):
     """Stock transformers on the folder, on the samples that the run was trained on; biases and all (qwen2)."""
+    if (train_type, infer_type) == ("full", "w4a16_dora"):
+        pytest.skip("a full fine-tune has no adapter, which test_no_adapter refuses")
     run, model = save_run(tiny("qwen2"), train_type)
     rows = gptq.training_rows(describe(run), tokenizer_of(describe(run)), samples=20)
     data = tokenized(make_config(model_name=tiny("qwen2"), dataset=tiny_data)).dataset["input_ids"]
@@ -83,10 +87,12 @@ def test_exports_are_nearer_on_what_was_trained_on(save_run, tiny, tiny_data, ex
 
     @torch.no_grad()
     def divergence(name, **flags):
-        group = dict(group_size=32) if infer_type == "w4a16" else {}
+        group = dict(group_size=32) if infer_type.startswith("w4a16") else {}
         folder = export(run, infer_type, name=name, dtype="fp32", **group, **flags)
         how = dict(quantization_config=CompressedTensorsConfig(dequantize=True)) if group else {}
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how).eval()
+        if infer_type == "w4a16_dora":
+            loaded = PeftModel.from_pretrained(loaded, folder / "adapter").eval()
         total = 0.0
         for ids in rows:
             wanted, found = (m(input_ids=ids[None]).logits.float().log_softmax(-1) for m in (model, loaded))
@@ -94,6 +100,25 @@ def test_exports_are_nearer_on_what_was_trained_on(save_run, tiny, tiny_data, ex
         return total
 
     assert divergence("together") < 0.8 * divergence("nearest", gptq="false")
+
+
+def test_no_adapter(save_run, tiny, export):
+    run, _ = save_run(tiny(), "full")
+    with pytest.raises(UserError, match="has no adapter; use w4a16"):
+        export(run, "w4a16_dora", group_size=32)
+
+
+def test_adapter_that_makes_up_for_the_rounding():
+    """No other of its rank is better on the inputs: not a part of it that is turned, and not the plain SVD."""
+    error, inputs = torch.randn(40, 96, generator=torch.Generator().manual_seed(1)), correlated_inputs()
+    cost = lambda pair: ((error - pair[1] @ pair[0]) @ inputs.T).square().sum()
+    a, b = gptq.closest(error, inputs.T @ inputs, rank=8)
+    assert a.shape == (8, 96) and b.shape == (40, 8)
+    left, sizes, right = torch.linalg.svd(error, full_matrices=False)
+    assert cost((a, b)) < 0.8 * cost((right[:8], left[:, :8] * sizes[:8]))
+    for seed in range(5):
+        noise = torch.randn(b.shape, generator=torch.Generator().manual_seed(seed)) * 0.05 * b.std()
+        assert cost((a, b)) < cost((a, b + noise))
 
 
 def test_a_folder_that_does_not_say_what_it_learned(save_run, tiny, export, capsys):

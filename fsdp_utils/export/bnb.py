@@ -5,14 +5,11 @@ from dataclasses import dataclass, replace
 
 import bitsandbytes.functional
 import torch
-from safetensors.torch import save_file
 
 from fsdp_utils.core.errors import UserError
-from fsdp_utils.core.folders import write_json
 from fsdp_utils.core.ranks import say
-from fsdp_utils.export.formats import Format
-from fsdp_utils.folders.names import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS
-from methods.adapter import KEY_PREFIX, LORA_A, LORA_B
+from fsdp_utils.export.formats import Format, write_adapter
+from methods.adapter import Pair
 from methods.packed import as_bytes
 from methods.quantizers.bnb import Bnb4bit
 
@@ -132,7 +129,7 @@ class BnbNF4(Bnb):
         return TableGrid(table, absmax, self.quantizer.group_size)
 
     def linear_tensors(self, path):
-        values, grid = self.rounded(path)
+        values, grid, _ = self.rounded(path)
         if self.calibrated:
             return self.stored(path, grid.codes(values), grid.absmax)
         return self.stored(path, *self.quantizer.quantize(values))
@@ -159,22 +156,14 @@ class BnbDoRA(Bnb):
 
     def linear_tensors(self, path):
         codes, *scales = self.trained.packed(path)
-        factor = self._factors[path] = self.trained.row_factor(path)  # fp32 [out]
+        factor = self.trained.row_factor(path)  # fp32 [out]
+        if path in self.trained.adapted():
+            self._factors[path] = factor
         return self.stored(path, codes, self.quantizer.absmax(*scales) * factor.unsqueeze(1))
 
     def finish(self, folder, *, target):
-        tensors = {}
-        for path in self.trained.adapted():
+        pairs = {}
+        for path, factor in self._factors.items():
             a, b = self.trained.low_rank(path)
-            # fp32: rounding B after scaling would be the only error of this format
-            tensors[f"{KEY_PREFIX}{path}.{LORA_A}"] = a.float().cpu().contiguous()
-            tensors[f"{KEY_PREFIX}{path}.{LORA_B}"] = (b.float() * self._factors[path].unsqueeze(1)).cpu()
-        adapter = folder / ADAPTER_FOLDER
-        adapter.mkdir()
-        save_file(tensors, adapter / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        method, named = (
-            self.trained.method,
-            dict(base_model_name_or_path=str(target), use_dora=False, inference_mode=True),
-        )
-        rank = method.peft_rank(method.config.lora_rank)  # not that of what the run saved, which may hold more
-        write_json(adapter / ADAPTER_CONFIG, self.trained.run.adapter | rank | named)
+            pairs[path] = Pair(a, b.float() * factor.unsqueeze(1))
+        write_adapter(self.trained, pairs, folder, target=target)

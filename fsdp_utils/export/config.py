@@ -11,6 +11,7 @@ from fsdp_utils.options import DTYPES
 _CALIBRATED = ("gptq", "gptq_samples")
 OF_FORMAT = {  # flags that mean nothing for other formats
     "w4a16": (*_CALIBRATED, "symmetric", "group_size"),
+    "w4a16_dora": (*_CALIBRATED, "symmetric", "group_size"),
     "bnb_nf4": _CALIBRATED,
     "full_post_quant": _CALIBRATED,
 }
@@ -33,7 +34,7 @@ class ExportConfig:
     overwrite: bool = flag(False, "replace the model in --save_dir")
     device: str = flag("auto", "where to compute", choices=("auto", "cuda", "cpu"))
 
-    _4bit: str = section("4 bits: w4a16, bnb_nf4")
+    _4bit: str = section("4 bits: w4a16, w4a16_dora, bnb_nf4")
     gptq: str = flag(
         "auto",
         "round by the inputs of the trained model on samples that it was trained on; auto: where it says which",

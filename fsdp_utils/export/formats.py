@@ -6,18 +6,21 @@ from hashlib import sha256
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 from transformers import GenerationConfig
 
 from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.folders import write_json
 from fsdp_utils.core.safetensors_io import StreamingWriter
-from fsdp_utils.export.gptq import Calibrated, Grid
+from fsdp_utils.export.gptq import Calibrated, Grid, Rounded, round_together
 from fsdp_utils.export.trained import TrainedWeights
 from fsdp_utils.folders.describe import generation_folder, tokenizer_folder
 from fsdp_utils.folders.documents import describe_generation, describe_model, describe_tokenizer
-from fsdp_utils.folders.names import GENERATION_CONFIG
+from fsdp_utils.folders.names import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, GENERATION_CONFIG
 from fsdp_utils.options import DTYPES
+from methods.adapter import KEY_PREFIX, LORA_A, LORA_B, Pair
 from methods.kernels.rounding import at_random
 from methods.llama_pro import EXPANDED_LAYERS_FILE
 from methods.quantizers.bnb import Bnb4bit
@@ -89,17 +92,19 @@ class Format:
         """The values that the weights of a packed linear can have; see `gptq.Calibrated`."""
         raise NotImplementedError
 
-    def rounded(self, path: str) -> tuple[torch.Tensor, Grid]:
-        """The merged weight of a packed linear, fp32 `[out, in]`, and its grid: on the grid where it was calibrated,
-        else not yet rounded."""
-        if self.calibrated:
-            return self.calibrated(path)
+    def rounded(self, path: str) -> Rounded:
+        """What is stored of a packed linear; its values are on the grid where it was calibrated, else not yet."""
+        return self.calibrated(path) if self.calibrated else self.solve(path, None)
+
+    def solve(self, path: str, hessian: torch.Tensor | None) -> Rounded:
+        """`rounded`, by the inputs of the linear where they are known."""
         weight = self.trained.merged(path)
-        return weight, self.grid(path, weight)
+        grid = self.grid(path, weight, None if hessian is None else hessian.diagonal())
+        return Rounded(weight if hessian is None else round_together(weight, grid, hessian), grid)
 
     def calibrate(self, model: nn.Module, rows: Iterable[torch.Tensor]) -> None:
         """Rounds packed linears by what they get as inputs when the trained `model` runs on `rows`."""
-        self.calibrated = Calibrated(self.trained, model, rows, packed=self.packed, grid_of=self.grid)
+        self.calibrated = Calibrated(self.trained, model, rows, packed=self.packed, solve=self.solve)
 
     def quantization_config(self) -> dict | None:
         """What config.json says, None for plain weights."""
@@ -137,6 +142,26 @@ class Format:
 
     def _dtype_of(self, name: str) -> torch.dtype:
         return self.trained.own_dtypes.get(name, self.dtype)
+
+
+def write_adapter(trained: TrainedWeights, pairs: dict[str, Pair], folder: Path, *, target: Path) -> None:
+    """Writes a plain LoRA for the base in `target` into the subfolder `adapter/`.
+
+    Args:
+        pairs: by linear, A `[r, in]` and B `[out, r]` of the run's rank, to be scaled as the run scales them.
+    """
+    # fp32: rounding B after scaling would be the only error of a format that is exact otherwise
+    tensors = {
+        f"{KEY_PREFIX}{path}.{name}": tensor.float().cpu().contiguous()
+        for path, pair in pairs.items()
+        for name, tensor in zip((LORA_A, LORA_B), pair, strict=True)
+    }
+    adapter = folder / ADAPTER_FOLDER
+    adapter.mkdir()
+    save_file(tensors, adapter / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    rank = trained.method.peft_rank(trained.method.config.lora_rank)  # not of what the run saved, which may hold more
+    named = dict(base_model_name_or_path=str(target), use_dora=False, inference_mode=True)
+    write_json(adapter / ADAPTER_CONFIG, trained.run.adapter | rank | named)
 
 
 class Merged(Format):

@@ -6,7 +6,7 @@ trained on, block by block: each block sees what the packed blocks before it giv
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from fsdp_utils.data.tokens import prepare_dataset
 from fsdp_utils.export.trained import TrainedWeights
 from fsdp_utils.folders.describe import Run
 from fsdp_utils.inference.load import load_for_inference
+from methods.adapter import Pair
 from methods.targets import decoder_blocks
 
 DAMPING = 0.01  # of the mean of the diagonal: inputs that hardly occur are not worth much
@@ -30,6 +31,23 @@ class Grid(Protocol):
 
     def nearest(self, column: Tensor, place: int) -> Tensor:
         """The value on the grid next to each weight fp32 `[out]` of input number `place`."""
+
+
+class Rounded(NamedTuple):
+    """What is stored of a linear.
+
+    Args:
+        values: fp32 `[out, in]`, on the grid or to be put there by `grid.codes`.
+        low_rank: A `[r, in]` and B `[out, r]`, fp32, whose product is added in the server; None without an adapter.
+    """
+
+    values: Tensor
+    grid: Grid
+    low_rank: Pair | None = None
+
+    def whole(self) -> Tensor:
+        """The weight that the server computes with, fp32 `[out, in]`."""
+        return self.values if self.low_rank is None else self.values + self.low_rank.b @ self.low_rank.a
 
 
 def round_together(weight: Tensor, grid: Grid, hessian: Tensor) -> Tensor:
@@ -54,12 +72,29 @@ def round_together(weight: Tensor, grid: Grid, hessian: Tensor) -> Tensor:
     return found
 
 
-def _upper_of_inverse(hessian: Tensor) -> Tensor:
-    """The upper Cholesky factor of the damped inverse, fp32 `[in, in]`."""
+def closest(error: Tensor, hessian: Tensor, *, rank: int) -> Pair:
+    """A `[rank, in]` and B `[out, rank]`, fp32, for which `|(error - B A) X|` is smallest (arXiv:2410.06040).
+
+    Args:
+        error: fp32 `[out, in]`; hessian: as of `round_together`.
+    """
+    root = torch.linalg.cholesky(_damped(hessian)).float()
+    left, sizes, right = torch.linalg.svd(error @ root, full_matrices=False)
+    share = sizes[:rank].sqrt()
+    a = torch.linalg.solve_triangular(root, share.unsqueeze(1) * right[:rank], upper=False, left=False)
+    return Pair(a, left[:, :rank] * share)
+
+
+def _damped(hessian: Tensor) -> Tensor:
     damped = hessian.double()
     diagonal = damped.diagonal()
     diagonal += DAMPING * diagonal.mean() + (diagonal == 0)  # an input that is always zero costs nothing
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return damped
+
+
+def _upper_of_inverse(hessian: Tensor) -> Tensor:
+    """The upper Cholesky factor of the damped inverse, fp32 `[in, in]`."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(_damped(hessian)))
     return torch.linalg.cholesky(inverse, upper=True).float()
 
 
@@ -83,7 +118,7 @@ class Calibrated:
         model: the trained one in eval mode, on `trained`'s device; its blocks are used up.
         rows: ids `[tokens]` of samples.
         packed: paths of the linears to round.
-        grid_of: from a linear's path, weight and importance of its inputs (fp32 `[in]`) to its grid.
+        solve: from a linear's path and `X X^T` of its inputs, fp32 `[in, in]`, to what is stored.
     """
 
     def __init__(
@@ -93,15 +128,15 @@ class Calibrated:
         rows: Iterable[Tensor],
         *,
         packed: set[str],
-        grid_of: Callable[[str, Tensor, Tensor], Grid],
+        solve: Callable[[str, Tensor], Rounded],
     ):
-        self.trained, self.packed, self.grid_of, self.ready = trained, packed, grid_of, {}
+        self.trained, self.packed, self.solve, self.ready = trained, packed, solve, {}
         self.blocks = list(zip(trained.block_paths, decoder_blocks(model).values(), strict=True))
         self.samples = _record(model, [block for _, block in self.blocks], rows)
         self.states, self.done = [sample.pop("state") for sample in self.samples], 0
 
-    def __call__(self, path: str) -> tuple[Tensor, Grid]:
-        """The rounded weight of a linear, fp32 `[out, in]`, and its grid; once for each."""
+    def __call__(self, path: str) -> Rounded:
+        """What is stored of a linear; once for each."""
         while path not in self.ready:
             self._next_block()
         return self.ready.pop(path)
@@ -116,11 +151,8 @@ class Calibrated:
             if path.startswith(f"{prefix}.") and path in self.packed
         }
         for path, hessian in self._hessians(number, linears).items():
-            weight = self.trained.merged(path)
-            grid = self.grid_of(path, weight, hessian.diagonal())
-            values = round_together(weight, grid, hessian)
-            self.ready[path] = values, grid
-            self._replace(path, linears[path], values)
+            self.ready[path] = self.solve(path, hessian)
+            self._replace(path, linears[path], self.ready[path].whole())
         self.states = [self._through(number, sample) for sample in range(len(self.samples))]
         self.blocks[number], self.done = (prefix, None), number + 1
 

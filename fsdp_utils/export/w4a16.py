@@ -132,7 +132,7 @@ class W4A16(Format):
         return choose(weight, candidates, group_size=self.group_size, dtype=self.dtype, importance=importance)
 
     def linear_tensors(self, path):
-        values, grid = self.rounded(path)
+        values, grid, _ = self.rounded(path)
         found = {
             f"{path}.weight_packed": pack(grid.codes(values)),
             f"{path}.weight_scale": grid.scale.to(self.dtype),
