@@ -63,6 +63,7 @@ def test_bits_are_those_of_the_element(monkeypatch):
     bits = bits_of(0, x.numel(), key=7, device=x.device) & 0xFFFF
     assert torch.equal(round_(x.clone().view(-1), bits).bfloat16().view_as(x), wanted)
     assert not torch.equal(at_random(x, torch.bfloat16, key=8), wanted)
+    assert torch.equal(rounding._by_neighbours(x, torch.bfloat16, bits.view_as(x)), wanted)
 
 
 def test_merging_keeps_small_changes(tiny, tiny_data, tmp_path, export):

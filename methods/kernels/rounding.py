@@ -10,7 +10,7 @@ The random bits are a hash of a key and the number of the element: the same in a
 import torch
 
 Tensor = torch.Tensor
-CHUNK = 2**22  # elements rounded at once: their copies stay small beside the tensor
+CHUNK = 2**20  # elements rounded at once: their copies stay in the cache
 
 
 def hashed(x: int) -> int:
@@ -52,11 +52,21 @@ def at_random(x: Tensor, dtype: torch.dtype, *, key: int) -> Tensor:
 
 
 def _round(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
+    low_bits, nearest = bits.bitwise_and_(0xFFFF), x.to(dtype)
+    found = _by_bits(x, low_bits) if dtype == torch.bfloat16 else _by_neighbours(x, dtype, low_bits)
+    return torch.where(nearest.isfinite() & found.isfinite(), found, nearest)
+
+
+def _by_bits(x: Tensor, bits: Tensor) -> Tensor:
+    """bf16 is the upper half of fp32."""
+    return bits.add_(x.view(torch.int32)).bitwise_and_(-65536).view(torch.float32).to(torch.bfloat16)
+
+
+def _by_neighbours(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
+    """The definition: up by the share of the way that the number is from its lower neighbour to the upper one."""
     size, nearest = x.abs(), x.abs().to(dtype)
     # of numbers without sign, the next one has the next bit pattern
     low = (nearest.view(torch.int16) - (nearest.float() > size).to(torch.int16)).view(dtype)
     high = (low.view(torch.int16) + 1).view(dtype)
     share = (size - low.float()) / (high.float() - low.float())
-    up = share * 65536 + (bits & 0xFFFF) >= 65536
-    found = torch.where(up & high.isfinite(), high, low)
-    return torch.where(nearest.isfinite(), found, nearest).copysign(x)
+    return torch.where(share * 65536 + bits >= 65536, high, low).copysign(x)
