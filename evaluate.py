@@ -3,7 +3,7 @@
     python evaluate.py --model output --dataset orca_math
     torchrun --nproc_per_node 8 evaluate.py --model meta-llama/Llama-2-7b-hf --n_shots 5 --batch_size 64
     python evaluate.py --model demo --dataset demo --samples 100 --max_new_tokens 64
-    python evaluate.py --model output --dataset chats.jsonl --prompt chat
+    python evaluate.py --model output --dataset chats.jsonl --prompt chat --server http://localhost:8000
 
 --model is a base model, a full, merged or Llama-Pro folder, an adapter folder, or what prepare_weights.py wrote; which
 of these is read from the folder. It is asked as it was trained: in the prompt of its rows, or as a chat (--prompt). An
@@ -37,6 +37,7 @@ from fsdp_utils.inference.generation import HFGenerator, Output
 from fsdp_utils.inference.load import check_eval_type, load_for_inference
 from fsdp_utils.inference.partial import Partial
 from fsdp_utils.inference.scoring import compare, cut_at, wilson_interval
+from fsdp_utils.inference.server import Server, ServerGenerator
 from fsdp_utils.inference.whole import whole
 from fsdp_utils.options import DTYPES
 
@@ -89,11 +90,16 @@ def summary(config: EvalConfig, run: Run, rows: list[dict]) -> dict:
 
 
 def make_generator(config: EvalConfig, run: Run, tokenizer, asking: Asking, *, device: torch.device):
-    """The backend, with the model loaded."""
+    """What answers: a server, or a backend with the model loaded."""
     settings = dict(max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=config.seed)
     settings |= dict(ends=asking.ends, stops=asking.style.stops)
+    if config.server:
+        server, bodies = Server(config.server), [prompt.body for prompt in asking.prompts]
+        named = dict(model=server.model(config.served_model_name), endpoint=asking.style.endpoint)
+        return ServerGenerator(server, bodies=bodies, **named, **settings)
     if config.backend == "vllm":
-        return VLLMGenerator(run, dtype=DTYPES.get(config.dtype, "auto"), **settings)
+        room = dict(max_model_len=config.max_model_len, gpu_memory_utilization=config.gpu_memory_utilization)
+        return VLLMGenerator(run, dtype=DTYPES.get(config.dtype, "auto"), **room, **settings)
     dtype = None if config.dtype == "auto" else getattr(torch, DTYPES[config.dtype])
     model = load_for_inference(run, device=device, dtype=dtype, eval_type=config.reading)
     return HFGenerator(model, tokenizer, **settings)
@@ -114,7 +120,8 @@ def main(config: EvalConfig) -> None:
     if config.backend == "vllm":
         check_vllm(run, config.reading)
     processes.start(device)
-    run = whole(run, device=device)
+    if not config.server:
+        run = whole(run, device=device)
     tokenizer = tokenizer_of(run)
     asking = make_asking(config, run, tokenizer)
     asked = [[question.question, question.answer] for question in asking.questions]
