@@ -42,24 +42,32 @@ class VLLMGenerator:
         given = {name: value for name, value in options.items() if value}
         given |= dict(trust_remote_code=run.trust_remote_code, seed=seed)
         if run.adapter:
-            rank = next((r for r in RANKS if r >= run.rank), run.rank)
-            given |= dict(enable_lora=True, max_lora_rank=rank)
+            given |= dict(enable_lora=True, max_lora_rank=rank_for(run))
         self.llm = LLM(model=str(run.base), tokenizer=str(tokenizer_folder(run)), **given)
         self.request = LoRARequest("adapter", 1, str(run.adapter_folder)) if run.adapter else None
         ended = dict(stop=list(stops), stop_token_ids=sorted({*ends, *end_tokens(generation_folder(run))}))
         self.sampling = SamplingParams(temperature=temperature, max_tokens=max_new_tokens, seed=seed, **ended)
 
     def answers(self, prompts: list[tuple[int, list[int]]], *, batch_size: int) -> Iterator[Output]:
-        """Generates from `(index, ids)` pairs; vLLM forms its own batches, `batch_size` is not used."""
-        for first in range(0, len(prompts), CHUNK):
-            chunk = prompts[first : first + CHUNK]
-            begun = time.perf_counter()
-            inputs = [{"prompt_token_ids": ids} for _, ids in chunk]
-            answers = self.llm.generate(inputs, self.sampling, lora_request=self.request)
-            seconds = (time.perf_counter() - begun) / len(chunk)
-            for (index, _), answer in zip(chunk, answers, strict=True):
-                best = answer.outputs[0]
-                yield Output(index, best.text, len(best.token_ids), seconds)
+        """Generates from `(index, ids)` pairs, then ends the engine; vLLM forms its own batches, `batch_size` is not
+        used."""
+        try:
+            for first in range(0, len(prompts), CHUNK):
+                chunk = prompts[first : first + CHUNK]
+                begun = time.perf_counter()
+                inputs = [{"prompt_token_ids": ids} for _, ids in chunk]
+                answers = self.llm.generate(inputs, self.sampling, lora_request=self.request)
+                seconds = (time.perf_counter() - begun) / len(chunk)
+                for (index, _), answer in zip(chunk, answers, strict=True):
+                    best = answer.outputs[0]
+                    yield Output(index, best.text, len(best.token_ids), seconds)
+        finally:
+            self.llm.llm_engine.engine_core.shutdown()  # at exit its processes would say so after the score
+
+
+def rank_for(run: Run) -> int:
+    """The rank that vLLM is to make room for: it knows only some."""
+    return next((rank for rank in RANKS if rank >= run.rank), run.rank)
 
 
 def check_vllm(run: Run, eval_type: str | None) -> None:
