@@ -3,9 +3,11 @@
     python evaluate.py --model output --dataset orca_math
     torchrun --nproc_per_node 8 evaluate.py --model meta-llama/Llama-2-7b-hf --n_shots 5 --batch_size 64
     python evaluate.py --model demo --dataset demo --samples 100 --max_new_tokens 64
+    python evaluate.py --model output --dataset chats.jsonl --prompt chat --server http://localhost:8000
 
 --model is a base model, a full, merged or Llama-Pro folder, an adapter folder, or what prepare_weights.py wrote; which
-of these is read from the folder. An evaluation that was interrupted goes on where it stopped when it is started again.
+of these is read from the folder. It is asked as it was trained: in the prompt of its rows, or as a chat (--prompt). An
+evaluation that was interrupted goes on where it stopped when it is started again.
 """
 
 from fsdp_utils.core.flags import as_dict, parse_or_fail
@@ -17,83 +19,48 @@ if __name__ == "__main__":  # before the libraries, which take seconds: --help a
 import hashlib
 import json
 import os
-import random
 from contextlib import nullcontext
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
-from fsdp_utils.config import TrainConfig
 from fsdp_utils.core import processes
 from fsdp_utils.core.devices import pick_device
 from fsdp_utils.core.errors import UserError, naming
 from fsdp_utils.core.folders import refuse_file_above, write_json
 from fsdp_utils.core.ranks import is_main, rank, say, world_size
-from fsdp_utils.data import sources
-from fsdp_utils.data.layouts import Reading
+from fsdp_utils.data.asking import Prompt
 from fsdp_utils.folders.describe import Run, describe, tokenizer_of
-from fsdp_utils.inference.generation import HFGenerator, Output, VLLMGenerator, check_vllm, prompt_ids
+from fsdp_utils.inference.asking import Asking, Style, make_asking
+from fsdp_utils.inference.engine import VLLMGenerator, check_vllm
+from fsdp_utils.inference.generation import HFGenerator, Output
 from fsdp_utils.inference.load import check_eval_type, load_for_inference
 from fsdp_utils.inference.partial import Partial
-from fsdp_utils.inference.scoring import compare, cut_at_next_prompt, wilson_interval
+from fsdp_utils.inference.scoring import compare, cut_at, wilson_interval
+from fsdp_utils.inference.server import Server, ServerGenerator
 from fsdp_utils.inference.whole import whole
 from fsdp_utils.options import DTYPES
 
 NOT_SETTINGS = ("batch_size", "output_file", "overwrite", "device", "world_size", "master_addr", "master_port")
 
 
-def read_questions(config: EvalConfig, reading: Reading) -> tuple[list[dict], str]:
-    """The questions to ask, and the solved ones that are put before each.
-
-    Raises:
-        UserError: no such dataset, a row without answer, or too few rows to take shots from.
-    """
-    place = replace(sources.Place.of(config), sole=True)
-    rows = sources.held_out_rows(config.dataset, place=place, reading=reading)
-    asked = sources.questions_of(rows.first(config.samples))
-    for number, row in enumerate(asked, 1):
-        if not row.answer.strip():
-            raise UserError(f"{config.dataset}, row {number}: has no answer to compare with; correct or remove the row")
-    if not config.n_shots:
-        return [asdict(row) for row in asked], ""
-    if config.dataset in sources.DATASETS:
-        pool = sources.load_examples(TrainConfig(dataset=config.dataset, prompt_template=reading.prompt_template))
-    else:  # it has no training split: shots are rows after those that are asked
-        pool = rows.select(range(len(asked), len(rows)))
-    pool, _ = sources.drop_overlap(sources.questions_of(pool), asked)
-    if len(pool) < config.n_shots:
-        raise UserError(
-            f"--n_shots {config.n_shots}: {config.dataset} has {len(pool)} rows beside the --samples "
-            f"{config.samples} that are asked; lower one of the two"
-        )
-    chosen = [pool[i] for i in random.Random(config.seed).sample(range(len(pool)), config.n_shots)]
-    return [asdict(row) for row in asked], "".join(f"{row.prompt}{row.answer}\n\n" for row in chosen)
-
-
-def reading_of(config: EvalConfig, run: Run) -> Reading:
-    """How questions are read: as in training, unless the user says otherwise."""
-    reading, trained = Reading.of(config), Reading.of(run.config) if run.config else Reading()
-    prompt_template = reading.prompt_template or trained.prompt_template
-    return replace(reading, prompt_template=prompt_template, columns=reading.columns or trained.columns)
-
-
-def settings_key(config: EvalConfig, run: Run, questions: list[dict], prompts: list[list[int]]) -> str:
+def settings_key(config: EvalConfig, run: Run, questions: list[list[str]], prompts: list[Prompt]) -> str:
     """A hash of what decides the result: flags, questions with their answers, prompts, and which weights these are."""
     settings = {name: value for name, value in as_dict(config).items() if name not in NOT_SETTINGS}
     files = sorted({*run.folder.glob("*.safetensors"), *run.base.glob("*.safetensors")})
     weights = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(json.dumps([settings, weights, questions, prompts]).encode()).hexdigest()[:16]
+    given = [settings, weights, questions, [prompt.ids for prompt in prompts]]
+    return hashlib.sha256(json.dumps(given).encode()).hexdigest()[:16]
 
 
-def scored(question: dict, output: Output) -> dict:
+def scored(question, output: Output, *, style: Style) -> dict:
     """One line of the result."""
-    prediction = cut_at_next_prompt(output.text)
-    found, expected, correct = compare(prediction, question["answer"])
+    prediction = cut_at(style.stops, output.text)
+    found, expected, correct = compare(prediction, question.answer)
     return dict(
         index=output.index,
-        question=question["question"],
-        answer=question["answer"],
+        question=question.question,
+        answer=question.answer,
         prediction=prediction,
         extracted=[found, expected],
         correct=correct,
@@ -102,9 +69,11 @@ def scored(question: dict, output: Output) -> dict:
 
 
 def summary(config: EvalConfig, run: Run, rows: list[dict]) -> dict:
-    """The content of the output file. Seconds are those of generation; peak memory is per process."""
+    """The content of the output file. Seconds are those of generation; peak memory is per process, null where another
+    process computes."""
     correct, tokens = sum(row["correct"] for row in rows), sum(row["tokens"] for row in rows)
     seconds = sum(row["seconds"] for row in rows) / world_size()
+    peaks = [row["peak_memory_gib"] for row in rows if row["peak_memory_gib"] is not None]
     return dict(
         score=correct / len(rows),
         interval_95=wilson_interval(correct, len(rows)),
@@ -112,7 +81,7 @@ def summary(config: EvalConfig, run: Run, rows: list[dict]) -> dict:
         total=len(rows),
         seconds=seconds,
         tokens_per_s=tokens / seconds,
-        peak_memory_gib=max(row["peak_memory_gib"] for row in rows),
+        peak_memory_gib=max(peaks, default=None),
         kind=run.kind,
         train_type=run.train_type,
         settings=as_dict(config),
@@ -120,12 +89,17 @@ def summary(config: EvalConfig, run: Run, rows: list[dict]) -> dict:
     )
 
 
-def make_generator(config: EvalConfig, run: Run, tokenizer, *, device: torch.device):
-    """The backend, with the model loaded."""
+def make_generator(config: EvalConfig, run: Run, tokenizer, asking: Asking, *, device: torch.device):
+    """What answers: a server, or a backend with the model loaded."""
     settings = dict(max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=config.seed)
+    settings |= dict(ends=asking.ends, stops=asking.style.stops)
+    if config.server:
+        server, bodies = Server(config.server), [prompt.body for prompt in asking.prompts]
+        named = dict(model=server.model(config.served_model_name), endpoint=asking.style.endpoint)
+        return ServerGenerator(server, bodies=bodies, **named, **settings)
     if config.backend == "vllm":
-        dtype = DTYPES.get(config.dtype, "auto")
-        return VLLMGenerator(run, dtype=dtype, **settings)
+        room = dict(max_model_len=config.max_model_len, gpu_memory_utilization=config.gpu_memory_utilization)
+        return VLLMGenerator(run, dtype=DTYPES.get(config.dtype, "auto"), **room, **settings)
     dtype = None if config.dtype == "auto" else getattr(torch, DTYPES[config.dtype])
     model = load_for_inference(run, device=device, dtype=dtype, eval_type=config.reading)
     return HFGenerator(model, tokenizer, **settings)
@@ -146,32 +120,31 @@ def main(config: EvalConfig) -> None:
     if config.backend == "vllm":
         check_vllm(run, config.reading)
     processes.start(device)
-    run = whole(run, device=device)
+    if not config.server:
+        run = whole(run, device=device)
     tokenizer = tokenizer_of(run)
-    if run.config and run.config.chat_template:
-        say("note: it was trained with a --chat_template; questions are asked in the prompt of their rows, without it")
-    questions, shots = read_questions(config, reading_of(config, run))
-    prompts = prompt_ids([shots + question["prompt"] for question in questions], tokenizer)
-    partial = Partial(output, key=settings_key(config, run, questions, prompts))
+    asking = make_asking(config, run, tokenizer)
+    asked = [[question.question, question.answer] for question in asking.questions]
+    partial = Partial(output, key=settings_key(config, run, asked, asking.prompts))
     with partial.claimed() if is_main() else nullcontext():
-        answer(config, run, tokenizer, partial, questions=questions, prompts=prompts, device=device)
+        answer(config, run, tokenizer, partial, asking=asking, device=device)
 
 
-def answer(config: EvalConfig, run: Run, tokenizer, partial: Partial, *, questions, prompts, device) -> None:
+def answer(config: EvalConfig, run: Run, tokenizer, partial: Partial, *, asking: Asking, device) -> None:
     """Generates the answers that are missing, and finishes."""
     if is_main():
         partial.resume(overwrite=config.overwrite)
     processes.barrier()
-    done = partial.done()
+    done, questions = partial.done(), asking.questions
     before = f", {len(done)} answered before" if done else ""
     say(f"{run}, {len(questions)} questions{before}")
     processes.barrier()  # nobody appends before all have read
-    mine = [(i, ids) for i, ids in enumerate(prompts) if i not in done][rank() :: world_size()]
+    mine = [(i, prompt.ids) for i, prompt in enumerate(asking.prompts) if i not in done][rank() :: world_size()]
     if len(done) < len(questions):
-        generator = make_generator(config, run, tokenizer, device=device)
+        generator = make_generator(config, run, tokenizer, asking, device=device)
         with partial.appending() as append:
             for given in generator.answers(mine, batch_size=config.batch_size):
-                append(scored(questions[given.index], given))
+                append(scored(questions[given.index], given, style=asking.style))
     processes.barrier()
     if is_main():
         finish(config, run, partial, asked=len(questions))
@@ -197,10 +170,10 @@ def finish(config: EvalConfig, run: Run, partial: Partial, *, asked: int) -> Non
     low, high = result["interval_95"]
     first = rows[0]
     say(f"for example: {first['question']}\n  answered: {first['prediction'].strip()}\n  expected: {first['answer']}")
+    peak = "" if result["peak_memory_gib"] is None else f", {result['peak_memory_gib']:.2f} GiB"
     say(
         f"score {result['correct']}/{result['total']} = {result['score']:.1%} (95 % interval {low:.1%} to {high:.1%}), "
-        f"{result['seconds']:.1f} s, {result['tokens_per_s']:.0f} tokens/s, {result['peak_memory_gib']:.2f} GiB; "
-        f"written to {config.output_file}"
+        f"{result['seconds']:.1f} s, {result['tokens_per_s']:.0f} tokens/s{peak}; written to {config.output_file}"
     )
 
 

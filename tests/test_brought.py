@@ -9,11 +9,11 @@ from test_checkpoints import run_train
 from texts import write_jsonl
 from transformers import AutoTokenizer
 
-import evaluate
 import train
 from fsdp_utils.core.errors import DataError, UserError
 from fsdp_utils.core.flags import parse
-from fsdp_utils.folders.describe import describe
+from fsdp_utils.folders.describe import describe, tokenizer_of
+from fsdp_utils.inference.asking import make_asking
 from fsdp_utils.inference.config import EvalConfig
 
 pytestmark = pytest.mark.versions
@@ -87,11 +87,10 @@ def test_templates_go_with_the_result(flags, brought, tmp_path, monkeypatch):
     run = describe(tmp_path / "out")
     asking = [f"--dataset={tmp_path}/asked.jsonl", "--samples=9"]
     config = parse(EvalConfig, asking, prog="evaluate.py")
-    reading = evaluate.reading_of(config, run)
     with pytest.raises(UserError, match="row 1: has no answer"):
-        evaluate.read_questions(config, reading)
+        make_asking(config, run, tokenizer_of(run))
     write_jsonl(tmp_path / "asked.jsonl", [{"ask": "q", "reply": "r"}])
-    assert evaluate.read_questions(config, reading)[0][0]["prompt"] == "Q: q\nA: "
+    assert make_asking(config, run, tokenizer_of(run)).questions[0].prompt == "Q: q\nA: "
 
 
 def test_what_is_trained_on_does_not_validate(flags, tmp_path, tiny_data):

@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import evaluate
-from evaluate import EvalConfig, read_questions
+from evaluate import EvalConfig
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.flags import parse
 from fsdp_utils.core.rows import local
-from fsdp_utils.data.layouts import Reading
+from fsdp_utils.data.encode import TextEncoder
 from fsdp_utils.folders.describe import describe, tokenizer_of
-from fsdp_utils.inference import generation
+from fsdp_utils.inference import engine, generation
+from fsdp_utils.inference.asking import make_asking
 from fsdp_utils.inference.load import check_eval_type, load_for_inference
 from fsdp_utils.model import attention
 from fsdp_utils.model.build import read_model_config, read_tokenizer
@@ -237,7 +238,7 @@ def generator(dora):
 @pytest.fixture
 def prompts(generator):
     texts = ["a", "How many are 3 and 4?", "###Question:\nlong " * 4, "bcd", "x y z 1 2 3"]
-    return list(enumerate(generation.prompt_ids(texts, generator.tokenizer)))
+    return list(enumerate(TextEncoder(generator.tokenizer).prompts(texts)))
 
 
 def answers(generator, prompts, **options):
@@ -291,7 +292,7 @@ def test_generation_ends(generator, prompts, monkeypatch):
     assert generator._until_end([5, 257, 258, 258]) == [5, 257]
     assert generator._until_end([5, 6, 258]) == [5, 6]
     prompt, plain, marked = generator.tokenizer(["###Question", "14 letters now", "5\n###Question:"])["input_ids"]
-    stop = generation.NextPrompt(generator.tokenizer, start=len(prompt))
+    stop = generation.NextPrompt(generator.marks, start=len(prompt))
     assert stop(torch.tensor([prompt + plain, prompt + marked]), None).tolist() == [False, True]
     monkeypatch.setattr(generator.model.generation_config, "max_new_tokens", 10_000)
     with pytest.raises(UserError, match="--max_new_tokens 10000"):
@@ -335,11 +336,11 @@ def test_interrupted_evaluation_goes_on(config, tmp_path, monkeypatch):
     other = replace(config, output_file=str(tmp_path / "other.json"), batch_size=1)
     real, asked = evaluate.scored, []
 
-    def interrupted(question, output):
+    def interrupted(question, output, **more):
         asked.append(output.index)
         if len(asked) == 4:
             raise KeyboardInterrupt
-        return real(question, output)
+        return real(question, output, **more)
 
     monkeypatch.setattr(evaluate, "scored", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -362,19 +363,19 @@ def test_two_evaluations_of_one_name(config, tmp_path, monkeypatch):
     """While one is under way another of its name is refused, whatever its settings; answers that vanish are missed."""
     real, others = evaluate.scored, [dict(), dict(max_new_tokens=5), dict(overwrite=True)]
 
-    def meanwhile(question, output):
-        for more in others:
+    def meanwhile(question, output, **more):
+        for changes in others:
             with pytest.raises(UserError, match=r"--output_file .*result\.json: another process is writing it"):
-                evaluate.main(replace(config, **more))
-        return real(question, output)
+                evaluate.main(replace(config, **changes))
+        return real(question, output, **more)
 
     monkeypatch.setattr(evaluate, "scored", meanwhile)
     assert result_of(config)["total"] == 6
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
-    def removed(question, output):
+    def removed(question, output, **more):
         (tmp_path / "other.json.partial").unlink(missing_ok=True)
-        return real(question, output)
+        return real(question, output, **more)
 
     monkeypatch.setattr(evaluate, "scored", removed)
     with pytest.raises(UserError, match=r"holds 0 of 6 answers"):
@@ -417,30 +418,44 @@ def test_merged_folder_answers_alike(config, tmp_path):
     assert [r["kind"] for r in both] == ["adapter", "base"]
 
 
-def test_questions_and_shots(tmp_path):
+@pytest.fixture(scope="module")
+def asked_of(tiny):
+    """`asked_of(**flags)`: the questions of these flags, and the texts of their prompts."""
+    run = describe(tiny())
+    tokenizer = tokenizer_of(run)
+
+    def get(**flags):
+        made = make_asking(EvalConfig(**flags), run, tokenizer)
+        return made.questions, [tokenizer.decode(prompt.ids) for prompt in made.prompts]
+
+    return get
+
+
+def test_questions_and_shots(tmp_path, asked_of):
     """Shots are fixed by the seed, come from the training split, and are never among the questions."""
-    read = lambda **flags: read_questions(EvalConfig(**flags), Reading())
-    asked, shots = read(dataset="demo", samples=20, n_shots=5)
-    assert shots.count("###Question:\n") == 5
-    assert shots == read(dataset="demo", samples=20, n_shots=5)[1]
-    assert shots != read(dataset="demo", samples=20, n_shots=5, seed=1)[1]
-    assert len(asked) == 20
-    assert not any(row["question"] in shots for row in asked)
+    asked, prompts = asked_of(dataset="demo", samples=20, n_shots=5)
+    assert len(asked) == 20 and all(prompt.count("###Question:\n") == 6 for prompt in prompts)
+    assert prompts == asked_of(dataset="demo", samples=20, n_shots=5)[1]
+    assert prompts != asked_of(dataset="demo", samples=20, n_shots=5, seed=1)[1]
+    shots = prompts[0].rpartition("###Question:\n")[0]
+    assert all(prompt.startswith(shots) for prompt in prompts)
+    assert not any(row.question in shots for row in asked)
     local = tmp_path / "d.jsonl"
     local.write_text("".join(json.dumps({"question": f"q{i}?", "answer": f"{i}"}) + "\n" for i in range(4)))
-    asked, shots = read(dataset=str(local), samples=3, n_shots=1)
-    assert [row["question"] for row in asked] == ["q0?", "q1?", "q2?"]
-    assert shots == "###Question:\nq3?\n###Answer:\n3\n\n"
+    asked, prompts = asked_of(dataset=str(local), samples=3, n_shots=1)
+    assert [row.question for row in asked] == ["q0?", "q1?", "q2?"]
+    expected = "###Question:\nq3?\n###Answer:\n3\n\n###Question:\nq0?\n###Answer:\n"
+    assert prompts[0].removeprefix("<s>") == expected
     with pytest.raises(UserError, match="--n_shots 2"):
-        read(dataset=str(local), samples=3, n_shots=2)
+        asked_of(dataset=str(local), samples=3, n_shots=2)
 
 
-def test_wrong_input(tmp_path, config):
+def test_wrong_input(tmp_path, config, asked_of):
     """A dataset without answers, an unknown model and a missing vLLM are one line each."""
     local = tmp_path / "d.jsonl"
     local.write_text('{"question": "1?", "answer": " "}\n')
     with pytest.raises(UserError, match="row 1: has no answer"):
-        read_questions(EvalConfig(dataset=str(local)), Reading())
+        asked_of(dataset=str(local))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds neither a model"):
         evaluate.main(replace(config, model=str(tmp_path / "empty")))
@@ -456,9 +471,9 @@ def test_wrong_input(tmp_path, config):
 
 def test_vllm_gets_only_what_it_can_compute(dora, monkeypatch):
     """vLLM would refuse DoRA, and would put an adapter on a base that was not quantized as in training."""
-    monkeypatch.setattr(generation, "find_spec", lambda name: True)
+    monkeypatch.setattr(engine, "find_spec", lambda name: True)
     run = describe(dora)
     with pytest.raises(UserError, match="DoRA"):
-        generation.check_vllm(run, None)
+        engine.check_vllm(run, None)
     with pytest.raises(UserError, match="that we quantized"):
-        generation.check_vllm(replace(run, adapter=run.adapter | {"use_dora": False}), None)
+        engine.check_vllm(replace(run, adapter=run.adapter | {"use_dora": False}), None)

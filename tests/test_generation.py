@@ -1,7 +1,6 @@
 """Decoding over a cache of fixed size gives the tokens of `generate`, which stays the definition."""
 
 import random
-import re
 
 import pytest
 import torch
@@ -11,16 +10,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from fsdp_utils.data.encode import TextEncoder
 from fsdp_utils.folders.describe import describe
 from fsdp_utils.inference import decoding, generation
 from fsdp_utils.inference.decoding import StaticDecoder
 from fsdp_utils.inference.load import load_for_inference
+from fsdp_utils.inference.scoring import NEXT_PROMPTS
 
 CPU = torch.device("cpu")
 TEXTS = ["a", "How many are 3 and 4?", "###Question:\nlong " * 4, "bcd", "x y z 1 2 3", "hello there", "q" * 30, "zz",
          "1+1=", "Four score"]  # fmt: skip
 TOKENIZER = byte_tokenizer()
-PROMPTS = list(enumerate(generation.prompt_ids(TEXTS, TOKENIZER)))
+PROMPTS = list(enumerate(TextEncoder(TOKENIZER).prompts(TEXTS)))
+MARKS = generation.Marks(TOKENIZER, NEXT_PROMPTS)
 # what a stream that is being captured cannot do: bring a value to the host, or one from there
 HOST_OPERATIONS = ("_local_scalar_dense", "lift_fresh", "nonzero", "masked_select", "unique")
 
@@ -39,9 +41,9 @@ def opened(tiny):
     return get
 
 
-def generator_of(model, *, ends=(257,), new=20, temperature=0.0, static=True):
+def generator_of(model, *, ends=(257,), new=20, temperature=0.0, static=True, **more):
     model.generation_config = GenerationConfig(eos_token_id=list(ends))
-    settings = dict(max_new_tokens=new, temperature=temperature, seed=0, static_cache=static)
+    settings = dict(max_new_tokens=new, temperature=temperature, seed=0, static_cache=static, **more)
     return generation.HFGenerator(model, TOKENIZER, **settings)
 
 
@@ -101,16 +103,16 @@ def test_rows_end_at_end_tokens(opened):
     assert 20 in lengths and min(lengths) <= 5
 
 
-def test_rows_end_at_a_next_prompt(opened, monkeypatch):
+def test_rows_end_at_a_next_prompt(opened):
     """Rows end with the mark of a next prompt, as under `generate`; here the mark is what the model happens to say."""
     model = opened()
     text = answers(generator_of(model, ends=[299]))[1][0]
     mark = next(c for i, c in enumerate(text) if i > 4 and c.isascii() and c.isprintable() and c not in text[:i])
-    monkeypatch.setattr(generation, "NEXT_PROMPT", re.compile(re.escape(mark)))
-    expected, found = both(model, ends=[299])
+    expected, found = both(model, ends=[299], stops=[mark])
     assert found == expected
     assert found[1][0].count(mark) == 1 and found[1][0].endswith(mark)
     assert 20 in {tokens for _, tokens in found.values()}
+    assert both(model, ends=[299], stops=()) == both(model, ends=[299])  # chats: no text ends an answer
 
 
 def test_row_ends_are_those_of_every_token():
@@ -126,10 +128,10 @@ def test_row_ends_are_those_of_every_token():
             rows.append(ids + [32] * 200)
         length = choose.randint(1, 60)
         rows = [ids[:length] for ids in rows]
-        found, every = generation.RowEnds(TOKENIZER, [257], rows=3), choose.randint(1, 9)
+        found, every = generation.RowEnds(MARKS, [257], rows=3), choose.randint(1, 9)
         for read in [*range(every, length, every), length]:
             all_ended = found.update([ids[:read] for ids in rows])
-        stop = generation.NextPrompt(TOKENIZER, start=0)
+        stop = generation.NextPrompt(MARKS, start=0)
         ended = lambda ids, stop=stop: ids[-1] == 257 or stop(torch.tensor([ids]), None).item()
         expected = [next((n for n in range(1, length + 1) if ended(ids[:n])), None) for ids in rows]
         assert found.lengths == expected

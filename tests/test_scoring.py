@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from fsdp_utils.inference.scoring import compare, cut_at_next_prompt, extract, plain, show, wilson_interval
+from fsdp_utils.inference.scoring import NEXT_PROMPTS, compare, cut_at, extract, plain, show, wilson_interval
 
 EXTRACTED = [
     ("99 - 55 = 44, 44 + 7 = 51. The answer is 51.", 51),
@@ -123,10 +123,12 @@ def test_compare_shows_what_was_compared():
     assert plain("  Two\n Words. ") == "two words"
 
 
-def test_cut_at_next_prompt():
+def test_cut_at():
     """A question that the model asks itself is no part of its answer."""
-    assert cut_at_next_prompt("It is 5.\n###Question:\nWhat is 6?\n###Answer:\n6") == "It is 5."
-    assert cut_at_next_prompt("It is #5. ### 6") == "It is #5. ### 6"
+    assert cut_at(NEXT_PROMPTS, "It is 5.\n###Question:\nWhat is 6?\n###Answer:\n6") == "It is 5."
+    assert cut_at(NEXT_PROMPTS, "It is 5. ### Instruction 2 ###Context 3") == "It is 5."
+    assert cut_at(NEXT_PROMPTS, "It is #5. ### 6") == "It is #5. ### 6"
+    assert cut_at((), " ###Question ") == "###Question"
 
 
 def test_wilson_interval():

@@ -235,7 +235,7 @@ class Chat:
     def _check_contents(self, text: str) -> None:
         """Raises BadRow where the content of a message is not written, or as Python writes a list."""
         at = 0
-        for words in (words for message in self.messages for words in _words_of(message.get("content"))):
+        for words in (words for message in self.messages for words in words_of(message.get("content"))):
             found = text.find(words.strip(), at)
             if found < 0:  # changed, in another order, or not written at all
                 self._refuse_unwritten()
@@ -347,9 +347,18 @@ class Chat:
             self.noted.append(f"answers end in {ending.strip()!r}, which is no special token: no server stops there")
         return Text([*pieces, Piece(rest, False)], bare=True), token and token[0]
 
+    def asked(self) -> Text:
+        """What a server makes of these messages to have them answered: the chat, and the header that asks.
+
+        Raises:
+            BadRow: the template fails, or leaves a content out.
+        """
+        _ = self.full  # first: it checks the messages, and may read them otherwise
+        return Text([Piece(self._render(self.messages, header=True), False)], bare=True)
+
     def notes(self) -> list[str]:
         """What is to be known of the chat, after `text`."""
-        words = [words for i in self.learned() for words in _words_of(self.messages[i].get("content"))]
+        words = [words for i in self.learned() for words in words_of(self.messages[i].get("content"))]
         if any(self.template.any_special.search(said) for said in words):
             self.noted.append("answers hold special tokens in their own words, which are learned as such")
         return self.noted
@@ -377,7 +386,7 @@ def _with_marks(message: dict, mark: str) -> tuple[dict, list[str]]:
     return {**message, "content": parts}, marks
 
 
-def _words_of(content) -> list[str]:
+def words_of(content) -> list[str]:
     """The texts of a content, a string or parts."""
     if isinstance(content, list):
         return [part.get("text", "") for part in content]

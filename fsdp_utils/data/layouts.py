@@ -258,6 +258,10 @@ class Form:
             return spec.split(picked)
         return (spec.prompt(picked) if spec.prompt else ""), picked[spec.answer]
 
+    def user_turn(self, picked: dict[str, str]) -> str:
+        """The question as a user says it in a chat: by the user's template, else without the layout's own words."""
+        return self.question(picked) if self.template is None else self.template.format_map(picked)
+
     def question(self, picked: dict[str, str]) -> str:
         """The text that tells one task from another."""
         return "\n".join(picked[name] for name in LAYOUTS[self.layout].question if picked[name])

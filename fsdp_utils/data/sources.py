@@ -506,9 +506,14 @@ def questions_of(examples: Examples) -> list[Question]:
     return [_question(row, form) for row, form in examples]
 
 
+def no_answer(row: Row, form: Form) -> DataError:
+    """Says that rows of this form cannot be scored."""
+    return DataError(f"{row.where}: rows of {form.layout} have no answer to compare with; give question and answer")
+
+
 def _question(row: Row, form: Form) -> Question:
     if not form.has_answer:
-        raise DataError(f"{row.where}: rows of {form.layout} have no answer to compare with; give question and answer")
+        raise no_answer(row, form)
     try:
         if row.problem:
             raise BadRow(row.problem)
@@ -520,13 +525,13 @@ def _question(row: Row, form: Form) -> Question:
     return Question(prompt, form.question(picked), answer)
 
 
-def drop_overlap(train: list[Question], held_out: list[Question]) -> tuple[list[Question], int]:
-    """`train` without the rows whose question is held out, and how many those were.
+def drop_overlap(train: list, held_out: list) -> tuple[list, int]:
+    """`train` without the tasks whose `question` is held out, and how many those were.
 
     Questions are compared without regard to case, spacing and Unicode form.
     """
 
-    def key(row: Question) -> str:
+    def key(row) -> str:
         return " ".join(unicodedata.normalize("NFKC", row.question).casefold().split())
 
     known = {key(row) for row in held_out}

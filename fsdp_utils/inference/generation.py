@@ -1,8 +1,7 @@
-"""Answers to prompts: batched generation with transformers, or vLLM where it is installed."""
+"""Answers to prompts: batched generation with transformers."""
 
 import time
-from collections.abc import Iterator
-from importlib.util import find_spec
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,16 +12,11 @@ from transformers import GenerationConfig, StoppingCriteria
 from fsdp_utils.core.devices import peak_memory_gib
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.ranks import is_main
-from fsdp_utils.data.encode import TextEncoder
-from fsdp_utils.folders.describe import Run, generation_folder, tokenizer_folder
-from fsdp_utils.folders.documents import end_tokens
 from fsdp_utils.inference import decoding
-from fsdp_utils.inference.scoring import NEXT_PROMPT
+from fsdp_utils.inference.scoring import NEXT_PROMPTS
 
 TAIL = 16  # tokens, enough for the longest mark of a next prompt even byte by byte
 READ_EVERY = 8  # tokens between two looks at what was generated; each makes the GPU wait for the host
-VLLM_CHUNK = 512  # prompts between two writes of the partial result
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 class Output(NamedTuple):
@@ -33,45 +27,56 @@ class Output(NamedTuple):
         text: without special tokens, and not yet cut at a next prompt.
         tokens: generated ones, with the end-of-sequence token.
         seconds: its share of its batch's time.
-        peak_memory_gib: of this process so far.
+        peak_memory_gib: of this process so far; None where another process computes.
     """
 
     index: int
     text: str
     tokens: int
     seconds: float
-    peak_memory_gib: float
+    peak_memory_gib: float | None = None
 
 
-def prompt_ids(prompts: list[str], tokenizer) -> list[list[int]]:
-    """Ids that generation starts from: the special prefix and the prompt, exactly as in training."""
-    return TextEncoder(tokenizer).prompts(prompts)
-
-
-def end_ids(model: nn.Module, tokenizer) -> list[int]:
-    """Every token that ends an answer: the tokenizer's, and those the model names (Llama 3 has several)."""
+def end_ids(model: nn.Module, tokenizer, more: Sequence[int] = ()) -> list[int]:
+    """Every token that ends an answer: the tokenizer's, those the model names (Llama 3 has several), and `more`."""
     named = getattr(model, "generation_config", None)
     ids = getattr(named, "eos_token_id", None) or []
     ids = ids if isinstance(ids, list) else [ids]
-    return sorted({*ids, tokenizer.eos_token_id} - {None})
+    return sorted({*ids, *more, tokenizer.eos_token_id} - {None})
+
+
+class Marks:
+    """Texts at which an answer ends, as the beginning of a next prompt; there may be none.
+
+    Args:
+        stops: these texts; each is among the last TAIL tokens once it is whole.
+    """
+
+    def __init__(self, tokenizer, stops: Sequence[str]):
+        self.tokenizer, self.stops = tokenizer, stops
+
+    def within(self, tokens) -> bool:
+        """Whether one of them is in the text of these tokens `[n]`."""
+        text = self.tokenizer.decode(tokens) if self.stops else ""
+        return any(stop in text for stop in self.stops)
 
 
 class NextPrompt(StoppingCriteria):
     """Ends a row once it has begun a question of its own; only generated tokens count, prompts hold the mark too."""
 
-    def __init__(self, tokenizer, *, start: int):
-        self.tokenizer, self.start = tokenizer, start
+    def __init__(self, marks: Marks, *, start: int):
+        self.marks, self.start = marks, start
 
     def __call__(self, input_ids, scores, **kwargs):
-        tails = self.tokenizer.batch_decode(input_ids[:, max(self.start, input_ids.shape[1] - TAIL) :])
-        return torch.tensor([bool(NEXT_PROMPT.search(tail)) for tail in tails], device=input_ids.device)
+        tails = input_ids[:, max(self.start, input_ids.shape[1] - TAIL) :]
+        return torch.tensor([self.marks.within(tail) for tail in tails], device=input_ids.device)
 
 
 class RowEnds:
     """Where each row ends, found where `generate` with `NextPrompt` ends it, but some tokens later."""
 
-    def __init__(self, tokenizer, ends: list[int], *, rows: int):
-        self.tokenizer, self.ends, self.read = tokenizer, ends, 0
+    def __init__(self, marks: Marks, ends: list[int], *, rows: int):
+        self.marks, self.ends, self.read = marks, ends, 0
         self.lengths: list[int | None] = [None] * rows  # with the token that ended the row
 
     def update(self, rows: list[list[int]]) -> bool:
@@ -86,12 +91,9 @@ class RowEnds:
         fresh = range(self.read + 1, len(tokens) + 1)
         ended = next((n for n in fresh if tokens[n - 1] in self.ends), None)
         last = ended or len(tokens)
-        if not self._marked(tokens[max(0, self.read + 1 - TAIL) : last]):
+        if not self.marks.within(tokens[max(0, self.read + 1 - TAIL) : last]):
             return ended
-        return next((n for n in fresh if n <= last and self._marked(tokens[max(0, n - TAIL) : n])), ended)
-
-    def _marked(self, tokens: list[int]) -> bool:
-        return bool(NEXT_PROMPT.search(self.tokenizer.decode(tokens)))
+        return next((n for n in fresh if n <= last and self.marks.within(tokens[max(0, n - TAIL) : n])), ended)
 
 
 class HFGenerator:
@@ -102,6 +104,8 @@ class HFGenerator:
     Args:
         temperature: 0 is greedy.
         seed: of sampling; a batch is seeded by its first question, so that the same batches give the same answers.
+        ends: ids that end an answer, beside those that the model and the tokenizer name.
+        stops: texts that end an answer.
         static_cache: whether to decode by `StaticDecoder`; None: on CUDA, which replays its steps as graphs.
     """
 
@@ -113,14 +117,17 @@ class HFGenerator:
         max_new_tokens: int,
         temperature: float,
         seed: int,
+        ends: Sequence[int] = (),
+        stops: Sequence[str] = NEXT_PROMPTS,
         static_cache: bool | None = None,
     ):
         self.model, self.tokenizer, self.temperature, self.seed = model, tokenizer, temperature, seed
+        self.marks = Marks(tokenizer, stops)
         self.device = next(model.parameters()).device
         wanted = self.device.type == "cuda" if static_cache is None else static_cache
         self.static = wanted and decoding.supported(model)
         self.decoder: decoding.StaticDecoder | None = None
-        self.ends = end_ids(model, tokenizer)
+        self.ends = end_ids(model, tokenizer, ends)
         # a padding token may have been added to the tokenizer alone
         known = model.config.get_text_config().vocab_size
         self.pad = next(i for i in (tokenizer.pad_token_id, *self.ends, 0) if i is not None and i < known)
@@ -211,7 +218,7 @@ class HFGenerator:
         """Tokens that follow each prompt of `[rows, L]`, padded to the longest answer; waits for the device."""
         width = input_ids.shape[1]
         torch.manual_seed(seed)
-        stops = [NextPrompt(self.tokenizer, start=width)]
+        stops = [NextPrompt(self.marks, start=width)]
         generated = self.model.generate(input_ids=input_ids, attention_mask=mask, stopping_criteria=stops)
         return generated[:, width:].tolist()
 
@@ -219,7 +226,7 @@ class HFGenerator:
         """What `_by_generate` returns, without the padding. Rows that have ended go on, and are cut."""
         rows, width = input_ids.shape
         decoder = self._decoder_for(rows=rows, tokens=width + self.max_new_tokens)
-        ends = RowEnds(self.tokenizer, self.ends, rows=rows)
+        ends = RowEnds(self.marks, self.ends, rows=rows)
         generator = torch.Generator(self.device).manual_seed(seed)  # not the default one, which a graph takes hold of
         new = torch.empty(rows, self.max_new_tokens, dtype=torch.long, device=self.device)
         logits = decoder.prefill(input_ids, mask)
@@ -255,47 +262,3 @@ class HFGenerator:
         while stop and new[stop - 1] == self.pad and self.pad not in self.ends:
             stop -= 1
         return new[:stop]
-
-
-class VLLMGenerator:
-    """vLLM's `LLM.generate` (docs.vllm.ai, offline inference); an adapter goes through a LoRARequest.
-
-    `check_vllm` says beforehand whether it can compute what was trained.
-    """
-
-    def __init__(self, run: Run, *, max_new_tokens: int, temperature: float, seed: int, dtype: str):
-        from vllm import LLM, SamplingParams
-        from vllm.lora.request import LoRARequest
-
-        options = dict(trust_remote_code=run.trust_remote_code)
-        if run.adapter:
-            rank = next((r for r in VLLM_RANKS if r >= run.rank), run.rank)
-            options |= dict(enable_lora=True, max_lora_rank=rank)
-        self.llm = LLM(model=str(run.base), tokenizer=str(tokenizer_folder(run)), dtype=dtype, seed=seed, **options)
-        self.request = LoRARequest("adapter", 1, str(run.adapter_folder)) if run.adapter else None
-        stops = dict(stop=["###Question", "###Context"], stop_token_ids=end_tokens(generation_folder(run)))
-        self.sampling = SamplingParams(temperature=temperature, max_tokens=max_new_tokens, seed=seed, **stops)
-
-    def answers(self, prompts: list[tuple[int, list[int]]], *, batch_size: int) -> Iterator[Output]:
-        """Generates from `(index, ids)` pairs; vLLM forms its own batches, `batch_size` is not used."""
-        for first in range(0, len(prompts), VLLM_CHUNK):
-            chunk = prompts[first : first + VLLM_CHUNK]
-            begun = time.perf_counter()
-            inputs = [{"prompt_token_ids": ids} for _, ids in chunk]
-            answers = self.llm.generate(inputs, self.sampling, lora_request=self.request)
-            seconds = (time.perf_counter() - begun) / len(chunk)
-            for (index, _), answer in zip(chunk, answers, strict=True):
-                best = answer.outputs[0]
-                # the engine runs in a process of its own, whose memory is not seen from here
-                yield Output(index, best.text, len(best.token_ids), seconds, 0.0)
-
-
-def check_vllm(run: Run, eval_type: str | None) -> None:
-    """Raises UserError where vLLM is missing or would compute something else than was trained."""
-    if find_spec("vllm") is None:
-        raise UserError("--backend vllm: vLLM is not installed; `pip install vllm`, or use --backend hf")
-    if eval_type not in (None, "full", run.train_type):
-        raise UserError(f"--eval_type {eval_type}: vLLM takes weights as they are; export them with prepare_weights.py")
-    if run.dora or (run.kind == "adapter" and run.quantizer):
-        what = "DoRA adapters" if run.dora else "an adapter over a base that we quantized"
-        raise UserError(f"--backend vllm: does not serve {what}; use prepare_weights.py first, or --backend hf")

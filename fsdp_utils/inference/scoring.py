@@ -3,6 +3,7 @@
 import math
 import re
 import unicodedata
+from collections.abc import Sequence
 from fractions import Fraction
 from functools import reduce
 
@@ -30,14 +31,14 @@ NUMBER = re.compile(
     re.VERBOSE,
 )
 LATEX_FRACTION = re.compile(rf"\\[dt]?frac\s*(?:\{{\s*([{MINUS}]?{TERM})\s*\}}|(\d))\s*(?:\{{\s*({TERM})\s*\}}|(\d))")
-NEXT_PROMPT = re.compile(r"###\s?(?:Question|Context|Instruction)")
+NEXT_PROMPTS = tuple(f"###{space}{word}" for word in ("Question", "Context", "Instruction") for space in ("", " "))
 
 Answer = Fraction | tuple | str
 
 
-def cut_at_next_prompt(text: str) -> str:
-    """The answer alone: a model that was not taught to stop goes on with a question of its own."""
-    return NEXT_PROMPT.split(text, maxsplit=1)[0].strip()
+def cut_at(stops: Sequence[str], text: str) -> str:
+    """What stands before the first of these texts: a model that was not taught to stop goes on with a next prompt."""
+    return min((text.partition(stop)[0] for stop in stops), key=len, default=text).strip()
 
 
 def _readable(text: str) -> str:
