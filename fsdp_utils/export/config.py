@@ -40,7 +40,7 @@ class ExportConfig:
         "round by the inputs of the trained model on samples that it was trained on; auto: where it says which",
         choices=("auto", "true", "false"),
     )
-    gptq_samples: int = flag(256, "training samples to calibrate on", minimum=1)
+    gptq_samples: int = flag(128, "training samples to calibrate on", minimum=1)
     symmetric: bool = flag(True, "w4a16: codes around zero; false: a zero point per group")
     group_size: int = flag(
         128, "w4a16: weights that share one scale; not given: smaller where rows ask for it", choices=(128, 64, 32)
