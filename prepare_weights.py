@@ -8,6 +8,7 @@ merged     16-bit (or fp32) weights, the adapter folded into the dequantized bas
 bnb_nf4    bitsandbytes 4-bit of any run, full fine-tune, merged folder or Llama-Pro model
 bnb_dora   QDoRA or QLoRA unmerged and exact: a 4-bit base with scaled rows, and a plain LoRA in its folder adapter/
 w4a16      compressed-tensors pack-quantized, for vLLM's Marlin and Machete kernels
+gguf       one file for llama.cpp, Ollama and LM Studio, of --gguf_type
 
 Weights are streamed one tensor at a time, and the folder appears when it is complete. fidelity.json compares it, as
 transformers (and PEFT) load it, with the trained model on held-out text.
@@ -23,8 +24,6 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-
 from fsdp_utils.core import processes
 from fsdp_utils.core.devices import peak_memory_gib, pick_device
 from fsdp_utils.core.errors import UserError, naming
@@ -32,12 +31,17 @@ from fsdp_utils.core.folders import check_new_folder, new_folder, parse_size, wr
 from fsdp_utils.core.locks import exclusively
 from fsdp_utils.core.ranks import say
 from fsdp_utils.export import fidelity, format_of
-from fsdp_utils.export.formats import Format, write_rest, write_weights
+from fsdp_utils.export.formats import Format
 from fsdp_utils.export.gptq import check_gptq, write_gptq
 from fsdp_utils.export.trained import TrainedWeights
 from fsdp_utils.folders.describe import Run, describe, tokenizer_of
+from fsdp_utils.folders.names import GGUF_FILE
 from fsdp_utils.inference.whole import whole
-from fsdp_utils.options import DTYPES
+
+
+def mark_of(folder: str | Path) -> str:
+    """The file by which a folder that may be replaced is known."""
+    return GGUF_FILE if (Path(folder) / GGUF_FILE).exists() else "config.json"
 
 
 def check_target(config: ExportConfig, run: Run) -> Path:
@@ -48,7 +52,9 @@ def check_target(config: ExportConfig, run: Run) -> Path:
     """
     read = [run.folder, run.base, *([config.fidelity_data] if config.fidelity_data else [])]
     read += [run.config.dataset] if run.config else []
-    check_new_folder(config.save_dir, flag="save_dir", overwrite=config.overwrite, sources=read)
+    check_new_folder(
+        config.save_dir, flag="save_dir", overwrite=config.overwrite, mark=mark_of(config.save_dir), sources=read
+    )
     return Path(config.save_dir).resolve()
 
 
@@ -71,20 +77,19 @@ def export(chosen: Format, config: ExportConfig, tokenizer, target: Path, *, dev
     """
     begun = time.perf_counter()
     max_shard_bytes = parse_size(config.max_shard_size)
-    with new_folder(target, overwrite=config.overwrite) as folder:
+    with new_folder(target, overwrite=config.overwrite, mark=mark_of(target)) as folder:
         if config.gptq:
             write_gptq(chosen, tokenizer, folder, samples=config.gptq_samples, max_shard_bytes=max_shard_bytes)
         else:
-            write_weights(chosen, folder, max_shard_bytes=max_shard_bytes)
-            write_rest(chosen, tokenizer, folder, target=target)
-    size = sum(path.stat().st_size for path in target.rglob("*.safetensors"))
+            chosen.write(tokenizer, folder, target=target, max_shard_bytes=max_shard_bytes)
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.suffix in (".safetensors", ".gguf"))
     took, peak, read = time.perf_counter() - begun, peak_memory_gib(device), chosen.trained.nbytes
     say(f"{read / 1e9:.3f} GB read, {size / 1e9:.3f} GB of weights in {target}; {took:.0f} s, {peak:.2f} GiB")
 
 
-def report(config: ExportConfig, run: Run, text: fidelity.HeldOut, target: Path, *, device) -> None:
+def report(config: ExportConfig, run: Run, text: fidelity.HeldOut, target: Path, *, device, dtype) -> None:
     """Prints the comparison and writes fidelity.json."""
-    scores = fidelity.fidelity(run, target, text, device=device, dtype=getattr(torch, DTYPES[config.dtype]))
+    scores = fidelity.fidelity(run, target, text, device=device, dtype=dtype)
     tokens = sum(int((labels != fidelity.IGNORED).sum()) for _, labels in text.rows)
     say(f"{len(text.rows)} texts of {text.source}, {tokens} tokens", fidelity.table(scores), sep="\n")
     facts = dict(data=text.source, texts=len(text.rows), tokens=tokens, settings=as_dict(config))
@@ -107,15 +112,17 @@ def main(config: ExportConfig) -> None:
     # what else is wrong with the run comes before what its report needs, and before any folder is made
     chosen = format_of(config.infer_type)(TrainedWeights(run, device=device), config)
     tokenizer = tokenizer_of(run)
-    text = None
-    if config.fidelity_samples:
+    text, misread = None, chosen.misread()
+    if config.fidelity_samples and misread:
+        say(f"note: no fidelity report: {misread}")
+    elif config.fidelity_samples:
         text = fidelity.held_out(run, tokenizer, name=config.fidelity_data, samples=config.fidelity_samples)
     say(f"{run} -> {config.infer_type} in {target}")
     # to the end of the report, which reads what was written; new_folder's own lock ends before
     with exclusively(target.with_name(f"{target.name}.export"), named=f"--save_dir {config.save_dir}"):
         export(chosen, config, tokenizer, target, device=device)
         if text:
-            report(config, run, text, target, device=device)
+            report(config, run, text, target, device=device, dtype=chosen.dtype)
 
 
 if __name__ == "__main__":

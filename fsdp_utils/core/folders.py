@@ -35,8 +35,22 @@ def size_errors(text: str, *, flag: str) -> list[str]:
 def refuse_missing_folder(name):
     """Raises CheckpointError where `name` can only be a folder and is none: the hub's answer would not say so."""
     named = str(name)
+    if os.path.isfile(named):
+        refuse_gguf(named)
     if not os.path.isdir(named) and (named.startswith((".", "/", "~")) or named.count("/") > 1):
         raise CheckpointError(f"{named}: no such folder")
+
+
+def refuse_gguf(name):
+    """Raises CheckpointError for a GGUF file, or a folder that holds weights in no other form."""
+    path = Path(name)
+    files = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
+    if files and not any(path.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{name}: its weights are GGUF ({files[0].name}); convert them first: AutoModelForCausalLM.from_pretrained("
+            f'folder, gguf_file="{files[0].name}", quantization_config=GgufConfig(dequantize=True)).save_pretrained(new'
+            "), and the same with AutoTokenizer"
+        )
 
 
 def model_folder(name):

@@ -13,6 +13,7 @@ INFER_TYPES = {
     "full_post_quant": _BNB_NF4,
     "bnb_dora": "fsdp_utils.export.bnb:BnbDoRA",
     "w4a16": "fsdp_utils.export.w4a16:W4A16",
+    "gguf": "fsdp_utils.export.gguf:GGUF",
 }
 
 

@@ -29,6 +29,14 @@ class ExportConfig:
     gptq: bool = flag(False, "calibrate on training samples; needs llm-compressor")
     gptq_samples: int = flag(512, "training samples to calibrate on", minimum=1)
 
+    _gguf: str = section("gguf")
+    gguf_type: str = flag(
+        "f16",
+        "how matrices are stored. f16: three bits finer than bf16, for numbers up to 65504; q8_0: 8 bits, and a scale "
+        "for 32 of them",
+        choices=("f16", "bf16", "q8_0", "f32"),
+    )
+
     _fidelity: str = section("fidelity report")
     fidelity_data: str | None = flag(None, "dataset or local file to compare on; default: what the run held out")
     fidelity_samples: int = flag(64, "texts to compare on; 0: no report", minimum=0)
@@ -41,7 +49,15 @@ class ExportConfig:
         found += size_errors(self.max_shard_size, flag="max_shard_size")
         if "WORLD_SIZE" in os.environ:
             found.append("torchrun: an export is one process; start it with plain python")
-        others = {"symmetric", "group_size", "gptq", "gptq_samples"} & self.explicit_flags
-        if self.infer_type != "w4a16":
-            found += [f"--{name}: has no meaning for --infer_type {self.infer_type}" for name in sorted(others)]
+        idle = {name for names in self._without_meaning() for name in names} & self.explicit_flags
+        found += [f"--{name}: has no meaning for --infer_type {self.infer_type}" for name in sorted(idle)]
         return found
+
+    def _without_meaning(self) -> list[tuple[str, ...]]:
+        """Flags that say nothing about the format."""
+        table = (
+            (self.infer_type != "w4a16", ("symmetric", "group_size", "gptq", "gptq_samples")),
+            (self.infer_type != "gguf", ("gguf_type",)),
+            (self.infer_type == "gguf", ("dtype", "max_shard_size")),
+        )
+        return [names for holds, names in table if holds]

@@ -79,6 +79,18 @@ class Format:
     def finish(self, folder: Path, *, target: Path) -> None:
         """Writes what belongs beside the model; `target` is the name that `folder` will have."""
 
+    def misread(self) -> str | None:
+        """Why what transformers makes of the result is not what was written, if that is so: there is no report then."""
+
+    def write(self, tokenizer, folder: Path, *, target: Path, max_shard_bytes: int) -> None:
+        """Writes the complete folder; `target` as of `finish`.
+
+        Raises:
+            UserError: the disk is too small, before anything is written.
+        """
+        write_weights(self, folder, max_shard_bytes=max_shard_bytes)
+        write_rest(self, tokenizer, folder, target=target)
+
     def specs(self) -> dict[str, Spec]:
         """Of every tensor in the order they are written, under the names of the base's files."""
         found = {}

@@ -11,6 +11,7 @@ ADAPTER_FOLDER = "adapter"  # where an exported model folder keeps the adapter t
 GENERATION_CONFIG = "generation_config.json"
 DESCRIPTIONS = (EXPANDED_LAYERS_FILE, GENERATION_CONFIG, "config.json", ADAPTER_CONFIG)
 OF_AN_EXPORT = ("fidelity.json",)
+GGUF_FILE = "model.gguf"  # an export that is this file alone
 TEMPLATE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (  # patterns
