@@ -34,9 +34,12 @@ from fsdp_utils.export import fidelity, format_of
 from fsdp_utils.export.formats import Format
 from fsdp_utils.export.gptq import check_gptq, write_gptq
 from fsdp_utils.export.trained import TrainedWeights
+from fsdp_utils.folders.card import Told, keep_card, write_card
 from fsdp_utils.folders.describe import Run, describe, tokenizer_of
 from fsdp_utils.folders.names import GGUF_FILE
 from fsdp_utils.inference.whole import whole
+
+OF_FORMATS = {"dtype", "symmetric", "group_size", "gptq", "gptq_samples", "gguf_type"}  # flags
 
 
 def mark_of(folder: str | Path) -> str:
@@ -78,6 +81,7 @@ def export(chosen: Format, config: ExportConfig, tokenizer, target: Path, *, dev
     begun = time.perf_counter()
     max_shard_bytes = parse_size(config.max_shard_size)
     with new_folder(target, overwrite=config.overwrite, mark=mark_of(target)) as folder:
+        keep_card(target, folder)
         if config.gptq:
             write_gptq(chosen, tokenizer, folder, samples=config.gptq_samples, max_shard_bytes=max_shard_bytes)
         else:
@@ -87,13 +91,20 @@ def export(chosen: Format, config: ExportConfig, tokenizer, target: Path, *, dev
     say(f"{read / 1e9:.3f} GB read, {size / 1e9:.3f} GB of weights in {target}; {took:.0f} s, {peak:.2f} GiB")
 
 
-def report(config: ExportConfig, run: Run, text: fidelity.HeldOut, target: Path, *, device, dtype) -> None:
-    """Prints the comparison and writes fidelity.json."""
+def report(config: ExportConfig, run: Run, text: fidelity.HeldOut, target: Path, *, device, dtype) -> dict:
+    """Prints the comparison and writes fidelity.json; what is in it."""
     scores = fidelity.fidelity(run, target, text, device=device, dtype=dtype)
     tokens = sum(int((labels != fidelity.IGNORED).sum()) for _, labels in text.rows)
     say(f"{len(text.rows)} texts of {text.source}, {tokens} tokens", fidelity.table(scores), sep="\n")
     facts = dict(data=text.source, texts=len(text.rows), tokens=tokens, settings=as_dict(config))
     write_json(target / "fidelity.json", scores | facts)
+    return scores | facts
+
+
+def describe_export(config: ExportConfig, run: Run, target: Path, *, scores: dict | None) -> None:
+    """Writes the model card."""
+    settings = {name: value for name, value in as_dict(config).items() if name in OF_FORMATS & config.explicit_flags}
+    write_card(target, Told(run.folder, str(run.base), run.base, config.infer_type, settings, scores))
 
 
 def main(config: ExportConfig) -> None:
@@ -121,8 +132,8 @@ def main(config: ExportConfig) -> None:
     # to the end of the report, which reads what was written; new_folder's own lock ends before
     with exclusively(target.with_name(f"{target.name}.export"), named=f"--save_dir {config.save_dir}"):
         export(chosen, config, tokenizer, target, device=device)
-        if text:
-            report(config, run, text, target, device=device, dtype=chosen.dtype)
+        scores = report(config, run, text, target, device=device, dtype=chosen.dtype) if text else None
+        describe_export(config, run, target, scores=scores)
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ def test_every_tensor(save_run, base, export, family, config):
     for name, tensor in wanted.items():
         assert torch.equal(found[name], tensor), name
     assert (freqs is not None) == (config is LLAMA3)
-    assert [path.name for path in folder.iterdir()] == ["model.gguf"]
+    assert {path.name for path in folder.iterdir()} == {"model.gguf", "README.md"}
 
 
 def test_scaled_rotary_embedding(save_run, base, export):
@@ -410,5 +410,7 @@ def test_llama_cpp_reads_text(llama_cpp, save_run, base, export, tmp_path, name)
     run, _ = save_run(base("llama", tokenizer=tokenizer, vocab_size=vocab_size), "bnb_dora")
     reader = llama_cpp.Llama(str(export(run, "gguf") / "model.gguf"), vocab_only=True, verbose=False)
     for text in TEXTS:
+        if name == "sentencepiece":  # before which llama.cpp always puts one, transformers where there is none
+            text = text.removeprefix(" ")
         found = reader.tokenize(text.encode(), add_bos=False, special=True)
         assert found == tokenizer(text, add_special_tokens=False)["input_ids"], text

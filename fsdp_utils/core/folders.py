@@ -11,7 +11,15 @@ from pathlib import Path
 from fsdp_utils.core.errors import CheckpointError, UserError, first_line
 from fsdp_utils.core.locks import exclusively
 
-OF_A_MODEL = ("safetensors", "json", "model", "txt", "jinja", "tiktoken", "py")  # suffixes of what is downloaded
+OF_A_MODEL = (
+    "safetensors",
+    "json",
+    "model",
+    "txt",
+    "jinja",
+    "tiktoken",
+    "py",
+)  # suffixes of what is downloaded
 TEMPLATES = "additional_chat_templates"  # folder in which transformers keeps all chat templates but the default one
 
 
@@ -61,7 +69,7 @@ def model_folder(name):
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=[f"*.{suffix}" for suffix in OF_A_MODEL]))
+        return Path(snapshot_download(name, allow_patterns=["README.md", *(f"*.{suffix}" for suffix in OF_A_MODEL)]))
     except (OSError, ValueError) as error:
         refuse_cache(error, folder=name)
         raise CheckpointError(f"{name}: neither a local folder nor a model of the hub ({first_line(error)})") from None

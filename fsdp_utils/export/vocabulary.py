@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from gguf import GGUFWriter, TokenType
 
 from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.ranks import say
 
 SPACE = "▁"  # what SentencePiece writes for one
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -160,6 +161,8 @@ def _prepends(content: dict, *, named: str) -> bool:
     steps = [*_flat(content["normalizer"]), *_flat(content["pre_tokenizer"])]
     kinds = [step["type"] for step in steps]
     if kinds == ["Metaspace"] and not steps[0]["split"]:
+        if steps[0]["prepend_scheme"] == "first":
+            say("note: llama.cpp puts a space before a text also where it begins with one or follows a special token")
         return PREPENDED[steps[0]["prepend_scheme"]]
     if kinds in (["Prepend", "Replace"], ["Replace"]) and steps[-1]["pattern"] == {"String": " "}:
         return kinds[0] == "Prepend"

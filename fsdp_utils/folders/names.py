@@ -6,6 +6,7 @@ from methods.llama_pro import EXPANDED_LAYERS_FILE
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
+CARD = "README.md"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_FOLDER = "adapter"  # where an exported model folder keeps the adapter that belongs to it
 GENERATION_CONFIG = "generation_config.json"
