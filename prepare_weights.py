@@ -37,6 +37,7 @@ from fsdp_utils.export.trained import TrainedWeights
 from fsdp_utils.folders.card import Told, keep_card, write_card
 from fsdp_utils.folders.describe import Run, describe, tokenizer_of
 from fsdp_utils.folders.names import GGUF_FILE
+from fsdp_utils.folders.upload import check_upload, upload
 from fsdp_utils.inference.whole import whole
 
 OF_FORMATS = {"dtype", "symmetric", "group_size", "gptq", "gptq_samples", "gguf_type"}  # flags
@@ -113,6 +114,7 @@ def main(config: ExportConfig) -> None:
     Raises:
         UserError: a run that this format cannot store, or another base than in training; as the functions it calls.
     """
+    check_upload(config.push_to_hub)
     device = pick_device(config.device)
     with naming("--model"):
         run = whole(describe(config.model, trust_remote_code=config.trust_remote_code), device=device)
@@ -134,6 +136,7 @@ def main(config: ExportConfig) -> None:
         export(chosen, config, tokenizer, target, device=device)
         scores = report(config, run, text, target, device=device, dtype=chosen.dtype) if text else None
         describe_export(config, run, target, scores=scores)
+    upload(target, config.push_to_hub)
 
 
 if __name__ == "__main__":

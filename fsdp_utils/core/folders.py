@@ -40,6 +40,13 @@ def size_errors(text: str, *, flag: str) -> list[str]:
     return []
 
 
+def repository_errors(name: str | None, *, flag: str) -> list[str]:
+    """The line that names the flag if its value can be no repository of the hub."""
+    if name is None or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return []
+    return [f"--{flag} {name}: is no name of a repository; give org/name"]
+
+
 def refuse_missing_folder(name):
     """Raises CheckpointError where `name` can only be a folder and is none: the hub's answer would not say so."""
     named = str(name)

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, field
 
 from fsdp_utils.core.flags import flag, section
-from fsdp_utils.core.folders import size_errors
+from fsdp_utils.core.folders import repository_errors, size_errors
 from fsdp_utils.export import INFER_TYPES
 from fsdp_utils.options import DTYPES
 
@@ -21,6 +21,7 @@ class ExportConfig:
     dtype: str = flag("bf16", "of what is not packed, and of the arithmetic of 4-bit layers", choices=tuple(DTYPES))
     max_shard_size: str = flag("5GB", "largest size of one weight file")
     overwrite: bool = flag(False, "replace the model in --save_dir")
+    push_to_hub: str | None = flag(None, "upload the finished folder to this private repository of the hub (org/name)")
     device: str = flag("auto", "where to compute", choices=("auto", "cuda", "cpu"))
 
     _w4a16: str = section("w4a16")
@@ -47,6 +48,7 @@ class ExportConfig:
         """One line for each flag that cannot work beside the others."""
         found = [f"--{name}: required" for name in ("model", "save_dir") if not getattr(self, name)]
         found += size_errors(self.max_shard_size, flag="max_shard_size")
+        found += repository_errors(self.push_to_hub, flag="push_to_hub")
         if "WORLD_SIZE" in os.environ:
             found.append("torchrun: an export is one process; start it with plain python")
         idle = {name for names in self._without_meaning() for name in names} & self.explicit_flags
