@@ -9,6 +9,7 @@ bnb_nf4    bitsandbytes 4-bit of any run, full fine-tune, merged folder or Llama
 bnb_dora   QDoRA or QLoRA unmerged and exact: a 4-bit base with scaled rows, and a plain LoRA in its folder adapter/
 w4a16      compressed-tensors pack-quantized, for vLLM's Marlin and Machete kernels
 w4a16_dora the same of the base alone, and a plain LoRA in its folder adapter/, of an adapter run on any base
+gguf       one file for llama.cpp, Ollama and LM Studio, of --gguf_type
 
 Weights are streamed one tensor at a time, and the folder appears when it is complete. fidelity.json compares it, as
 transformers (and PEFT) load it, with the trained model on held-out text.
@@ -24,8 +25,6 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-
 from fsdp_utils.core import processes
 from fsdp_utils.core.devices import peak_memory_gib, pick_device
 from fsdp_utils.core.errors import UserError, naming
@@ -33,13 +32,21 @@ from fsdp_utils.core.folders import check_new_folder, new_folder, parse_size, wr
 from fsdp_utils.core.locks import exclusively
 from fsdp_utils.core.ranks import say
 from fsdp_utils.export import fidelity, format_of
-from fsdp_utils.export.formats import Format, write_rest, write_weights
+from fsdp_utils.export.config import FLAGS_OF, WRITTEN_SO
+from fsdp_utils.export.formats import Format
 from fsdp_utils.export.gptq import trained_model, training_rows
 from fsdp_utils.export.held_out import HeldOut, held_out
 from fsdp_utils.export.trained import TrainedWeights
+from fsdp_utils.folders.card import Told, keep_card, write_card
 from fsdp_utils.folders.describe import Run, describe, tokenizer_of
+from fsdp_utils.folders.names import GGUF_FILE
+from fsdp_utils.folders.upload import check_upload, upload
 from fsdp_utils.inference.whole import whole
-from fsdp_utils.options import DTYPES
+
+
+def mark_of(folder: str | Path) -> str:
+    """The file by which a folder that may be replaced is known."""
+    return GGUF_FILE if (Path(folder) / GGUF_FILE).exists() else "config.json"
 
 
 def check_target(config: ExportConfig, run: Run) -> Path:
@@ -50,7 +57,9 @@ def check_target(config: ExportConfig, run: Run) -> Path:
     """
     read = [run.folder, run.base, *([config.fidelity_data] if config.fidelity_data else [])]
     read += [run.config.dataset] if run.config else []
-    check_new_folder(config.save_dir, flag="save_dir", overwrite=config.overwrite, sources=read)
+    check_new_folder(
+        config.save_dir, flag="save_dir", overwrite=config.overwrite, mark=mark_of(config.save_dir), sources=read
+    )
     return Path(config.save_dir).resolve()
 
 
@@ -89,23 +98,30 @@ def export(chosen: Format, config: ExportConfig, tokenizer, target: Path, *, dev
     """
     begun = time.perf_counter()
     max_shard_bytes = parse_size(config.max_shard_size)
-    with new_folder(target, overwrite=config.overwrite) as folder:
-        write_weights(chosen, folder, max_shard_bytes=max_shard_bytes)
-        write_rest(chosen, tokenizer, folder, target=target)
-    size = sum(path.stat().st_size for path in target.rglob("*.safetensors"))
+    with new_folder(target, overwrite=config.overwrite, mark=mark_of(target)) as folder:
+        keep_card(target, folder)
+        chosen.write(tokenizer, folder, target=target, max_shard_bytes=max_shard_bytes)
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.suffix in (".safetensors", ".gguf"))
     took, peak, read = time.perf_counter() - begun, peak_memory_gib(device), chosen.trained.nbytes
     say(f"{read / 1e9:.3f} GB read, {size / 1e9:.3f} GB of weights in {target}; {took:.0f} s, {peak:.2f} GiB")
 
 
-def report(config: ExportConfig, chosen: Format, text: HeldOut, target: Path, *, device) -> None:
-    """Prints the comparison and writes fidelity.json."""
-    run = chosen.trained.run
-    scores = fidelity.fidelity(run, target, text, device=device, dtype=getattr(torch, DTYPES[config.dtype]))
+def report(config: ExportConfig, chosen: Format, text: HeldOut, target: Path, *, device) -> dict:
+    """Prints the comparison and writes fidelity.json; what is in it."""
+    scores = fidelity.fidelity(chosen.trained.run, target, text, device=device, dtype=chosen.dtype)
     said = fidelity.verdict(scores, text, infer_type=config.infer_type, better=chosen.better)
     say(f"{len(text.rows)} texts of {text.source}, {text.tokens} tokens", fidelity.table(scores), said, sep="\n")
     known = dict(data=text.source, unseen=text.unseen, texts=len(text.rows), tokens=text.tokens)
     facts = known | dict(settings=as_dict(config))
     write_json(target / "fidelity.json", scores | facts)
+    return scores | facts
+
+
+def describe_export(config: ExportConfig, run: Run, target: Path, *, scores: dict | None) -> None:
+    """Writes the model card."""
+    said = config.explicit_flags & {*FLAGS_OF.get(config.infer_type, WRITTEN_SO)}
+    settings = {name: value for name, value in as_dict(config).items() if name in said}
+    write_card(target, Told(run.folder, str(run.base), run.base, config.infer_type, settings, scores))
 
 
 def main(config: ExportConfig) -> None:
@@ -114,6 +130,7 @@ def main(config: ExportConfig) -> None:
     Raises:
         UserError: a run that this format cannot store, or another base than in training; as the functions it calls.
     """
+    check_upload(config.push_to_hub)
     device = pick_device(config.device)
     with naming("--model"):
         run = whole(describe(config.model, trust_remote_code=config.trust_remote_code), device=device)
@@ -123,8 +140,10 @@ def main(config: ExportConfig) -> None:
     chosen = format_of(config.infer_type)(TrainedWeights(run, device=device), config)
     tokenizer = tokenizer_of(run)
     rows = training_rows(run, tokenizer, samples=config.gptq_samples) if calibrates(config, chosen) else []
-    text = None
-    if config.fidelity_samples:
+    text, misread = None, chosen.misread()
+    if config.fidelity_samples and misread:
+        say(f"note: no fidelity report: {misread}")
+    elif config.fidelity_samples:
         text = held_out(run, tokenizer, name=config.fidelity_data, samples=config.fidelity_samples)
     say(f"{run} -> {config.infer_type} in {target}")
     # to the end of the report, which reads what was written; new_folder's own lock ends before
@@ -132,8 +151,9 @@ def main(config: ExportConfig) -> None:
         if rows:
             chosen.calibrate(trained_model(run, device=device), rows)
         export(chosen, config, tokenizer, target, device=device)
-        if text:
-            report(config, chosen, text, target, device=device)
+        scores = report(config, chosen, text, target, device=device) if text else None
+        describe_export(config, run, target, scores=scores)
+    upload(target, config.push_to_hub)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ if __name__ == "__main__":  # before the libraries, which take seconds: --help a
     CONFIG = parse_or_fail(TrainConfig, prog="train.py", description=__doc__)
 
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 
@@ -26,6 +27,7 @@ from fsdp_utils.data.prepare import batch_arithmetic, hold_out, make_batches, pr
 from fsdp_utils.data.show import in_colour, shown
 from fsdp_utils.folders import checkpoints, saving
 from fsdp_utils.folders.session import Session
+from fsdp_utils.folders.upload import check_upload, upload
 from fsdp_utils.memory.budget import out_of_memory
 from fsdp_utils.model.assemble import cannot_compile, compiler, load, plan, size_report
 from fsdp_utils.model.build import read_model_config, read_tokenizer
@@ -51,6 +53,7 @@ def tell(config: TrainConfig, stopping: Stopping) -> None:
     if config.deterministic:
         devices.repeat_exactly()
     metrics.check_sink(config)
+    check_upload(config.push_to_hub)
     processes.start(device, alone=config.use_cpu_offload)
     if config.show_rows:
         return show(config)
@@ -77,6 +80,7 @@ def tell(config: TrainConfig, stopping: Stopping) -> None:
     mesh = mesh_for(config, device)
     with session.begun():
         carry_out(session, mesh=mesh, device=device)
+    upload(Path(config.output_dir), config.push_to_hub)
 
 
 def read_inputs(config: TrainConfig, *, task):

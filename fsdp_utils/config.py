@@ -5,6 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from fsdp_utils.core.flags import boolean, flag, section
+from fsdp_utils.core.folders import repository_errors
 from fsdp_utils.options import OPTIMIZERS, POLICIES, PRECISIONS, SCHEDULES, STRATEGIES
 from methods import METHODS, QUANTIZERS, SCALINGS, STARTS, TRAIN_TYPES
 
@@ -176,6 +177,7 @@ class TrainConfig:
     save_model: bool = flag(False, "write adapters or the model to output_dir")
     output_dir: str = flag("output", "where the result, metrics.jsonl and run.json go")
     overwrite: bool = flag(False, "replace a non-empty output_dir")
+    push_to_hub: str | None = flag(None, "upload the saved result to this private repository of the hub (org/name)")
     log_to: str = flag("tqdm", "where metrics are shown", choices=("tqdm", "stdout", "wandb"))
     project_name: str = flag("fsdp_qlora", "wandb project")
     name: str | None = flag(None, "wandb run name")
@@ -242,6 +244,9 @@ class TrainConfig:
             found.append(f"--lora_init {self.lora_init}: not with {self.train_type}; use one of {', '.join(able)}")
         if not self.output_dir:
             found.append("--output_dir: name a folder")
+        found += repository_errors(self.push_to_hub, flag="push_to_hub")
+        if self.push_to_hub and not self.save_model:
+            found.append(f"--push_to_hub {self.push_to_hub}: nothing is saved; add --save_model true")
         if self.eval_dataset and self.eval_samples:
             found.append("--eval_samples: --eval_dataset gives the validation samples already; drop one")
         if not self.validates:

@@ -19,6 +19,7 @@ from transformers import (
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
 )
 
 SHAPE = dict(
@@ -44,6 +45,7 @@ FAMILIES = {
 
 OTHER = dict(vocab_size=300, bos_token_id=256, eos_token_id=257)
 OTHERS = {  # built otherwise, and supported in part
+    "qwen3": lambda **kw: Qwen3Config(**{**SHAPE, "head_dim": 128, **kw}),  # norms of queries and keys, wide heads
     "gptneox": lambda: GPTNeoXConfig(  # a head of another name
         **OTHER, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
     ),

@@ -11,7 +11,15 @@ from pathlib import Path
 from fsdp_utils.core.errors import CheckpointError, UserError, first_line
 from fsdp_utils.core.locks import exclusively
 
-OF_A_MODEL = ("safetensors", "json", "model", "txt", "jinja", "tiktoken", "py")  # suffixes of what is downloaded
+OF_A_MODEL = (
+    "safetensors",
+    "json",
+    "model",
+    "txt",
+    "jinja",
+    "tiktoken",
+    "py",
+)  # suffixes of what is downloaded
 TEMPLATES = "additional_chat_templates"  # folder in which transformers keeps all chat templates but the default one
 
 
@@ -32,11 +40,32 @@ def size_errors(text: str, *, flag: str) -> list[str]:
     return []
 
 
+def repository_errors(name: str | None, *, flag: str) -> list[str]:
+    """The line that names the flag if its value can be no repository of the hub."""
+    if name is None or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return []
+    return [f"--{flag} {name}: is no name of a repository; give org/name"]
+
+
 def refuse_missing_folder(name):
     """Raises CheckpointError where `name` can only be a folder and is none: the hub's answer would not say so."""
     named = str(name)
+    if os.path.isfile(named):
+        refuse_gguf(named)
     if not os.path.isdir(named) and (named.startswith((".", "/", "~")) or named.count("/") > 1):
         raise CheckpointError(f"{named}: no such folder")
+
+
+def refuse_gguf(name):
+    """Raises CheckpointError for a GGUF file, or a folder that holds weights in no other form."""
+    path = Path(name)
+    files = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
+    if files and not any(path.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{name}: its weights are GGUF ({files[0].name}); convert them first: AutoModelForCausalLM.from_pretrained("
+            f'folder, gguf_file="{files[0].name}", quantization_config=GgufConfig(dequantize=True)).save_pretrained(new'
+            "), and the same with AutoTokenizer"
+        )
 
 
 def model_folder(name):
@@ -47,7 +76,7 @@ def model_folder(name):
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=[f"*.{suffix}" for suffix in OF_A_MODEL]))
+        return Path(snapshot_download(name, allow_patterns=["README.md", *(f"*.{suffix}" for suffix in OF_A_MODEL)]))
     except (OSError, ValueError) as error:
         refuse_cache(error, folder=name)
         raise CheckpointError(f"{name}: neither a local folder nor a model of the hub ({first_line(error)})") from None

@@ -14,6 +14,7 @@ INFER_TYPES = {
     "bnb_dora": "fsdp_utils.export.bnb:BnbDoRA",
     "w4a16": "fsdp_utils.export.w4a16:W4A16",
     "w4a16_dora": "fsdp_utils.export.w4a16_dora:W4A16DoRA",
+    "gguf": "fsdp_utils.export.gguf:GGUF",
 }
 
 

@@ -113,6 +113,18 @@ class Format:
     def finish(self, folder: Path, *, target: Path) -> None:
         """Writes what belongs beside the model; `target` is the name that `folder` will have."""
 
+    def misread(self) -> str | None:
+        """Why what transformers makes of the result is not what was written, if that is so: there is no report then."""
+
+    def write(self, tokenizer, folder: Path, *, target: Path, max_shard_bytes: int) -> None:
+        """Writes the complete folder; `target` as of `finish`.
+
+        Raises:
+            UserError: the disk is too small, before anything is written.
+        """
+        write_weights(self, folder, max_shard_bytes=max_shard_bytes)
+        write_rest(self, tokenizer, folder, target=target)
+
     def specs(self) -> dict[str, Spec]:
         """Of every tensor in the order they are written, under the names of the base's files."""
         found = {}
@@ -130,12 +142,11 @@ class Format:
                 yield from self.linear_tensors(path).items()
                 continue
             whole = self.trained.merged(path) if path in self.trained.linears else self.trained.tensor(name)
-            yield self.trained.weights.stored_name(name), self._rounded(name, whole)
+            yield self.trained.weights.stored_name(name), self.in_dtype(name, whole, self._dtype_of(name))
 
-    def _rounded(self, name: str, whole: torch.Tensor) -> torch.Tensor:
-        """In the dtype it is stored in. What training changed is rounded at random where the dtype has 16 bits: to the
+    def in_dtype(self, name: str, whole: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor of the model in the dtype it is stored in. What training changed is rounded at random where the dtype has 16 bits: to the
         nearest, changes below half a unit in the last place are lost. The same bits in any run of the export."""
-        dtype = self._dtype_of(name)
         if self.options.rounding == "nearest" or dtype.itemsize != 2 or not self.trained.has_changed(name):
             return whole.to(dtype)
         return at_random(whole.float(), dtype, key=int.from_bytes(sha256(name.encode()).digest()[:4]))

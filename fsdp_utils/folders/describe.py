@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from fsdp_utils.config import TrainConfig
 from fsdp_utils.core.errors import CheckpointError, UserError
 from fsdp_utils.core.flags import flags
-from fsdp_utils.core.folders import model_folder
+from fsdp_utils.core.folders import model_folder, refuse_gguf
 from fsdp_utils.core.safetensors_io import read_header
 from fsdp_utils.folders.documents import is_tokenizer_file, read_json
 from fsdp_utils.folders.names import (
@@ -17,6 +17,7 @@ from fsdp_utils.folders.names import (
     ADAPTER_FOLDER,
     ADAPTER_WEIGHTS,
     GENERATION_CONFIG,
+    GGUF_FILE,
     RUN_FILE,
     TRAINED_FILE,
 )
@@ -111,6 +112,9 @@ def _described(folder: Path) -> Run:
         known = _known_from(record, base=None)
         return Run(folder, "checkpoint", Path(resolve_model(known["config"].source)), **known)
     if not (folder / "config.json").exists():
+        if (folder / GGUF_FILE).exists():
+            return Run(folder, "stock", folder)
+        refuse_gguf(folder)
         raise UserError(f"{folder}: holds neither a model (config.json) nor an adapter ({ADAPTER_CONFIG})")
     if (folder / ADAPTER_FOLDER / ADAPTER_CONFIG).exists():
         adapter = _read_adapter_config(folder / ADAPTER_FOLDER)
@@ -146,7 +150,7 @@ def _known_from(record: dict | None, *, base: Path | None) -> dict:
         config = replace(config, model_name=str(base))
     # --dataset_samples caps some datasets only where it was given; old records say no more than the values
     changed = [f.name for f in flags(TrainConfig) if getattr(config, f.name) != f.default]
-    config.explicit_flags = frozenset(record.get("given", changed))
+    config.explicit_flags = frozenset(record.get("explicit", changed))
     return dict(config=config, quantizer=record.get("quantizer"), base_fingerprint=record.get("base_fingerprint"))
 
 

@@ -6,11 +6,13 @@ from methods.llama_pro import EXPANDED_LAYERS_FILE
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
+CARD = "README.md"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_FOLDER = "adapter"  # where an exported model folder keeps the adapter that belongs to it
 GENERATION_CONFIG = "generation_config.json"
 DESCRIPTIONS = (EXPANDED_LAYERS_FILE, GENERATION_CONFIG, "config.json", ADAPTER_CONFIG)
 OF_AN_EXPORT = ("fidelity.json",)
+GGUF_FILE = "model.gguf"  # an export that is this file alone
 TEMPLATE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (  # patterns

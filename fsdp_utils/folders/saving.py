@@ -23,6 +23,7 @@ from fsdp_utils.core.ranks import is_main, world_size
 from fsdp_utils.core.rows import gather
 from fsdp_utils.core.safetensors_io import INDEX_NAME, StreamingWriter, refuse_full_disk
 from fsdp_utils.data.sources import DATASETS
+from fsdp_utils.folders.card import Told, is_users, write_card
 from fsdp_utils.folders.documents import (
     describe_generation,
     describe_model,
@@ -33,6 +34,7 @@ from fsdp_utils.folders.documents import (
 from fsdp_utils.folders.names import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    CARD,
     CHECKPOINTS,
     DESCRIPTIONS,
     DIVERGED_FILE,
@@ -112,16 +114,19 @@ def has_ended(config) -> bool:
 
 
 @contextmanager
-def begun(planned, config, *, resumes: bool = False):
+def begun(planned, config, *, resumes: bool = False, samples: int | None = None):
     """Claims the output folder for a run, which is unfinished until the block ends well.
+
+    Args:
+        samples: that it trains on.
 
     Raises:
         UserError: another run got there first, or the result will not fit on the disk.
     """
     with _claimed(planned, config, resumes=resumes) if is_main() else nullcontext():
-        write_run(config, planned, finished=False)
+        write_run(config, planned, finished=False, samples=samples)
         yield
-        write_run(config, planned, finished=True)
+        write_run(config, planned, finished=True, samples=samples)
 
 
 @contextmanager
@@ -137,7 +142,7 @@ def _claimed(planned, config, *, resumes: bool):
         yield
 
 
-def run_record(config, planned, *, finished: bool, saved: bool) -> dict:
+def run_record(config, planned, *, finished: bool, saved: bool, samples: int | None = None) -> dict:
     """Content of `run.json`: every flag, the versions, which base it was. `finished` marks a complete folder."""
     return dict(
         finished=finished,
@@ -145,8 +150,9 @@ def run_record(config, planned, *, finished: bool, saved: bool) -> dict:
         base_fingerprint=planned.base_fingerprint,
         quantizer=asdict(planned.quantizer) if planned.quantizer else None,
         processes=world_size(),
+        samples=samples,
         flags=lasting_values(config),
-        given=sorted(config.explicit_flags),
+        explicit=sorted(config.explicit_flags),
         versions={name: _version(name) for name in PACKAGES},
     )
 
@@ -156,14 +162,15 @@ def lasting_values(config) -> dict:
     return as_dict(config) | {name: _lasting(getattr(config, name)) for name in READ}
 
 
-def write_run(config, planned, *, finished: bool) -> None:
+def write_run(config, planned, *, finished: bool, samples: int | None = None) -> None:
     """Writes `run.json`."""
     if not is_main():
         return
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{RUN_FILE}"
-    write_json(temporary, run_record(config, planned, finished=finished, saved=config.save_model and finished))
+    saved = config.save_model and finished
+    write_json(temporary, run_record(config, planned, finished=finished, saved=saved, samples=samples))
     os.replace(temporary, folder / RUN_FILE)
 
 
@@ -205,6 +212,7 @@ def save(model: nn.Module, tokenizer, planned, config) -> None:
         if is_main():
             saver.describe(model, tokenizer, planned, config, temporary)
             _move_in(temporary, folder)
+            write_card(folder, Told(folder, config.source, source_folder(config)))
     except OSError as error:
         way_out = "make room; --resume auto goes on from the last checkpoint, if there is one"
         raise UserError(f"--output_dir {folder}: the result could not be saved ({error}); {way_out}") from None
@@ -215,7 +223,8 @@ def _move_in(temporary: Path, folder: Path) -> None:
     """Replaces an older result: none of its files that say how to read weights may lie beside the new ones."""
     stale = (INDEX_NAME, *OF_AN_EXPORT, *DESCRIPTIONS)
     older = [path for path in folder.iterdir() if path.suffix == ".safetensors" or is_tokenizer_file(path.name)]
-    for path in [*older, *(folder / name for name in stale)]:
+    cards = [] if is_users(folder) else [CARD]
+    for path in [*older, *(folder / name for name in (*stale, *cards))]:
         path.unlink(missing_ok=True)
     for name in FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)

@@ -17,7 +17,7 @@ from fsdp_utils.folders.describe import (
     check_base,
     generation_folder,
 )
-from fsdp_utils.folders.names import GENERATION_CONFIG
+from fsdp_utils.folders.names import GENERATION_CONFIG, GGUF_FILE
 from fsdp_utils.model.assemble import Dtypes, Plan, attach, build, load_whole
 from fsdp_utils.model.build import build_on_meta, quantize_on_meta, read_model_config
 from fsdp_utils.model.checkpoint import match
@@ -184,7 +184,7 @@ def _load_adapter(run: Run, *, device, dtype, eval_type) -> nn.Module:
 
 
 def load_stock(run: Run, *, device, dtype) -> nn.Module:
-    """A folder in a format that transformers reads (bitsandbytes, compressed-tensors), with PEFT's adapter on it.
+    """A folder in a format that transformers reads (bitsandbytes, compressed-tensors, GGUF), with PEFT's adapter on it.
 
     Raises:
         UserError: the library that reads the format is missing, or transformers cannot read the folder.
@@ -195,6 +195,10 @@ def load_stock(run: Run, *, device, dtype) -> nn.Module:
 
         # compressed-tensors 0.20 makes room for unpacked zeros only: asymmetric weights load when they are unpacked
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    if (run.base / GGUF_FILE).exists():
+        from transformers import GgufConfig
+
+        options |= dict(gguf_file=GGUF_FILE, quantization_config=GgufConfig(dequantize=True))
     try:
         loaded = CAUSAL_LM.auto_class.from_pretrained(run.base, dtype=dtype, device_map={"": device}, **options)
     except (ImportError, OSError, RuntimeError, ValueError) as error:

@@ -10,7 +10,7 @@ from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import no_init_weights
 
 from fsdp_utils.core.errors import UserError, first_line, refuse_code
-from fsdp_utils.core.folders import refuse_cache, refuse_missing_folder
+from fsdp_utils.core.folders import refuse_cache, refuse_gguf, refuse_missing_folder
 from fsdp_utils.model.tokenizer import load_tokenizer
 from methods.adapter import ADAPTER_CONFIG
 from methods.packed import Quantizer
@@ -37,6 +37,7 @@ def read_model_config(name: str, *, task, attn_implementation: str = "auto", tru
     folder = resolve_model(name)
     refuse_missing_folder(folder)
     _refuse_adapter(name, Path(folder))
+    refuse_gguf(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ImportError, OSError, ValueError) as error:
