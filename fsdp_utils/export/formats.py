@@ -145,8 +145,9 @@ class Format:
             yield self.trained.weights.stored_name(name), self.in_dtype(name, whole, self._dtype_of(name))
 
     def in_dtype(self, name: str, whole: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """A tensor of the model in the dtype it is stored in. What training changed is rounded at random where the dtype has 16 bits: to the
-        nearest, changes below half a unit in the last place are lost. The same bits in any run of the export."""
+        """A tensor of the model in the dtype it is stored in. What training changed is rounded at random where that
+        has 16 bits: to the nearest, changes below half a unit in the last place are lost. The same bits in any run of
+        the export."""
         if self.options.rounding == "nearest" or dtype.itemsize != 2 or not self.trained.has_changed(name):
             return whole.to(dtype)
         return at_random(whole.float(), dtype, key=int.from_bytes(sha256(name.encode()).digest()[:4]))

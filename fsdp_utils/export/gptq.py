@@ -6,6 +6,7 @@ trained on, block by block: each block sees what the packed blocks before it giv
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -150,6 +151,8 @@ class Calibrated:
             for path in self.trained.in_blocks
             if path.startswith(f"{prefix}.") and path in self.packed
         }
+        for path, module in linears.items():  # merged: no pass has to dequantize again
+            self._replace(path, module, self.trained.merged(path))
         for path, hessian in self._hessians(number, linears).items():
             self.ready[path] = self.solve(path, hessian)
             self._replace(path, linears[path], self.ready[path].whole())
@@ -178,10 +181,10 @@ class Calibrated:
         return sums
 
     def _replace(self, path: str, module: nn.Module, weight: Tensor) -> None:
-        """Makes a linear, whatever stood there, compute with the rounded weight."""
-        name = f"{path}.bias"
-        bias = self.trained.tensor(name) if name in self.trained.shapes else None
-        module.forward = lambda x: F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        """Makes a linear, whatever stood there, compute with this weight."""
+        name, dtype = f"{path}.bias", self.states[0].dtype
+        bias = self.trained.tensor(name).to(dtype) if name in self.trained.shapes else None
+        module.forward = partial(F.linear, weight=weight.to(dtype), bias=bias)
 
 
 @torch.no_grad()
