@@ -10,6 +10,7 @@ prompts as token ids. Both answer greedily, end tokens do not end an answer. Exi
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ class Check:
     python: str | None = flag(None, "python of an environment with vLLM; not given: one is made in --work_dir")
     llama_python: str | None = flag(None, "python of an environment with llama-cpp-python, for gguf")
     formats: str = flag("all", "of those that the run has: some, with commas")
-    dtype: str = flag("fp32", "what is computed in; in bf16 close tokens change places", choices=tuple(DTYPES))
+    dtype: str = flag("fp32", "of both sides; in bf16 tokens that are close change places", choices=tuple(DTYPES))
     group_size: int = flag(64, "of w4a16", choices=(128, 64, 32))
     dataset: str = flag("demo", "questions or chats to ask, as of evaluate.py")
     samples: int = flag(8, "how many of them", minimum=1)
@@ -49,18 +50,25 @@ class Format:
         engine: key of ENGINES.
         flags: of the export, a function of the flags here; None where the run itself is served.
         fits: whether a run (`folders.describe.Run`) has it.
+        computes: the dtype of both sides, by the flags here.
     """
 
     engine: str = "vllm"
-    flags: object = lambda config: [f"--dtype={config.dtype}"]
-    fits: object = lambda run: True
+    flags: Callable[[Check], list[str]] | None = lambda config: [f"--dtype={config.dtype}"]
+    fits: Callable[[object], bool] = lambda run: True
+    computes: Callable[[Check], str] = lambda config: DTYPES[config.dtype]
+
+
+def _without_fp32(config: Check) -> str:
+    """vllm-bnb-plugin 0.0.3 makes room for four weights a byte in fp32, where there are two; fp16 is the nearest."""
+    return "float16" if config.dtype == "fp32" else DTYPES[config.dtype]
 
 
 FORMATS = {
     "run": Format(flags=None, fits=lambda run: run.kind == "model" or _is_plain_lora(run)),
     "merged": Format(),
-    "bnb_nf4": Format(),
-    "bnb_dora": Format(fits=lambda run: run.train_type == "bnb_dora"),
+    "bnb_nf4": Format(computes=_without_fp32),
+    "bnb_dora": Format(fits=lambda run: run.train_type == "bnb_dora", computes=_without_fp32),
     "w4a16": Format(flags=lambda config: [f"--dtype={config.dtype}", f"--group_size={config.group_size}"]),
     "gguf": Format("llama.cpp", flags=lambda config: ["--gguf_type=f32"], fits=lambda run: "gguf" in INFER_TYPES),
 }
@@ -156,12 +164,12 @@ def _run(command: list, **options) -> str:
     return done.stdout
 
 
-def ask_vllm(config: Check, run: Run, prompts: list[list[int]]) -> Served:
+def ask_vllm(config: Check, run: Run, prompts: list[list[int]], *, dtype: str) -> Served:
     """A stock vLLM server of the folder; an adapter through --enable-lora."""
     python = Path(config.python) if config.python else build_environment(Path(config.work_dir) / "vllm")
     length = max(map(len, prompts)) + config.max_new_tokens
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", run.base, "--enforce-eager"]
-    command += ["--dtype", DTYPES[config.dtype], "--max-model-len", length, "--port", config.port]
+    command += ["--dtype", dtype, "--max-model-len", length, "--port", config.port]
     if run.adapter:
         module = f"adapter={run.adapter_folder.absolute()}"
         command += ["--enable-lora", "--lora-modules", module, "--max-lora-rank", rank_for(run)]
@@ -170,7 +178,7 @@ def ask_vllm(config: Check, run: Run, prompts: list[list[int]]) -> Served:
     with _serving(command, config, log=Path(config.work_dir) / "server.log") as server:
         replies = [server.post("/v1/completions", dict(body, prompt=ids)) for ids in prompts]
         version = server.get("/version")["version"]
-    return Served(f"vLLM {version}", [reply["choices"][0]["token_ids"] for reply in replies])
+    return Served(f"vLLM {version}, {dtype}", [reply["choices"][0]["token_ids"] for reply in replies])
 
 
 @contextmanager
@@ -211,8 +219,8 @@ def _wait(server: Server, process, *, seconds: float, log: Path) -> None:
     raise UserError(f"the server does not start: {errors[-1].strip()[:300]} (see {log})")
 
 
-def ask_llama(config: Check, run: Run, prompts: list[list[int]]) -> Served:
-    """llama.cpp in a process of its own."""
+def ask_llama(config: Check, run: Run, prompts: list[list[int]], *, dtype: str) -> Served:
+    """llama.cpp in a process of its own; it computes in its file's dtype."""
     if not config.llama_python:
         raise UserError("--llama_python: not given, so gguf is not checked; name a python with llama-cpp-python")
     command = [config.llama_python, "-c", LLAMA, run.base.absolute() / "model.gguf", config.max_new_tokens]
@@ -236,10 +244,10 @@ class Greedy(NamedTuple):
 
 
 @torch.inference_mode()
-def answer_here(config: Check, run: Run, prompts: list[list[int]]) -> list[Greedy]:
+def answer_here(config: Check, run: Run, prompts: list[list[int]], *, dtype: str) -> list[Greedy]:
     """Greedy answers of the folder as this project loads it, one prompt at a time: nothing is padded."""
     device = pick_device("auto")
-    model, found = load_for_inference(run, device=device, dtype=getattr(torch, DTYPES[config.dtype])), []
+    model, found = load_for_inference(run, device=device, dtype=getattr(torch, dtype)), []
     model.generation_config = GenerationConfig(max_new_tokens=config.max_new_tokens, do_sample=False, pad_token_id=0)
     for ids in prompts:
         given = torch.tensor([ids], device=device)
@@ -276,8 +284,9 @@ def check(config: Check, name: str, prompts: list[list[int]]) -> bool:
     """Prints the row of a format; whether every token is the same."""
     try:
         run = describe(exported(config, name))
-        served = ENGINES[FORMATS[name].engine](config, run, prompts)
-        here = answer_here(config, run, prompts)
+        dtype = FORMATS[name].computes(config)
+        served = ENGINES[FORMATS[name].engine](config, run, prompts, dtype=dtype)
+        here = answer_here(config, run, prompts, dtype=dtype)
     except UserError as error:
         print(f"| {name} | | | {error} |", flush=True)
         return False

@@ -38,7 +38,8 @@ def test_one_changed_token_is_seen(config, monkeypatch, capsys):
     code is 1."""
 
     @torch.no_grad()
-    def argmax(config, run, prompts, *, changed=()):
+    def argmax(config, run, prompts, *, dtype, changed=()):
+        assert dtype == "float32"
         model = AutoModelForCausalLM.from_pretrained(run.folder, dtype=torch.float32)
         found = []
         for ids in prompts:
@@ -53,11 +54,11 @@ def test_one_changed_token_is_seen(config, monkeypatch, capsys):
     monkeypatch.setitem(serving_check.ENGINES, "vllm", argmax)
     assert serving_check.main(config) == 0
     assert "| merged | engine 1 | 2/2 |  |" in capsys.readouterr().out
-    changing = lambda *given: argmax(*given, changed=[(1, 3)])
+    changing = lambda *given, dtype: argmax(*given, dtype=dtype, changed=[(1, 3)])
     monkeypatch.setitem(serving_check.ENGINES, "vllm", changing)
     assert serving_check.main(config) == 1
     assert "| merged | engine 1 | 1/2 | answer 2, token 4, " in capsys.readouterr().out
-    short = lambda *given: Served("engine 1", [ids[:-1] for ids in argmax(*given).answers])
+    short = lambda *given, dtype: Served("engine 1", [ids[:-1] for ids in argmax(*given, dtype=dtype).answers])
     monkeypatch.setitem(serving_check.ENGINES, "vllm", short)
     assert serving_check.main(config) == 1
     assert "0/2 | answer 1, token 5, " in capsys.readouterr().out
