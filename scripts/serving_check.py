@@ -60,7 +60,8 @@ class Format:
 
 
 def _without_fp32(config: Check) -> str:
-    """vllm-bnb-plugin 0.0.3 makes room for four weights a byte in fp32, where there are two; fp16 is the nearest."""
+    """vLLM's 4-bit kernels have none, and vllm-bnb-plugin 0.0.3 does not refuse: it makes room for four weights a byte,
+    where there are two. fp16 is the nearest."""
     return "float16" if config.dtype == "fp32" else DTYPES[config.dtype]
 
 
@@ -69,7 +70,9 @@ FORMATS = {
     "merged": Format(),
     "bnb_nf4": Format(computes=_without_fp32),
     "bnb_dora": Format(fits=lambda run: run.train_type == "bnb_dora", computes=_without_fp32),
-    "w4a16": Format(flags=lambda config: [f"--dtype={config.dtype}", f"--group_size={config.group_size}"]),
+    "w4a16": Format(
+        flags=lambda config: [f"--dtype={config.dtype}", f"--group_size={config.group_size}"], computes=_without_fp32
+    ),
     "gguf": Format("llama.cpp", flags=lambda config: ["--gguf_type=f32"], fits=lambda run: "gguf" in INFER_TYPES),
 }
 
