@@ -255,6 +255,9 @@ def answer_here(config: Check, run: Run, prompts: list[list[int]], *, dtype: str
     """Greedy answers of the folder as this project loads it, one prompt at a time: nothing is padded."""
     device = pick_device("auto")
     model, found = load_for_inference(run, device=device, dtype=getattr(torch, dtype)), []
+    for module in model.modules():
+        if getattr(module, "compute_dtype", None) is not None:  # of bitsandbytes: vLLM reads --dtype, not the folder
+            module.compute_dtype = getattr(torch, dtype)
     model.generation_config = GenerationConfig(max_new_tokens=config.max_new_tokens, do_sample=False, pad_token_id=0)
     for ids in prompts:
         given = torch.tensor([ids], device=device)
