@@ -29,7 +29,6 @@ class Check:
     llama_python: str | None = flag(None, "python of an environment with llama-cpp-python, for gguf")
     formats: str = flag("all", "of those that the run has: some, with commas")
     dtype: str = flag("fp32", "of both sides; in bf16 tokens that are close change places", choices=tuple(DTYPES))
-    group_size: int = flag(64, "of w4a16", choices=(128, 64, 32))
     dataset: str = flag("demo", "questions or chats to ask, as of evaluate.py")
     samples: int = flag(8, "how many of them", minimum=1)
     max_new_tokens: int = flag(32, "tokens of each answer", minimum=1)
@@ -70,11 +69,12 @@ FORMATS = {
     "run": Format(flags=None, fits=lambda run: run.kind == "model" or _is_plain_lora(run)),
     "merged": Format(),
     "bnb_nf4": Format(computes=_without_fp32),
-    "bnb_dora": Format(fits=lambda run: run.train_type == "bnb_dora", computes=_without_fp32),
-    "w4a16": Format(
-        flags=lambda config: [f"--dtype={config.dtype}", f"--group_size={config.group_size}"], computes=_without_fp32
+    "bnb_dora": Format(
+        fits=lambda run: run.kind == "adapter" and "quant_type" in (run.quantizer or {}), computes=_without_fp32
     ),
-    "gguf": Format("llama.cpp", flags=lambda config: ["--gguf_type=f32"], fits=lambda run: "gguf" in INFER_TYPES),
+    "w4a16": Format(computes=_without_fp32),
+    "w4a16_dora": Format(fits=lambda run: bool(run.adapter), computes=_without_fp32),
+    "gguf": Format("llama.cpp", flags=lambda config: ["--gguf_type=f32"]),
 }
 
 
@@ -100,7 +100,6 @@ from transformers import GenerationConfig
 from fsdp_utils.core.devices import pick_device
 from fsdp_utils.core.errors import UserError, naming
 from fsdp_utils.core.ranks import fail
-from fsdp_utils.export import INFER_TYPES
 from fsdp_utils.folders.describe import Run, describe, tokenizer_of
 from fsdp_utils.inference.asking import make_asking
 from fsdp_utils.inference.config import EvalConfig

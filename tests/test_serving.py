@@ -77,10 +77,12 @@ def test_only_ties_may_differ():
 def test_formats_of_a_run(config, dora, lora):
     """An adapter is served over its base where stock software computes it so; one that a run has not is refused."""
     assert serving_check.chosen(replace(config, formats="all"), describe(dora)) == [
-        "merged", "bnb_nf4", "bnb_dora", "w4a16",
+        "merged", "bnb_nf4", "bnb_dora", "w4a16", "w4a16_dora",
     ]  # fmt: skip
-    assert serving_check.chosen(replace(config, formats="all"), describe(lora)) == ["run", "merged", "bnb_nf4", "w4a16"]
-    with pytest.raises(UserError, match=r"--formats run: .* has merged, bnb_nf4, bnb_dora, w4a16"):
+    assert serving_check.chosen(replace(config, formats="all"), describe(lora)) == [
+        "run", "merged", "bnb_nf4", "w4a16", "w4a16_dora",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=r"--formats run: .* has merged, bnb_nf4, bnb_dora, w4a16, w4a16_dora"):
         serving_check.chosen(replace(config, formats="run"), describe(dora))
     with pytest.raises(UserError, match="--formats exl2: choose from all, bnb_dora"):
         parse(Check, ["--model=a", "--formats=merged,exl2"], prog="serving_check.py")

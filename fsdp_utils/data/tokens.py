@@ -67,6 +67,7 @@ class DataReport:
         unread: columns that nothing reads, and in how many rows.
         ends: ids of special tokens that end a learned turn.
         notes: what else is to be known of them.
+        chats: whether some of the rows are chats.
     """
 
     samples: int
@@ -82,6 +83,7 @@ class DataReport:
     unread: dict[str, int] = field(default_factory=dict)
     ends: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    chats: bool = False
 
     def __str__(self) -> str:
         lines = [
@@ -364,7 +366,7 @@ def prepare_dataset(config, tokenizer, *, load: Callable = load_examples) -> Tok
     kept = _kept(tokenized, config, has_eos=tokenizer.eos_token_id is not None)
     mixture = (f"mixture: {', '.join(examples.taken)}",) if examples.taken else ()
     notes = (*mixture, *kept.report.notes, *_changed_texts(examples.first(COMPARED), encoder))
-    report = replace(kept.report, notes=notes)
+    report = replace(kept.report, notes=notes, chats=chats_there)
     return replace(kept, report=report, sources=tuple(part.rows.digest for part in examples.parts))
 
 

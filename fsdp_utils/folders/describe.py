@@ -61,6 +61,7 @@ class Run:
         adapter: content of adapter_config.json; None unless it is an adapter.
         adapter_folder: where adapter_config.json lies; None unless it is an adapter.
         trust_remote_code: code that the folder brings may run.
+        chats: whether it was trained on chats; None if that is not known.
     """
 
     folder: Path
@@ -72,6 +73,7 @@ class Run:
     adapter: dict | None = None
     adapter_folder: Path | None = None
     trust_remote_code: bool = False
+    chats: bool | None = None
 
     def __str__(self) -> str:
         return f"{self.folder}: {TITLES[self.kind]}" + (f" ({self.train_type})" if self.train_type else "")
@@ -151,7 +153,8 @@ def _known_from(record: dict | None, *, base: Path | None) -> dict:
     # --dataset_samples caps some datasets only where it was given; old records say no more than the values
     changed = [f.name for f in flags(TrainConfig) if getattr(config, f.name) != f.default]
     config.explicit_flags = frozenset(record.get("explicit", changed))
-    return dict(config=config, quantizer=record.get("quantizer"), base_fingerprint=record.get("base_fingerprint"))
+    known = {name: record.get(name) for name in ("quantizer", "base_fingerprint", "chats")}
+    return dict(config=config, **known)
 
 
 def _model_kind(folder: Path, record: dict | None) -> str:

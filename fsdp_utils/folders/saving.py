@@ -114,19 +114,19 @@ def has_ended(config) -> bool:
 
 
 @contextmanager
-def begun(planned, config, *, resumes: bool = False, samples: int | None = None):
+def begun(planned, config, *, resumes: bool = False, data: dict | None = None):
     """Claims the output folder for a run, which is unfinished until the block ends well.
 
     Args:
-        samples: that it trains on.
+        data: what it trains on: how many `samples`, and whether they are `chats`.
 
     Raises:
         UserError: another run got there first, or the result will not fit on the disk.
     """
     with _claimed(planned, config, resumes=resumes) if is_main() else nullcontext():
-        write_run(config, planned, finished=False, samples=samples)
+        write_run(config, planned, finished=False, data=data)
         yield
-        write_run(config, planned, finished=True, samples=samples)
+        write_run(config, planned, finished=True, data=data)
 
 
 @contextmanager
@@ -142,7 +142,7 @@ def _claimed(planned, config, *, resumes: bool):
         yield
 
 
-def run_record(config, planned, *, finished: bool, saved: bool, samples: int | None = None) -> dict:
+def run_record(config, planned, *, finished: bool, saved: bool, data: dict | None = None) -> dict:
     """Content of `run.json`: every flag, the versions, which base it was. `finished` marks a complete folder."""
     return dict(
         finished=finished,
@@ -150,7 +150,7 @@ def run_record(config, planned, *, finished: bool, saved: bool, samples: int | N
         base_fingerprint=planned.base_fingerprint,
         quantizer=asdict(planned.quantizer) if planned.quantizer else None,
         processes=world_size(),
-        samples=samples,
+        **(data or {}),
         flags=lasting_values(config),
         explicit=sorted(config.explicit_flags),
         versions={name: _version(name) for name in PACKAGES},
@@ -162,7 +162,7 @@ def lasting_values(config) -> dict:
     return as_dict(config) | {name: _lasting(getattr(config, name)) for name in READ}
 
 
-def write_run(config, planned, *, finished: bool, samples: int | None = None) -> None:
+def write_run(config, planned, *, finished: bool, data: dict | None = None) -> None:
     """Writes `run.json`."""
     if not is_main():
         return
@@ -170,7 +170,7 @@ def write_run(config, planned, *, finished: bool, samples: int | None = None) ->
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{RUN_FILE}"
     saved = config.save_model and finished
-    write_json(temporary, run_record(config, planned, finished=finished, saved=saved, samples=samples))
+    write_json(temporary, run_record(config, planned, finished=finished, saved=saved, data=data))
     os.replace(temporary, folder / RUN_FILE)
 
 

@@ -111,7 +111,8 @@ class Session:
     def begun(self):
         """Holds the output folder, which is unfinished until the block ends well."""
         goes_on = checkpoints.is_own(self.checkpoint, self.config)
-        with saving.begun(self.planned, self.config, resumes=goes_on, samples=len(self.batches.data)):
+        data = dict(samples=len(self.batches.data), chats=self.batches.data.report.chats)
+        with saving.begun(self.planned, self.config, resumes=goes_on, data=data):
             if goes_on and is_main():
                 checkpoints.remove_after(self.root, self.state["step"])
             keeps = checkpoints.keeps_checkpoints(self.config)

@@ -61,7 +61,7 @@ def choose_style(wanted: str, examples: sources.Examples, run: Run, tokenizer) -
     chats = _are_chats(examples)
     if chats and wanted == "plain":
         raise UserError(f"--prompt plain: {examples.name} holds chats, which have no such prompt; pass --prompt chat")
-    learned = wanted == "auto" and run.config is not None and tokenizer.chat_template and trained_on_chats(run.config)
+    learned = wanted == "auto" and tokenizer.chat_template and trained_on_chats(run)
     style = "chat" if chats or learned else "plain" if wanted == "auto" else wanted
     if style == "chat" and not tokenizer.chat_template:
         instead = "train with --chat_template FILE" + ("" if chats else ", or pass --prompt plain")
@@ -73,12 +73,15 @@ def _are_chats(examples: sources.Examples) -> bool:
     return any(part.form.layout == "messages" for part in examples.parts)
 
 
-def trained_on_chats(config: TrainConfig) -> bool:
-    """Whether a run was given a chat template or chats, as far as its flags and files that are still there tell."""
-    if config.chat_template or "messages" in Reading.of(config).paths:
+def trained_on_chats(run: Run) -> bool:
+    """Whether a run was given a chat template or chats; of old runs as far as flags and files tell that are still
+    there."""
+    if run.chats is not None or run.config is None:
+        return bool(run.chats or (run.config and run.config.chat_template))
+    if run.config.chat_template or "messages" in Reading.of(run.config).paths:
         return True
     with suppress(UserError):  # another file by now, or one that is gone
-        return Path(config.dataset).exists() and _are_chats(sources.load_examples(config))
+        return Path(run.config.dataset).exists() and _are_chats(sources.load_examples(run.config))
     return False
 
 
