@@ -31,6 +31,7 @@ from fsdp_utils.core.errors import UserError, naming
 from fsdp_utils.core.folders import check_new_folder, new_folder, parse_size, write_json
 from fsdp_utils.core.locks import exclusively
 from fsdp_utils.core.ranks import say
+from fsdp_utils.data.sources import places_of
 from fsdp_utils.export import fidelity, format_of
 from fsdp_utils.export.config import FLAGS_OF, WRITTEN_SO
 from fsdp_utils.export.formats import Format
@@ -55,8 +56,8 @@ def check_target(config: ExportConfig, run: Run) -> Path:
     Raises:
         UserError: it holds files and may not be replaced, or the run or its base lies in it.
     """
-    read = [run.folder, run.base, *([config.fidelity_data] if config.fidelity_data else [])]
-    read += [run.config.dataset] if run.config else []
+    read = [run.folder, run.base, *places_of(config.fidelity_data)]
+    read += [*places_of(run.config.dataset), *places_of(run.config.eval_dataset)] if run.config else []
     check_new_folder(
         config.save_dir, flag="save_dir", overwrite=config.overwrite, mark=mark_of(config.save_dir), sources=read
     )

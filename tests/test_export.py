@@ -207,6 +207,11 @@ def test_what_an_export_reads_stays(save_run, tiny, tiny_data, export, tmp_path)
     with pytest.raises(UserError, match=r"holds .*data\.jsonl, which is read"):
         export(run, "merged", name="merged", **more)
     assert (folder / "data.jsonl").exists()
+    mixed = f"{folder / 'data.jsonl'}:0.5,demo:0.5"
+    for flag in (dict(dataset=mixed), dict(eval_dataset=f"{folder}/*.jsonl")):
+        trained, _ = save_run(tiny(), "custom_lora", **{"dataset": tiny_data, **flag})
+        with pytest.raises(UserError, match=r"holds .*data\.jsonl, which is read"):
+            export(trained, "merged", name="merged", overwrite=True)
 
 
 def test_another_model_in_the_base_s_place_is_no_base(tiny, save_run, tmp_path):
@@ -306,6 +311,8 @@ def test_unsupported_combinations(save_run, tiny, export, monkeypatch):
     merged = export(dora, "merged", name="merged")
     with pytest.raises(UserError, match=r"--gptq true: .* give the run itself"):
         export(merged, "w4a16", group_size=32, gptq="true")
+    with pytest.raises(ConfigError, match="--rounding: has no meaning for --dtype fp32"):
+        export(dora, "merged", dtype="fp32", rounding="nearest")
     with pytest.raises(ConfigError, match="--gptq: has no meaning for --infer_type bnb_dora"):
         export(dora, "bnb_dora", gptq="false")
     with pytest.raises(ConfigError, match="--group_size: has no meaning for --infer_type merged"):

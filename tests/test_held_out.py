@@ -69,6 +69,35 @@ def test_what_the_run_validated_with(tiny, lines, save_run):
     assert texts(run, samples=9)[1] == wanted and len(wanted) == 4
 
 
+def test_rows_that_are_written_otherwise(tiny, lines, save_run, tmp_path):
+    """Keys in another order and another column make no other sample."""
+    run, _ = save_run(tiny(), "custom_lora", dataset=lines("a.jsonl", range(4)))
+    rows = [json.dumps(dict(id=n, answer=f"It is {n}.", question=f"What is {n}?")) for n in range(6)]
+    (tmp_path / "other.jsonl").write_text("\n".join(rows) + "\n")
+    assert numbers_of(texts(run, tmp_path / "other.jsonl")[1]) == [4, 5]
+
+
+def test_held_out_rows_that_stand_in_the_file_again(tiny, lines, save_run, capsys):
+    """Of samples held out, those that are trained on too do not count as unseen; the run says so."""
+    data = lines("a.jsonl", [0, 1, 2, 3] * 3 + [7])
+    run, _ = save_run(tiny(), "custom_lora", dataset=data, eval_samples=4)
+    assert texts(run)[2] is False or set(numbers_of(texts(run)[1])) <= {7}
+    config = make_config(model_name=tiny(), dataset=data, eval_samples=4)
+    _, kept = hold_out(config, tokenized(config), None, None)
+    again = sum("It is 7" not in tokenizer_of(describe(run)).decode(ids) for ids in kept.dataset["input_ids"])
+    assert f"note: {again} of them are trained on too" in capsys.readouterr().out
+
+
+def test_what_an_earlier_run_was_trained_on(tiny, lines, save_run):
+    """A run that went on from an adapter has seen the rows of both."""
+    first, _ = save_run(tiny(), "custom_lora", dataset=lines("a.jsonl", range(4)))
+    run, _ = save_run(tiny(), "custom_lora", dataset=lines("b.jsonl", range(10, 14)), init_adapter=first)
+    assert numbers_of(texts(run, lines("c.jsonl", [1, 11, 20]))[1]) == [20]
+    (first / "run.json").unlink()
+    source, _, unseen = texts(run, lines("d.jsonl", [1, 11, 20]))
+    assert not unseen and "--init_adapter" in source
+
+
 def test_what_a_mixture_left(lines):
     """No row is in both parts, and none is lost."""
     mixed = f"{lines('a.jsonl', range(20))}:0.5,{lines('b.jsonl', range(100, 105))}:0.5"

@@ -167,7 +167,7 @@ REPLIES = {
     "answers 404: no such model": lambda body: (404, dict(message="no such model")),
     "answers 500: broken": lambda body: (500, b"broken"),
     "is no OpenAI-compatible server": lambda body: (200, b"<html>"),
-    "replies without an answer": lambda body: (200, dict(choices=[])),
+    "replies with no answer, or no usage": lambda body: (200, dict(choices=[])),
 }
 
 

@@ -31,6 +31,8 @@ def hold_out(config, data: TokenizedData, tokenizer, model_config) -> tuple[Toke
     if config.eval_samples:
         data, held_out = data.split(config.eval_samples, seed=config.seed)
         say(f"validation: {len(held_out)} of these samples, held out")
+        if shared := held_out.shared_with(data):
+            say(f"note: {shared} of them are trained on too: the data hold equal samples several times")
         return data, held_out
     if not config.eval_dataset:
         return data, None

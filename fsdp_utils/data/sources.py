@@ -279,6 +279,12 @@ def _sources(text: str, *, flag: str) -> list[tuple[str, float | None]]:
     return found
 
 
+def places_of(text: str | None) -> list[str]:
+    """The files and folders that a value of --dataset or --eval_dataset names, and what may be one."""
+    names = [name for name, _ in _sources(text, flag="dataset")] if text else []
+    return [place for name in names for place in (glob.glob(name, recursive=True) or [name])]
+
+
 def _weighted(part: str, *, named: str) -> tuple[str, float | None]:
     """A source and its weight, as in `a.jsonl:0.7`."""
     name, colon, said = part.rpartition(":")

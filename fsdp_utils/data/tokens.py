@@ -150,19 +150,24 @@ class TokenizedData:
 
     def shared_with(self, others: "TokenizedData") -> int:
         """How many of these samples are among others, too."""
-        mine = Counter(self._each())
-        return sum(mine.pop(sample, 0) for sample in others._each())
+        mine = Counter(self.digests())
+        return sum(mine.pop(sample, 0) for sample in others.digests())
 
-    def _each(self) -> Iterator[bytes]:
+    def digests(self) -> Iterator[bytes]:
         """A digest of the ids of each sample."""
         for batch in self._batches():
             rows = batch["input_ids"].combine_chunks()
             ends = np.cumsum(rows.value_lengths().to_numpy(zero_copy_only=False))
             for ids in np.split(rows.flatten().to_numpy(), ends[:-1]):
-                yield hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
+                yield digest_of(ids)
 
     def _batches(self) -> Iterator[pa.Table]:
         return self.dataset.with_format("arrow").iter(batch_size=10_000)
+
+
+def digest_of(ids: np.ndarray) -> bytes:
+    """Equal for samples of equal ids."""
+    return hashlib.blake2b(np.asarray(ids, dtype=np.int64).tobytes(), digest_size=16).digest()
 
 
 @dataclass

@@ -70,6 +70,8 @@ class ExportConfig:
         found += repository_errors(self.push_to_hub, flag="push_to_hub")
         if "WORLD_SIZE" in os.environ:
             found.append("torchrun: an export is one process; start it with plain python")
+        if self.dtype == "fp32" and "rounding" in self.explicit_flags and self.infer_type != "gguf":
+            found.append("--rounding: has no meaning for --dtype fp32")
         known = FLAGS_OF.get(self.infer_type, WRITTEN_SO)
         others = {name for names in (WRITTEN_SO, *FLAGS_OF.values()) for name in names} - set(known)
         idle = sorted(others & self.explicit_flags)

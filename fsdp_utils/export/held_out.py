@@ -1,7 +1,8 @@
 """Text to compare an export on: what its run did not train on, wherever there is such text."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import torch
@@ -10,11 +11,12 @@ from fsdp_utils.core.errors import UserError
 from fsdp_utils.data import sources
 from fsdp_utils.data.batches import IGNORED
 from fsdp_utils.data.layouts import Reading
-from fsdp_utils.data.tokens import prepare_dataset, tokenize
-from fsdp_utils.folders.describe import Run
+from fsdp_utils.data.tokens import digest_of, prepare_dataset, tokenize
+from fsdp_utils.folders.describe import Run, describe
 
 MOST_TOKENS = 4096  # their log-probabilities go to disk: 2 GB with a vocabulary of 128k
 CONTEXT = 2048
+AT_ONCE = 256  # rows that are encoded together
 
 Row = tuple[torch.Tensor, torch.Tensor]
 
@@ -42,7 +44,7 @@ class HeldOut:
 def held_out(run: Run, tokenizer, *, name: str | None, samples: int) -> HeldOut:
     """The first `samples` rows that the run did not train on: of `name`, a validation set or local file; else of what
     the run validated with, of its dataset's validation set, or of the rows that it left unused. Where it left none,
-    rows that it trained on.
+    rows that it trained on. Rows are compared by their ids.
 
     Raises:
         UserError: it is not known what the run was trained on; as `sources.load_examples`.
@@ -53,66 +55,77 @@ def held_out(run: Run, tokenizer, *, name: str | None, samples: int) -> HeldOut:
             "to compare on, or --fidelity_samples 0 for no report"
         )
     context = run.config.context_length if run.config else CONTEXT
-    if name is None and run.config.eval_samples:
-        source, unseen = f"{run.config.dataset} (the samples it held out)", True
-        _, kept = prepare_dataset(run.config, tokenizer).split(run.config.eval_samples, seed=run.config.seed)
-        table = kept.dataset.select(range(min(samples, len(kept)))).with_format("arrow")[:]
-    else:
-        source, examples, unseen = _chosen(run, name, samples=samples)
-        reading = Reading.of(run.config) if run.config else Reading()
-        table = tokenize(examples, tokenizer, reading=reading, source=source, context_length=context)
-    rows = list(_that_fit(table))
+    source, examples = _chosen(run, name)
+    reading = Reading.of(run.config) if run.config else Reading()
+    encode = partial(tokenize, tokenizer=tokenizer, reading=reading, source=source, context_length=context)
+    seen = _trained_on(run.config, tokenizer) if run.config else set()
+    found = [] if seen is None else list(islice(_unseen(examples, seen, encode), samples))
+    unseen = bool(found)
+    if not unseen:
+        others = examples if len(examples) else sources.load_examples(run.config)
+        why = "what its --init_adapter was trained on is not known" if seen is None else "trained on: no other rows"
+        source, found = f"{source} ({why})", _rows(encode(others.first(samples)))
+    rows = list(_that_fit(found))
     if not rows:
         raise UserError(f"--fidelity_data {source}: no row has an answer within {context} tokens; give other text")
     return HeldOut(source, rows, unseen)
 
 
-def _that_fit(table) -> Iterator[Row]:
+def _that_fit(rows: Iterable[Row]) -> Iterator[Row]:
     left = MOST_TOKENS
-    for ids, labels in zip(table["input_ids"].to_pylist(), table["labels"].to_pylist(), strict=True):
-        asked = sum(label != IGNORED for label in labels)
+    for ids, labels in rows:
+        asked = int((labels != IGNORED).sum())
         if 0 < asked <= left:
             left -= asked
-            yield torch.tensor(ids), torch.tensor(labels)
+            yield ids, labels
 
 
-def _chosen(run: Run, name: str | None, *, samples: int) -> tuple[str, sources.Examples, bool]:
-    """The source's name, rows of it, and whether they are unseen."""
-    if run.config is None:
-        return name, named(name, Reading()).first(samples), True
-    used, left = sources.divide(run.config)
-    source, examples = (name, named(name, Reading.of(run.config))) if name else _of_run(run.config, left)
-    seen = set(map(_key, used)) if len(examples) else set()
-    unseen = [place for place, row in islice(_unseen(examples, seen), samples)]
-    if unseen:
-        return source, examples.select(unseen), True
-    trained_on = f"{source} (trained on: it has no other rows)"
-    return trained_on, (examples if len(examples) else used).first(samples), False
+def _rows(table) -> Iterator[Row]:
+    for ids, labels in zip(table["input_ids"].to_pylist(), table["labels"].to_pylist(), strict=True):
+        yield torch.tensor(ids), torch.tensor(labels)
 
 
-def _key(row) -> int:
-    """Equal for rows of equal content, wherever they stand."""
-    return hash(repr(row[0].value))
+def _unseen(examples: sources.Examples, seen: set[bytes], encode) -> Iterator[Row]:
+    """Rows of which the run has not seen the ids, as they are asked for."""
+    for start in range(0, len(examples), AT_ONCE):
+        part = examples.select(range(start, min(start + AT_ONCE, len(examples))))
+        asked = (row for row in _rows(encode(part)) if (row[1] != IGNORED).any())
+        yield from (row for row in asked if digest_of(row[0].numpy()) not in seen)
 
 
-def _unseen(examples: sources.Examples, seen: set[int]) -> Iterator[tuple[int, tuple]]:
-    return ((place, row) for place, row in enumerate(examples) if _key(row) not in seen)
+def _trained_on(config, tokenizer) -> set[bytes] | None:
+    """A digest of the ids of each sample that the run, and those before it, were trained on; None if that is unknown."""
+    data = prepare_dataset(config, tokenizer)
+    if config.eval_samples:
+        data, _ = data.split(config.eval_samples, seed=config.seed)
+    seen = set(data.digests())
+    if not config.init_adapter:
+        return seen
+    before = describe(config.init_adapter).config
+    earlier = _trained_on(before, tokenizer) if before else None
+    return None if earlier is None else seen | earlier
+
+
+def _chosen(run: Run, name: str | None) -> tuple[str, sources.Examples]:
+    """A source that may hold rows that the run has not seen."""
+    reading = Reading.of(run.config) if run.config else Reading()
+    if name:
+        return name, named(name, reading)
+    config = run.config
+    if config.eval_dataset:
+        place = sources.Place(config.eval_split, config.dataset_config, sole=True)
+        return config.eval_dataset, sources.held_out_rows(config.eval_dataset, place=place, reading=reading)
+    used, left = sources.divide(config)
+    if config.eval_samples:
+        return f"{config.dataset} (the samples it held out)", used
+    spec = sources.DATASETS.get(config.dataset)
+    if spec and spec.validation:
+        held = sources.held_out_rows(config.dataset, place=sources.Place.of(config), reading=reading)
+        return f"{config.dataset} (validation)", held
+    return f"{config.dataset} (rows that it left unused)" if len(left) else config.dataset, left
 
 
 def named(name: str, reading: Reading) -> sources.Examples:
     """The rows of `--fidelity_data`."""
     place = sources.Place(dataset_split="validation", sole=True)
     return sources.held_out_rows(name, place=place, reading=reading, flag="fidelity_data")
-
-
-def _of_run(config, left: sources.Examples) -> tuple[str, sources.Examples]:
-    """What the run validated with, the validation set of its dataset, or the rows that it left unused."""
-    reading = Reading.of(config)
-    if config.eval_dataset:
-        place = sources.Place(config.eval_split, config.dataset_config, sole=True)
-        return config.eval_dataset, sources.held_out_rows(config.eval_dataset, place=place, reading=reading)
-    spec = sources.DATASETS.get(config.dataset)
-    if spec and spec.validation:
-        held = sources.held_out_rows(config.dataset, place=sources.Place.of(config), reading=reading)
-        return f"{config.dataset} (validation)", held
-    return f"{config.dataset} (rows that it left unused)" if len(left) else config.dataset, left

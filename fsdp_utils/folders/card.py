@@ -196,9 +196,12 @@ def _scores(scores: dict) -> str:
         (name, number(score, "perplexity", ".4f"), number(score, "kl", ".1e"), number(score, "top1_agreement", ".1%"))
         for name, score in models.items()
     ]
-    data = _placeless(str(scores.get("data", "")))
+    name, opened, which = str(scores.get("data", "")).partition(" (")
+    data = ", ".join(_parts(name)) + opened + which
     said = f"Compared on {scores['texts']} texts of {data}, {scores['tokens']} tokens:" if "texts" in scores else ""
-    return "\n\n".join([said, _table(("", "perplexity", "KL to trained", "same top-1"), rows)]).strip()
+    share = models.get("exported", {}).get("gain_kept")
+    kept = "" if share is None else f"Share of what training gained on them that this model keeps: {share:.1%}."
+    return "\n\n".join([said, _table(("", "perplexity", "KL to trained", "same top-1"), rows), kept]).strip()
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -22,7 +22,7 @@ from fsdp_utils.core.processes import barrier
 from fsdp_utils.core.ranks import is_main, world_size
 from fsdp_utils.core.rows import gather
 from fsdp_utils.core.safetensors_io import INDEX_NAME, StreamingWriter, refuse_full_disk
-from fsdp_utils.data.sources import DATASETS
+from fsdp_utils.data.sources import DATASETS, places_of
 from fsdp_utils.folders.card import Told, is_users, write_card
 from fsdp_utils.folders.documents import (
     describe_generation,
@@ -67,7 +67,8 @@ def check_output(config, *, resumes: bool = False) -> None:
         UserError: naming the folder and the way out.
     """
     folder = Path(config.output_dir)
-    check_place(folder, flag="output_dir", sources=[resolve_model(config.source)])
+    read = [*places_of(config.dataset), *places_of(config.eval_dataset)] if config.overwrite else []
+    check_place(folder, flag="output_dir", sources=[resolve_model(config.source), *read])
     held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if resumes or (config.resume == "auto" and _left_behind(folder, held)):
         return

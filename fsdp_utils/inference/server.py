@@ -134,6 +134,8 @@ class ServerGenerator:
         try:
             choice = reply["choices"][0]
             text = choice["text"] if "text" in choice else choice["message"]["content"]
-            return index, text or "", reply["usage"]["completion_tokens"]
+            tokens = reply["usage"]["completion_tokens"]
         except (KeyError, IndexError, TypeError):
-            raise UserError(f"{self.server.named}: replies without an answer ({str(reply)[:200]})") from None
+            what = "a message of an error" if isinstance(reply, dict) and "error" in reply else "no answer, or no usage"
+            raise UserError(f"{self.server.named}: replies with {what} ({str(reply)[:200]})") from None
+        return index, text or "", tokens
