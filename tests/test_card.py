@@ -62,7 +62,7 @@ def test_card_of_an_export(run, export, tmp_path, infer_type, flags):
     text, data = (folder / "README.md").read_text(), card_of(folder).data.to_dict()
     scores = json.loads((folder / "fidelity.json").read_text())
     assert f"{scores['exported']['perplexity']:.4f} | {scores['exported']['kl']:.1e} |" in text
-    assert f"on {scores['texts']} texts of" in text and "trained on" in text
+    assert f"on {scores['texts']} texts of" in text and f"keeps: {scores['exported']['gain_kept']:.1%}." in text
     typed = "".join(f" --{name} {value}" for name, value in flags.items())
     assert f"| format | `--infer_type {infer_type}{typed}` |" in text and "| train type | bnb_dora |" in text
     assert data["license"] == "apache-2.0" and data["library_name"] == "transformers"

@@ -94,7 +94,7 @@ def _unseen(examples: sources.Examples, seen: set[bytes], encode) -> Iterator[Ro
 
 
 def _trained_on(config, tokenizer) -> set[bytes] | None:
-    """A digest of the ids of each sample that the run, and those before it, were trained on; None if that is unknown."""
+    """A digest of the ids of each sample that the run, and those before it, were trained on; None if unknown."""
     data = prepare_dataset(config, tokenizer)
     if config.eval_samples:
         data, _ = data.split(config.eval_samples, seed=config.seed)
