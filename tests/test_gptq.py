@@ -9,8 +9,11 @@ from real_run import make_config, tokenized
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from fsdp_utils.core.errors import UserError
-from fsdp_utils.export import gptq, w4a16
+from fsdp_utils.core.flags import parse
+from fsdp_utils.export import format_of, gptq, w4a16
 from fsdp_utils.export.bnb import TableGrid
+from fsdp_utils.export.config import ExportConfig
+from fsdp_utils.export.trained import TrainedWeights
 from fsdp_utils.folders.describe import describe, tokenizer_of
 
 NF4 = torch.tensor([-1.0, -0.7, -0.5, -0.4, -0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.25, 0.3, 0.4, 0.6, 0.7, 1.0])
@@ -100,6 +103,24 @@ def test_exports_are_nearer_on_what_was_trained_on(save_run, tiny, tiny_data, ex
         return total
 
     assert divergence("together") < 0.8 * divergence("nearest", gptq="false")
+
+
+def test_what_keeps_more(save_run, tiny):
+    """Each format names one that keeps more of this run, never itself."""
+
+    def named(train_type, infer_type):
+        run, _ = save_run(tiny(), train_type)
+        flags = [f"--model={run}", "--save_dir=x", f"--infer_type={infer_type}"]
+        trained = TrainedWeights(describe(run), device=torch.device("cpu"))
+        return format_of(infer_type)(trained, parse(ExportConfig, flags, prog="prepare_weights.py")).better.split(",")[
+            0
+        ]
+
+    assert named("bnb_dora", "w4a16") == named("custom_lora", "w4a16") == "--infer_type w4a16_dora"
+    assert named("bnb_dora", "w4a16_dora") == named("bnb_dora", "bnb_nf4") == "--infer_type bnb_dora"
+    assert named("custom_lora", "w4a16_dora") == named("custom_lora", "bnb_nf4") == "--infer_type merged"
+    assert named("full", "w4a16") == "--infer_type merged"
+    assert named("bnb_dora", "bnb_dora") == "--infer_type merged --dtype fp32"
 
 
 def test_no_adapter(save_run, tiny, export):

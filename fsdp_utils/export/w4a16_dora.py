@@ -24,7 +24,7 @@ class W4A16DoRA(W4A16):
 
     @property
     def better(self):
-        return "--infer_type merged"
+        return super(W4A16, self).better  # not w4a16's: that is this format
 
     def solve(self, path, hessian):
         if path not in self.trained.adapted():
