@@ -52,7 +52,7 @@ class Format:
 
     @property
     def better(self) -> str:
-        """The flags of a format that keeps more of what was learned."""
+        """The flags of a format that keeps what was learned, whatever it was."""
         exact = self.trained.run.kind == "adapter" and isinstance(self.trained.quantizer, Bnb4bit)
         return "--infer_type bnb_dora, which is exact" if exact else "--infer_type merged"
 

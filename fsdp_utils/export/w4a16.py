@@ -105,11 +105,6 @@ class W4A16(Format):
         smaller = "use a smaller --group_size" if self.group_size > 32 else "use --infer_type merged"
         self.check_group(self.group_size, way_out=smaller)
 
-    @property
-    def better(self):
-        is_adapter = self.trained.run.kind == "adapter"
-        return "--infer_type w4a16_dora, which keeps the adapter apart" if is_adapter else super().better
-
     def _fitting_group(self) -> int:
         """--group_size, or the largest that divides the rows of all linears where it was not given."""
         wanted, widths = self.options.group_size, [self.trained.linears[path].in_features for path in self.packed]

@@ -22,10 +22,6 @@ class W4A16DoRA(W4A16):
             )
         self._pairs: dict[str, Pair] = {}
 
-    @property
-    def better(self):
-        return super(W4A16, self).better  # not w4a16's: that is this format
-
     def solve(self, path, hessian):
         if path not in self.trained.adapted():
             return super().solve(path, hessian)
