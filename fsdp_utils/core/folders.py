@@ -11,15 +11,7 @@ from pathlib import Path
 from fsdp_utils.core.errors import CheckpointError, UserError, first_line
 from fsdp_utils.core.locks import exclusively
 
-OF_A_MODEL = (
-    "safetensors",
-    "json",
-    "model",
-    "txt",
-    "jinja",
-    "tiktoken",
-    "py",
-)  # suffixes of what is downloaded
+OF_A_MODEL = ("safetensors", "json", "model", "txt", "jinja", "tiktoken", "py")  # suffixes of what is downloaded
 TEMPLATES = "additional_chat_templates"  # folder in which transformers keeps all chat templates but the default one
 
 

@@ -97,6 +97,11 @@ class Examples:
         ]
         return replace(self, parts=tuple(parts))
 
+    @property
+    def chats(self) -> bool:
+        """Whether some of them are chats."""
+        return any(part.form.layout == "messages" for part in self.parts)
+
     def first(self, count: int) -> "Examples":
         return self if count >= len(self) else self.select(range(count))
 

@@ -344,8 +344,7 @@ def prepare_dataset(config, tokenizer, *, load: Callable = load_examples) -> Tok
     """
     with main_process_first():
         examples, reading = load(config), Reading.of(config)
-        chats_there = any(part.form.layout == "messages" for part in examples.parts)
-        if chats_there:
+        if examples.chats:
             Template(tokenizer, source=config.dataset)  # raises where there is none
         encoder = RowEncoder(tokenizer, reading=reading, source=config.dataset)
         key = _cache_key(examples, tokenizer, context_length=config.context_length, train_on=reading.train_on)
@@ -371,8 +370,14 @@ def prepare_dataset(config, tokenizer, *, load: Callable = load_examples) -> Tok
     kept = _kept(tokenized, config, has_eos=tokenizer.eos_token_id is not None)
     mixture = (f"mixture: {', '.join(examples.taken)}",) if examples.taken else ()
     notes = (*mixture, *kept.report.notes, *_changed_texts(examples.first(COMPARED), encoder))
-    report = replace(kept.report, notes=notes, chats=chats_there)
+    report = replace(kept.report, notes=notes, chats=examples.chats)
     return replace(kept, report=report, sources=tuple(part.rows.digest for part in examples.parts))
+
+
+def training_samples(config, tokenizer) -> TokenizedData:
+    """`prepare_dataset` without what `--eval_samples` holds out."""
+    data = prepare_dataset(config, tokenizer)
+    return data.split(config.eval_samples, seed=config.seed)[0] if config.eval_samples else data
 
 
 def _changed_texts(examples: Examples, encoder: RowEncoder) -> tuple[str, ...]:

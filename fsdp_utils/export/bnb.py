@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import bitsandbytes.functional
 import torch
@@ -37,9 +38,14 @@ class TableGrid:
         codes = self._code(values, scale).to(torch.uint8)
         return codes[:, ::2] << 4 | codes[:, 1::2]
 
-    def _code(self, values, scale):
+    @cached_property
+    def _order(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Between which values the next one is nearer, fp32 `[15]`, and the codes in their order."""
         levels, order = self.table.sort()
-        between = (levels[1:] + levels[:-1]) / 2
+        return (levels[1:] + levels[:-1]) / 2, order
+
+    def _code(self, values, scale):
+        between, order = self._order
         return order[torch.bucketize(values / scale.clamp_min(torch.finfo(torch.float32).tiny), between)]
 
 
@@ -123,7 +129,6 @@ class BnbNF4(Bnb):
             )
 
     def grid(self, path, weight, importance=None):
-        """Where the base lies on a grid of the same groups, that grid: what was frozen comes out as it was."""
         table = bitsandbytes.functional.get_4bit_type(self.quantizer.quant_type, device=weight.device)
         absmax = weight.unflatten(1, (-1, self.quantizer.group_size)).abs().amax(-1)
         return TableGrid(table, absmax, self.quantizer.group_size)

@@ -90,7 +90,7 @@ class Format:
 
     def grid(self, path: str, weight: torch.Tensor, importance: torch.Tensor | None = None) -> Grid:
         """The values that the weights of a packed linear can have; see `gptq.Calibrated`."""
-        raise NotImplementedError
+        raise NotImplementedError  # only what rounds to a grid calls it
 
     def rounded(self, path: str) -> Rounded:
         """What is stored of a packed linear; its values are on the grid where it was calibrated, else not yet."""

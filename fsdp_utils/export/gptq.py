@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from fsdp_utils.data.tokens import prepare_dataset
+from fsdp_utils.data.tokens import training_samples
 from fsdp_utils.export.trained import TrainedWeights
 from fsdp_utils.folders.describe import Run
 from fsdp_utils.inference.load import load_for_inference
@@ -101,9 +101,7 @@ def _upper_of_inverse(hessian: Tensor) -> Tensor:
 
 def training_rows(run: Run, tokenizer, *, samples: int) -> list[Tensor]:
     """Ids `[tokens]` of the first samples that the run was trained on."""
-    data = prepare_dataset(run.config, tokenizer)
-    if run.config.eval_samples:
-        data, _ = data.split(run.config.eval_samples, seed=run.config.seed)
+    data = training_samples(run.config, tokenizer)
     return [torch.tensor(ids) for ids in data.dataset[: min(samples, len(data))]["input_ids"]]
 
 

@@ -11,7 +11,7 @@ from fsdp_utils.core.errors import UserError
 from fsdp_utils.data import sources
 from fsdp_utils.data.batches import IGNORED
 from fsdp_utils.data.layouts import Reading
-from fsdp_utils.data.tokens import digest_of, prepare_dataset, tokenize
+from fsdp_utils.data.tokens import digest_of, tokenize, training_samples
 from fsdp_utils.folders.describe import Run, describe
 
 MOST_TOKENS = 4096  # their log-probabilities go to disk: 2 GB with a vocabulary of 128k
@@ -95,10 +95,7 @@ def _unseen(examples: sources.Examples, seen: set[bytes], encode) -> Iterator[Ro
 
 def _trained_on(config, tokenizer) -> set[bytes] | None:
     """A digest of the ids of each sample that the run, and those before it, were trained on; None if unknown."""
-    data = prepare_dataset(config, tokenizer)
-    if config.eval_samples:
-        data, _ = data.split(config.eval_samples, seed=config.seed)
-    seen = set(data.digests())
+    seen = set(training_samples(config, tokenizer).digests())
     if not config.init_adapter:
         return seen
     before = describe(config.init_adapter).config

@@ -58,7 +58,7 @@ def choose_style(wanted: str, examples: sources.Examples, run: Run, tokenizer) -
     Raises:
         UserError: chats in plain prompts, or a tokenizer without a chat template.
     """
-    chats = _are_chats(examples)
+    chats = examples.chats
     if chats and wanted == "plain":
         raise UserError(f"--prompt plain: {examples.name} holds chats, which have no such prompt; pass --prompt chat")
     learned = wanted == "auto" and tokenizer.chat_template and trained_on_chats(run)
@@ -69,10 +69,6 @@ def choose_style(wanted: str, examples: sources.Examples, run: Run, tokenizer) -
     return style
 
 
-def _are_chats(examples: sources.Examples) -> bool:
-    return any(part.form.layout == "messages" for part in examples.parts)
-
-
 def trained_on_chats(run: Run) -> bool:
     """Whether a run was given a chat template or chats; of old runs as far as flags and files tell that are still
     there."""
@@ -81,7 +77,7 @@ def trained_on_chats(run: Run) -> bool:
     if run.config.chat_template or "messages" in Reading.of(run.config).paths:
         return True
     with suppress(UserError):  # another file by now, or one that is gone
-        return Path(run.config.dataset).exists() and _are_chats(sources.load_examples(run.config))
+        return Path(run.config.dataset).exists() and sources.load_examples(run.config).chats
     return False
 
 

@@ -44,11 +44,12 @@ def at_random(x: Tensor, dtype: torch.dtype, *, key: int) -> Tensor:
     Args:
         key: 32 bits; another key, other random numbers.
     """
-    found, flat = x.to(dtype).contiguous(), x.contiguous().view(-1)
+    flat = x.contiguous().view(-1)
+    found = torch.empty_like(flat, dtype=dtype)
     for start in range(0, flat.numel(), CHUNK):
         part = slice(start, min(start + CHUNK, flat.numel()))
-        found.view(-1)[part] = _round(flat[part], dtype, bits_of(part.start, part.stop, key=key, device=x.device))
-    return found
+        found[part] = _round(flat[part], dtype, bits_of(part.start, part.stop, key=key, device=x.device))
+    return found.view(x.shape)
 
 
 def _round(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
