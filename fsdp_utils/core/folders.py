@@ -12,6 +12,7 @@ from fsdp_utils.core.errors import CheckpointError, UserError, first_line
 from fsdp_utils.core.locks import exclusively
 
 OF_A_MODEL = ("safetensors", "json", "model", "txt", "jinja", "tiktoken", "py")  # suffixes of what is downloaded
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 TEMPLATES = "additional_chat_templates"  # folder in which transformers keeps all chat templates but the default one
 
 
@@ -34,7 +35,7 @@ def size_errors(text: str, *, flag: str) -> list[str]:
 
 def repository_errors(name: str | None, *, flag: str) -> list[str]:
     """The line that names the flag if its value can be no repository of the hub."""
-    if name is None or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if name is None or HUB_NAME.fullmatch(name):
         return []
     return [f"--{flag} {name}: is no name of a repository; give org/name"]
 

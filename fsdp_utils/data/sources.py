@@ -6,7 +6,6 @@ import glob
 import hashlib
 import math
 import os
-import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ import numpy as np
 from datasets import Dataset
 
 from fsdp_utils.core.errors import DataError
+from fsdp_utils.core.folders import HUB_NAME
 from fsdp_utils.data.files import (
     SUFFIXES,
     Records,
@@ -33,7 +33,6 @@ from fsdp_utils.data.files import (
 from fsdp_utils.data.layouts import BadRow, Form, Reading, find_form, has_value, with_template
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 SAMPLED = 100  # rows whose columns say how a source is read
 TRAIN = "train"
 

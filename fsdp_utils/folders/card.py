@@ -10,11 +10,11 @@ from huggingface_hub import ModelCardData, metadata_load
 
 from fsdp_utils.config import TrainConfig
 from fsdp_utils.core.flags import flags
+from fsdp_utils.core.folders import HUB_NAME
 from fsdp_utils.folders.documents import read_json
 from fsdp_utils.folders.names import ADAPTER_CONFIG, CARD, METRICS_FILE, RUN_FILE
 
 OURS = "<!-- written with the result and replaced with it; a card without this line is left alone -->"
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 SNAPSHOT = re.compile(r"models--(.+?)--(.+)")  # how the hub's cache calls the folder of a model
 OF_DATA = {".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".zst"}
 HUB_SETS = {
