@@ -164,7 +164,9 @@ class TrainConfig:
     use_activation_cpu_offload: bool = flag(False, "keep hidden states that checkpointed blocks save in host memory")
     no_sync: bool = flag(False, "reduce gradients only at the last accumulation step")
     compile: bool = flag(True, "compile decoder blocks (CUDA with Triton; ignored elsewhere)")
-    cuda_graphs: bool = flag(True, "replay small steps as CUDA graphs (one GPU, no dropout; ignored elsewhere)")
+    cuda_graphs: bool = flag(
+        True, "replay small steps as CUDA graphs (one GPU; ignored elsewhere and where the family itself drops)"
+    )
     fused_kernels: bool = flag(True, "base product and adapter in one operator; false: the plain definition")
     fused_loss: bool = flag(True, "never build the full logits; false: the plain definition")
     load_format: str = flag("safetensors", "dummy: random weights, no files", choices=("safetensors", "dummy"))
@@ -367,11 +369,6 @@ class TrainConfig:
             said.append(
                 f"--lora_init {self.lora_init}: the adapter holds a part of the weight itself, which --lora_dropout "
                 f"{self.lora_dropout:g} drops and --wd {self.wd:g} shrinks; 0 leaves it alone"
-            )
-        if self.deterministic and self.lora_dropout and self.compile and not self.packing:
-            said.append(
-                f"--deterministic true with --lora_dropout {self.lora_dropout:g}: on GPUs, compiled dropout was seen "
-                "not to repeat where batches change their shape; --lora_dropout 0 repeats to the bit"
             )
         if self.no_sync and self.gradient_accumulation_steps == 1:
             said.append("--no_sync has no effect with --gradient_accumulation_steps 1")

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from methods.adapter import Adapter, Pair
+from methods.dropout import SeededDropout
 from methods.kernels.adapted import LowRank, adapted_linear
 from methods.quantizers.linear import add_bias, compute_dtype, matmul, packed_parts
 from methods.targets import adapter_targets, replace_module
@@ -21,7 +22,7 @@ class LoRALinear(nn.Module):
         self.base_layer = base
         self.in_features, self.out_features = base.in_features, base.out_features
         self.scaling = scaling
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.dropout = SeededDropout(dropout) if dropout else nn.Identity()
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=dtype, device="meta"))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, dtype=dtype, device="meta"))
 
@@ -44,7 +45,7 @@ class LoRALinear(nn.Module):
         """`plain_forward` as one operator, with the row factor given; it gets a gradient only if it asks for one."""
         x = x.to(compute_dtype(x))
         adapter = LowRank(self.lora_A, self.lora_B, factor, self.scaling)
-        drops = self.training and isinstance(self.dropout, nn.Dropout)
+        drops = self.training and isinstance(self.dropout, SeededDropout)
         return adapted_linear(x, packed_parts(self.base_layer), adapter, dropout=self.dropout if drops else None)
 
     def plain_forward(self, x: torch.Tensor) -> torch.Tensor:

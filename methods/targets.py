@@ -48,11 +48,6 @@ def family_dropout(model: nn.Module) -> set[str]:
     return {name for name, value in settings if "drop" in name and isinstance(value, (int, float)) and value > 0}
 
 
-def has_dropout(model: nn.Module) -> bool:
-    """Whether a forward pass in training draws random numbers: the family's own dropout, or an adapter's."""
-    return bool(family_dropout(model)) or any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
-
-
 def refuse_experts(model: nn.Module) -> None:
     """Raises UserError for stacks of expert weights, which are no linears: replacing nn.Linear would leave them in 16
     bits (bitsandbytes#1849). Other weights of three dimensions, as those of convolutions, are small and may stay so."""

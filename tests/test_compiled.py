@@ -13,6 +13,7 @@ from fsdp_utils.model.assemble import load
 from fsdp_utils.options import POLICIES
 from fsdp_utils.sharding import offload
 from fsdp_utils.training.loss import CausalLMLoss
+from methods.dropout import DropoutSeeds
 
 CPU, BLOCKS, TOKENS = torch.device("cpu"), 3, 24
 as_compiled = partial(torch.compile, backend="aot_eager_decomp_partition")
@@ -78,9 +79,11 @@ def test_dropout_in_compiled_blocks(tiny, device, compile_block, train_type, pol
     loss_of = CausalLMLoss(model.train(), fused=ready.fused_loss)
     batch = with_targets(dict.fromkeys(("input_ids", "labels"), torch.arange(96, device=device).view(4, 24)))
     trained = [p for p in model.parameters() if p.requires_grad]
+    seeds = DropoutSeeds(model, device=device)
 
     def loss(seed):
         torch.manual_seed(seed)
+        seeds.draw()
         return loss_of(batch)
 
     first = loss(0)

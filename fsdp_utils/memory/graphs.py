@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from methods.targets import block_linears, decoder_blocks, has_dropout
+from methods.targets import block_linears, decoder_blocks, family_dropout
 
 WORK = 10**12  # tokens x weights of a block; beyond it the host keeps ahead, and a graph would only hold memory
 
@@ -14,7 +14,7 @@ def graph_tokens(model: nn.Module, config, *, mesh, device: torch.device) -> int
     One GPU has to do it all, without random numbers and without copies to the host.
     """
     one_gpu = device.type == "cuda" and mesh is None
-    if not config.cuda_graphs or not one_gpu or config.use_activation_cpu_offload or has_dropout(model):
+    if not config.cuda_graphs or not one_gpu or config.use_activation_cpu_offload or family_dropout(model):
         return 0
     weights = sum(linear.in_features * linear.out_features for linear in block_linears(model).values())
     return WORK * len(decoder_blocks(model)) // weights

@@ -36,6 +36,7 @@ from fsdp_utils.sharding import fsdp, offload, peer_gather, wrapping
 from fsdp_utils.sharding.prepared import Prepared
 from methods import make_quantizer, method_of
 from methods.base import Method
+from methods.dropout import seed_dropout
 from methods.targets import decoder_blocks, learned_positions, refuse_experts, refuse_in_place
 
 
@@ -155,6 +156,7 @@ def attach(built: Built, config) -> Plan:
     if quantizer:
         quantize_on_meta(model, method.to_quantize(model, lambda path: quantizer))
     method.attach(model, dtype=built.dtypes.stored)
+    seed_dropout(model)
     refuse_in_place(model)
     if not any(p.requires_grad for p in model.parameters()):
         raise RuntimeError(f"{config.train_type} left no parameter to train")

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.options import POLICIES, Product
 from fsdp_utils.sharding.offload import InputOffloader
-from methods.targets import family_dropout, has_dropout
+from methods.targets import family_dropout
 
 Forward = Callable
 
@@ -91,7 +91,7 @@ def wrap_blocks(
         offloader: sends what recomputed blocks keep to the host, or None.
     """
     reentrant = config.reentrant_checkpointing
-    checkpointing = partial(checkpointed, reentrant=reentrant, preserve_rng=has_dropout(model))
+    checkpointing = partial(checkpointed, reentrant=reentrant, preserve_rng=bool(family_dropout(model)))
     for number, block in enumerate(blocks.values()):
         wrappers = wrappers_of(
             number < recomputed,

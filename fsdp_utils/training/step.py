@@ -21,6 +21,7 @@ from fsdp_utils.sharding import fsdp
 from fsdp_utils.sharding.mesh import shard_group
 from fsdp_utils.sharding.prepared import Prepared
 from fsdp_utils.training.optim import LocalParameters, LossScaler, StochasticAdamW, clip_, global_norm, make_optimizer
+from methods.dropout import DropoutSeeds
 
 MAX_GRAPHS = 16  # different shapes; padding to multiples keeps them few
 TARGETS_MULTIPLE = 256
@@ -157,6 +158,7 @@ class TrainStep:
         self.trained = LocalParameters(self.model, keep_gradients=self.micro_step.graphs)
         self.optimizer = make_optimizer(config, self.trained)
         self.scaler = LossScaler(config.precision == "fp16_autocast")
+        self.dropout = DropoutSeeds(self.model, device=self.device)
         self.group = None if prepared.mesh is None else shard_group(prepared.mesh)
         self.clip_to = config.grad_norm if config.apply_gradient_clipping else None
         self.no_sync, self.taken, self.votes, self.task = config.no_sync, 0, [], task
@@ -207,6 +209,7 @@ class TrainStep:
         total = torch.zeros((), device=self.device)
         for i, batch in enumerate(micro_batches, 1):
             fsdp.prepare_backward(self.prepared, last=i == len(micro_batches), no_sync=self.no_sync)
+            self.dropout.draw()
             # gradient = d/dp (sum over ranks and micro-batches of loss_sum) / tokens; FSDP2 divides by world_size
             total += self.micro_step(batch, self.scaler.scale * world_size() / max(tokens, 1))
         return sum_over_processes(total.double()), tokens

@@ -31,7 +31,11 @@ def bits_of(first: int, stop: int, *, key: int, device: torch.device) -> Tensor:
         x = torch.arange(first, stop, dtype=torch.int32, device=device)
     else:
         x = (torch.arange(first, stop, device=device) & 0xFFFFFFFF).to(torch.int32)
-    x.bitwise_xor_(signed(key))
+    return scramble_(x.bitwise_xor_(signed(key)))
+
+
+def scramble_(x: Tensor) -> Tensor:
+    """`hashed` of each int32, in place."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x.bitwise_xor_((x >> shift).bitwise_and_(2 ** (32 - shift) - 1)).mul_(signed(factor))
     return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
