@@ -31,6 +31,7 @@ from fsdp_utils.core.errors import UserError, naming
 from fsdp_utils.core.folders import check_new_folder, new_folder, parse_size, write_json
 from fsdp_utils.core.locks import exclusively
 from fsdp_utils.core.ranks import say
+from fsdp_utils.data.labels import REGRESSION
 from fsdp_utils.data.sources import places_of
 from fsdp_utils.export import fidelity, format_of
 from fsdp_utils.export.config import FLAGS_OF, WRITTEN_SO
@@ -39,7 +40,7 @@ from fsdp_utils.export.gptq import trained_model, training_rows
 from fsdp_utils.export.held_out import HeldOut, held_out
 from fsdp_utils.export.trained import TrainedWeights
 from fsdp_utils.folders.card import Told, keep_card, write_card
-from fsdp_utils.folders.describe import Run, describe, tokenizer_of
+from fsdp_utils.folders.describe import Run, describe, task_of, tokenizer_of
 from fsdp_utils.folders.names import GGUF_FILE
 from fsdp_utils.folders.upload import check_upload, upload
 from fsdp_utils.inference.whole import whole
@@ -84,11 +85,21 @@ def calibrates(config: ExportConfig, chosen: Format) -> bool:
     if not chosen.calibrates or config.gptq == "false":
         return False
     run = chosen.trained.run
+    if not task_of(run).causal:
+        if config.gptq == "true":
+            raise UserError(f"--gptq true: rounds causal language models, and {run.folder} is none")
+        return False
     if run.config is None and config.gptq == "true":
         raise UserError(f"--gptq true: {run.folder} does not say what it was trained on; give the run itself")
     if run.config is None:
         say(f"note: {run.folder} does not say what it was trained on, so each weight is rounded to the nearest")
     return run.config is not None
+
+
+def _not_compared(run: Run) -> str | None:
+    """Why a run's answers cannot be compared as probabilities, if they are none."""
+    labels = task_of(run).labels
+    return "it answers with a score, not with probabilities" if labels and labels.problem == REGRESSION else None
 
 
 def export(chosen: Format, config: ExportConfig, tokenizer, target: Path, *, device) -> None:
@@ -141,7 +152,7 @@ def main(config: ExportConfig) -> None:
     chosen = format_of(config.infer_type)(TrainedWeights(run, device=device), config)
     tokenizer = tokenizer_of(run)
     rows = training_rows(run, tokenizer, samples=config.gptq_samples) if calibrates(config, chosen) else []
-    text, misread = None, chosen.misread()
+    text, misread = None, chosen.misread() or _not_compared(run)
     if config.fidelity_samples and misread:
         say(f"note: no fidelity report: {misread}")
     elif config.fidelity_samples:

@@ -20,7 +20,7 @@ import torch
 from fsdp_utils.core import devices, processes
 from fsdp_utils.core.errors import Diverged, naming
 from fsdp_utils.core.ranks import rank, say, world_size
-from fsdp_utils.data.batches import accumulation_for
+from fsdp_utils.data.batches import accumulation_for, tokens_in
 from fsdp_utils.data.chats import give_template
 from fsdp_utils.data.layouts import Reading
 from fsdp_utils.data.prepare import batch_arithmetic, hold_out, make_batches, prepare_data
@@ -32,12 +32,12 @@ from fsdp_utils.memory.budget import out_of_memory
 from fsdp_utils.model.assemble import cannot_compile, compiler, load, plan, size_report
 from fsdp_utils.model.build import read_model_config, read_tokenizer
 from fsdp_utils.sharding.mesh import mesh_for
+from fsdp_utils.tasks import task_for
 from fsdp_utils.training import metrics
 from fsdp_utils.training.loss import check_packing
 from fsdp_utils.training.optim import schedule_factor
 from fsdp_utils.training.step import TrainStep
 from fsdp_utils.training.stopping import Stopping
-from fsdp_utils.training.task import CAUSAL_LM
 from fsdp_utils.training.validation import Validation
 
 
@@ -67,11 +67,10 @@ def tell(config: TrainConfig, stopping: Stopping) -> None:
     if config.verbose:
         say(as_dict(config))
     torch.manual_seed(config.seed + rank())  # dropout differs between processes, as between samples
-    task = CAUSAL_LM
-    model_config, tokenizer, data = read_inputs(config, task=task)
-    data, held_out = hold_out(config, data, tokenizer, model_config)
+    task, model_config, tokenizer, data = read_inputs(config)
+    data, held_out = hold_out(config, data, tokenizer, model_config, task=task)
     split_global_batch(config, checkpoint)
-    batches = make_batches(config, data, tokenizer, task=task)
+    batches = make_batches(config, data, tokenizer, model_config, task=task)
     batches.check()
     validation = Validation(config, batches, held_out) if held_out else None
     planned = plan(config, task=task, device=device)
@@ -83,23 +82,29 @@ def tell(config: TrainConfig, stopping: Stopping) -> None:
     upload(Path(config.output_dir), config.push_to_hub)
 
 
-def read_inputs(config: TrainConfig, *, task):
-    """The model's configuration, its tokenizer, and the samples to train on."""
+def read_inputs(config: TrainConfig):
+    """What the model is for, its configuration, its tokenizer, and the samples to train on."""
     with naming("--llama_pro_path" if config.llama_pro_path else "--model_name"):
+        task, said = task_for(config)
         trusted = dict(trust_remote_code=config.trust_remote_code)
         model_config = read_model_config(config.source, task=task, **trusted)
         tokenizer = read_tokenizer(config.source, **trusted)
+    if said:
+        say(said)
+    config.task = task.name
+    task.check(config)
     give_template(tokenizer, config.chat_template)
-    data = prepare_data(config, tokenizer, model_config)
+    data = prepare_data(config, tokenizer, model_config, task=task)
+    task = task.given(data.labels, tokenizer, model_config)
     config.prompt_template = Reading.of(config).template  # its text: the file may be another when the result is saved
     tokenizer.learned_ends = data.report.ends  # saved with the result: servers are to stop there
     say(data.report)
-    return model_config, tokenizer, data
+    return task, model_config, tokenizer, data
 
 
 def show(config: TrainConfig) -> None:
     """--show_rows: samples as the model sees them, instead of a run."""
-    _, tokenizer, data = read_inputs(config, task=CAUSAL_LM)
+    _, _, tokenizer, data = read_inputs(config)
     say(shown(data, tokenizer, count=config.show_rows, colour=in_colour()))
 
 
@@ -151,7 +156,7 @@ def train(prepared, session: Session) -> None:
                     lr=config.lr * factor,
                     grad_norm=result.grad_norm,
                     tokens=result.tokens,
-                    tokens_per_s=clock.step(sum(b["input_ids"].numel() for b in micro_batches) * world_size()),
+                    tokens_per_s=clock.step(sum(map(tokens_in, micro_batches)) * world_size()),
                     memory_gib=devices.peak_memory_gib(prepared.device),
                     **(devices.memory_now(prepared.device) if config.profile_memory else {}),
                 )

@@ -20,8 +20,8 @@ from fsdp_utils.core.ranks import is_main
 from fsdp_utils.data.batches import with_targets
 from fsdp_utils.model.assemble import compiler, load, plan
 from fsdp_utils.sharding.mesh import mesh_for
+from fsdp_utils.tasks.causal_lm import CAUSAL_LM
 from fsdp_utils.training.step import TrainStep
-from fsdp_utils.training.task import CAUSAL_LM
 
 SHAPES = {
     "tiny": dict(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,

@@ -27,7 +27,7 @@ from fsdp_utils.model.assemble import load, plan
 from fsdp_utils.model.build import build_on_meta, read_model_config, read_tokenizer
 from fsdp_utils.model.weights import open_weights
 from fsdp_utils.sharding.mesh import mesh_for
-from fsdp_utils.training.task import CAUSAL_LM
+from fsdp_utils.tasks.causal_lm import CAUSAL_LM
 
 
 def write_model(shape: str, folder: Path, *, device: torch.device) -> None:
@@ -35,7 +35,8 @@ def write_model(shape: str, folder: Path, *, device: torch.device) -> None:
     write_config(shape, folder)
     read_tokenizer("demo").save_pretrained(folder)
     model = build_on_meta(read_model_config(str(folder), task=CAUSAL_LM), task=CAUSAL_LM, dtype=torch.bfloat16)
-    weights = open_weights(model, str(folder), load_format="dummy", dtype=torch.bfloat16, device=device, seed=0)
+    how = dict(task=CAUSAL_LM, load_format="dummy", dtype=torch.bfloat16, device=device, seed=0)
+    weights = open_weights(model, str(folder), **how)
     writer = StreamingWriter(folder, {name: (torch.bfloat16, weights.shape(name)) for name in weights.names()})
     for name in weights.names():
         writer.write(name, weights.rows(name, 0, weights.shape(name)[0]))

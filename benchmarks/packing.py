@@ -18,7 +18,7 @@ from benchmarks.common import SHAPES, Run, make_config, write_config, write_resu
 from fsdp_utils.core.devices import synchronize
 from fsdp_utils.data.batches import IGNORED, Batches, epoch_rows, padding_share, predicting_tokens
 from fsdp_utils.data.tokens import TokenizedData
-from fsdp_utils.training.task import CAUSAL_LM
+from fsdp_utils.tasks.causal_lm import CAUSAL_LM
 
 LENGTH = 2048
 

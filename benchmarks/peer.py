@@ -18,8 +18,8 @@ from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.ranks import world_size
 from fsdp_utils.model.build import build_on_meta, read_model_config
 from fsdp_utils.model.weights import open_weights
+from fsdp_utils.tasks.causal_lm import CAUSAL_LM
 from fsdp_utils.training.optim import stock_optimizer
-from fsdp_utils.training.task import CAUSAL_LM
 from methods import TRAIN_TYPES
 from methods.targets import adapter_targets, block_linears, replace_module
 
@@ -114,7 +114,7 @@ def dummy_base(config, *, device: torch.device) -> nn.Module:
     """
     settings = dict(dtype=torch.bfloat16, device=device, seed=config.seed)
     model = build_on_meta(read_model_config(config.source, task=CAUSAL_LM), task=CAUSAL_LM, dtype=torch.bfloat16)
-    weights = open_weights(model, config.source, load_format="dummy", **settings)
+    weights = open_weights(model, config.source, task=CAUSAL_LM, load_format="dummy", **settings)
     model.is_loaded_in_4bit = config.quantizer == "bnb"  # without it PEFT takes Linear4bit for a plain linear
     packed = block_linears(model) if model.is_loaded_in_4bit else {}
     for name in weights.names():

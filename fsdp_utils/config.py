@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from fsdp_utils.core.flags import boolean, flag, section
 from fsdp_utils.core.folders import repository_errors
-from fsdp_utils.options import OPTIMIZERS, POLICIES, PRECISIONS, SCHEDULES, STRATEGIES
+from fsdp_utils.options import OPTIMIZERS, POLICIES, PRECISIONS, SCHEDULES, STRATEGIES, TASKS
 from methods import METHODS, QUANTIZERS, SCALINGS, STARTS, TRAIN_TYPES
 
 # Adam moves a weight by about the rate, and a bf16 number of 0.02 by 6e-5 or not at all: at 1e-5, weights of that size
@@ -24,6 +24,12 @@ class TrainConfig:
 
     _method: str = section("what is trained")
     train_type: str = flag("qlora", "how the model is adapted, and on which base", choices=tuple(TRAIN_TYPES))
+    task: str = flag(
+        "auto",
+        "what the model is for; auto: by its architecture and the columns of the data",
+        choices=("auto", *TASKS),
+        may_change=True,  # found anew from what may not
+    )
     model_name: str = flag(
         "meta-llama/Llama-2-7b-hf", "hub name or local folder; `demo` is the built-in model", may_change=True
     )

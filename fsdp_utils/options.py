@@ -24,6 +24,14 @@ PRECISIONS = {
 }
 
 
+# what a model is for
+TASKS = {
+    "causal_lm": "fsdp_utils.tasks.causal_lm:CausalLM",
+    "sequence_classification": "fsdp_utils.tasks.sequence_classification:SequenceClassification",
+    "seq2seq_lm": "fsdp_utils.tasks.seq2seq_lm:Seq2SeqLM",
+}
+
+
 class Strategy(NamedTuple):
     """`resharded`: whole weights are dropped after a block's forward; `copies`: of the model, over which gradients are
     averaged: "one", "nodes" (as many as --hybrid_shard_size leaves), or "processes"."""

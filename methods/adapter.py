@@ -162,6 +162,16 @@ class Adapter(Method):
         for path, layer in self.layers(model).items():
             for suffix, stored in self.layer_tensors(layer).items():
                 yield f"{path}.{suffix}", stored
+        for name, parameter in self.whole_parameters(model).items():
+            yield name, Stored.of(parameter)
+
+    def whole_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """What trains in full, which PEFT calls `modules_to_save`."""
+        return {
+            f"{path}.{name}": parameter
+            for path in self.whole
+            for name, parameter in model.get_submodule(path).named_parameters()
+        }
 
     def begin_as(self, tensors: Tensors) -> None:
         """Before the base is loaded: an adapter that was saved, as by `tensors`, will be put on it."""
@@ -173,6 +183,8 @@ class Adapter(Method):
         saved = by_layer(tensors)
         for path, layer in self.layers(model).items():
             self.fill_layer(layer, saved[path], device=device)
+        for name, parameter in self.whole_parameters(model).items():
+            fill(parameter, tensors[name])
         self.after_step(model, device=device)
 
     def fill_layer(self, layer: nn.Module, tensors: Tensors, *, device: torch.device) -> None:
@@ -193,6 +205,7 @@ class Adapter(Method):
             target_modules=sorted(names) if matched == set(paths) else paths,
             use_dora=False,
             inference_mode=True,
+            **(dict(modules_to_save=list(self.whole)) if self.whole else {}),
         )
 
     def peft_rank(self, rank: int) -> dict:
@@ -238,9 +251,11 @@ def scaling_factor(peft_config: dict) -> float:
 
 
 def by_layer(tensors: Tensors) -> dict[str, Tensors]:
-    """`<path>.<suffix>` -> tensor, as path -> suffix -> tensor."""
+    """`<path>.<suffix>` -> tensor, as path -> suffix -> tensor; without what trained in full."""
     found: dict[str, Tensors] = {}
     for name, tensor in tensors.items():
+        if ".lora_" not in name:
+            continue
         path, separator, suffix = name.rpartition(".lora_")
         found.setdefault(path, {})[f"{separator[1:]}{suffix}"] = tensor
     return found

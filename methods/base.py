@@ -20,6 +20,7 @@ class Method(ABC):
 
     def __init__(self, config):
         self.config = config
+        self.whole: list[str] = []
 
     def to_quantize(self, model: nn.Module, quantizer_for: Callable[[str], Quantizer]) -> dict[str, Quantizer]:
         """Path of each module whose weight is packed, and how.
@@ -47,6 +48,12 @@ class Method(ABC):
         Args:
             dtype: of the new trainable parameters.
         """
+
+    def train_whole(self, model: nn.Module, paths: list[str]) -> None:
+        """Trains the modules at these paths in full beside what the method trains: the head of a task."""
+        self.whole = paths
+        for path in paths:
+            model.get_submodule(path).requires_grad_(True)
 
     @property
     def base_recipe(self) -> str:

@@ -43,8 +43,8 @@ def seed_dropout(model: nn.Module) -> None:
     """Replaces every dropout layer of the model; what a family drops by a function stays."""
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if type(child) is nn.Dropout and child.p < 1:
-                setattr(module, name, SeededDropout(child.p) if child.p else nn.Identity())
+            if type(child) is nn.Dropout and 0 < child.p < 1:
+                setattr(module, name, SeededDropout(child.p))
 
 
 class DropoutSeeds:

@@ -26,6 +26,11 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=dtype, device="meta"))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, dtype=dtype, device="meta"))
 
+    @property
+    def weight(self) -> torch.Tensor | None:
+        """The base's, if that is not packed: T5 looks at its dtype."""
+        return self.base_layer.weight
+
     def low_rank(self, x: torch.Tensor) -> torch.Tensor:
         """`s B A dropout(x)`, `[..., in] -> [..., out]`."""
         x = self.dropout(x)

@@ -3,25 +3,38 @@
 from collections.abc import Callable
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from fsdp_utils.core.errors import UserError
 from methods.quantizers.linear import QuantizedLinear
 
-ATTENTION_OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
+ATTENTION_OUTPUTS = ("o_proj", "out_proj", "out_lin", "dense", "c_proj", "wo", "o")
 
 
 def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Path and module of each decoder block, in order, found by the family's own `_no_split_modules`.
+    """Path and module of each block, in order, of an encoder and of a decoder.
 
+    A block is a member of a list of modules that is in no other such list and holds linears; where the family's own
+    `_no_split_modules` names members of some of these lists, of those (others belong to towers for pictures and sound).
     Must run before fully_shard, which renames classes.
     """
-    names = set(model._no_split_modules or ())
-    blocks = {path: m for path, m in model.named_modules() if type(m).__name__ in names}
+    lists: list[str] = []
+    for path, module in model.named_modules():
+        inside = path.startswith(tuple(f"{other}." for other in lists))
+        if isinstance(module, nn.ModuleList) and not inside and any(map(_has_linears, module)):
+            lists.append(path)
+    named = set(model._no_split_modules or ())
+    members = {path: list(model.get_submodule(path).named_children()) for path in lists}
+    chosen = [path for path in lists if any(type(member).__name__ in named for _, member in members[path])] or lists
+    blocks = {f"{path}.{name}": member for path in chosen for name, member in members[path]}
     if not blocks:
-        raise UserError(
-            f"{type(model).__name__} names no decoder blocks (_no_split_modules), so the model is not supported"
-        )
+        raise UserError(f"{type(model).__name__} has no list of blocks with linears, so the model is not supported")
     return blocks
+
+
+def _has_linears(module: nn.Module) -> bool:
+    kinds = (nn.Linear, QuantizedLinear, Conv1D)
+    return not isinstance(module, kinds) and any(isinstance(m, kinds) for m in module.modules())
 
 
 def block_linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -38,8 +51,12 @@ def learned_positions(model: nn.Module) -> int | None:
     """How many positions a model has a trained embedding for; None where positions are computed (rotary, alibi)."""
     tokens = model.get_input_embeddings()
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", 0)
-    others = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens]
-    return limit if any(m.num_embeddings >= limit > 0 for m in others) else None
+    others = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings != tokens.num_embeddings]
+    found = [m for m in others if m.num_embeddings >= limit > 0]
+    if not found:
+        return None
+    # RoBERTa counts positions from behind the padding id
+    return limit - max(0 if m.padding_idx is None else m.padding_idx + 1 for m in found)
 
 
 def family_dropout(model: nn.Module) -> set[str]:
@@ -68,10 +85,9 @@ def refuse_in_place(model: nn.Module) -> None:
 
 
 def _is_attention_output(path: str) -> bool:
-    *parents, name = path.split(".")
-    return (
-        name in ATTENTION_OUTPUTS and bool(parents) and "attn" in parents[-1] + parents[-1].replace("attention", "attn")
-    )
+    *parents, name = path.lower().split(".")
+    within = ".".join(parents[-2:] if parents[-1:] == ["output"] else parents[-1:])  # BERT: attention.output.dense
+    return name in ATTENTION_OUTPUTS and ("attn" in within or "attention" in within)
 
 
 def _by_structure(keep: Callable[[str], bool]):

@@ -51,7 +51,7 @@ from fsdp_utils.core.errors import CheckpointError, UserError, naming
 from fsdp_utils.core.ranks import fail
 from fsdp_utils.core.safetensors_io import INDEX_NAME, CheckpointReader, StreamingWriter
 from fsdp_utils.model.build import read_model_config, resolve_model
-from fsdp_utils.training.task import CAUSAL_LM
+from fsdp_utils.tasks.causal_lm import CAUSAL_LM
 
 LAYERS_NAME = "expanded_layers.json"
 FITTING = "choose a model whose blocks are built as Llama's, of Mistral, Qwen, Gemma or Phi-3"

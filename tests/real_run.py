@@ -15,8 +15,8 @@ from fsdp_utils.model import assemble
 from fsdp_utils.model.build import read_model_config, read_tokenizer
 from fsdp_utils.sharding.mesh import mesh_for
 from fsdp_utils.sharding.prepared import Prepared
+from fsdp_utils.tasks.causal_lm import CAUSAL_LM
 from fsdp_utils.training.step import TrainStep
-from fsdp_utils.training.task import CAUSAL_LM
 from methods.quantizers.linear import QuantizedLinear, weight_rows
 
 CPU = torch.device("cpu")
@@ -31,9 +31,14 @@ def make_config(**flags) -> TrainConfig:
     return parse(TrainConfig, argv, prog="train.py")
 
 
+def task_in(config):
+    """The task of a run, its labels known, if it is none of language models."""
+    return CAUSAL_LM if config.task in ("auto", "causal_lm") else train.read_inputs(config)[0]
+
+
 def plan(config, *, device: torch.device = CPU) -> assemble.Plan:
     """Of a run, on meta."""
-    return assemble.plan(config, task=CAUSAL_LM, device=device)
+    return assemble.plan(config, task=task_in(config), device=device)
 
 
 def planned_and_prepared(config) -> tuple[assemble.Plan, Prepared]:
@@ -60,16 +65,16 @@ def off_zero(run: Prepared) -> Prepared:
 def batches_of(config, run: Prepared):
     """The data of a run, as train.py makes it."""
     tokenizer = read_tokenizer(config.source, trust_remote_code=config.trust_remote_code)
-    data = train.prepare_data(config, tokenizer, run.model.config)
-    return train.make_batches(config, data, tokenizer, task=CAUSAL_LM)
+    task = task_in(config)
+    data = train.prepare_data(config, tokenizer, run.model.config, task=task)
+    return train.make_batches(config, data, tokenizer, run.model.config, task=task)
 
 
 def tokenized(config):
     """The samples of a run."""
     model_config = read_model_config(config.source, task=CAUSAL_LM)
-    return train.prepare_data(
-        config, read_tokenizer(config.source, trust_remote_code=config.trust_remote_code), model_config
-    )
+    tokenizer = read_tokenizer(config.source, trust_remote_code=config.trust_remote_code)
+    return train.prepare_data(config, tokenizer, model_config, task=CAUSAL_LM)
 
 
 def perturb(model, seed: int = 1) -> None:
@@ -117,7 +122,7 @@ def first_step(flags: dict, *, perturbed: bool = True) -> tuple[float, dict[str,
     run = prepared(config)
     if perturbed:
         off_zero(run)
-    step = TrainStep(run, config, task=CAUSAL_LM)
+    step = TrainStep(run, config, task=task_in(config))
     (micro_batches,) = step.batches(batches_of(config, run)).first(1)
     loss = step.mean_loss(*step.backward(micro_batches))
     names = {name: p for name, p in run.model.named_parameters() if p.requires_grad}

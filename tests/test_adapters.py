@@ -16,8 +16,8 @@ from fsdp_utils.export.trained import TrainedWeights
 from fsdp_utils.folders.describe import adapter_tensors, describe
 from fsdp_utils.inference.load import load_for_inference
 from fsdp_utils.model import assemble
+from fsdp_utils.tasks.causal_lm import CAUSAL_LM
 from fsdp_utils.training.step import TrainStep
-from fsdp_utils.training.task import CAUSAL_LM
 from methods import STARTS
 from methods.lora import LoRALinear
 from methods.pissa import PiSSA

@@ -98,9 +98,9 @@ moved = {{name for name, tensor in saved.items() if tensor.dim() == 1 and not to
 found["moved"] = sorted({{name.split(".")[-2] for name in moved}})
 
 # another task: the same model, another loss
-from fsdp_utils.training.smooth import SmoothLM
+from fsdp_utils.tasks.smooth import SmoothLM
 from fsdp_utils.training.step import TrainStep
-from fsdp_utils.training.task import CAUSAL_LM
+from fsdp_utils.tasks.causal_lm import CAUSAL_LM
 losses_of = []
 for task in (CAUSAL_LM, SmoothLM()):
     config = make_config(model_name=base, dataset=data, train_type="custom_lora", batch_size=4)

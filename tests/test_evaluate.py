@@ -28,7 +28,7 @@ from fsdp_utils.inference.load import check_eval_type, load_for_inference
 from fsdp_utils.inference.scoring import NEXT_PROMPTS
 from fsdp_utils.model import attention
 from fsdp_utils.model.build import read_model_config, read_tokenizer
-from fsdp_utils.training.task import CAUSAL_LM
+from fsdp_utils.tasks.causal_lm import CAUSAL_LM
 from methods import method_of
 from methods.dora import DoRALinear
 from methods.lora import LoRALinear

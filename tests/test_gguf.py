@@ -22,7 +22,7 @@ from fsdp_utils.core.flags import ConfigError
 from fsdp_utils.export.vocabulary import LLAMA3_SPLIT, QWEN2_SPLIT, TEKKEN_SPLIT
 from fsdp_utils.folders.describe import describe
 from fsdp_utils.model.build import read_model_config
-from fsdp_utils.training.task import CAUSAL_LM
+from fsdp_utils.tasks.causal_lm import CAUSAL_LM
 
 TEXTS = [
     "The year 1984: 12345 apples, 3.14!  Two   spaces, don't I'LL we're it's",

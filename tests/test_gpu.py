@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 import train
 from fsdp_utils.data.batches import with_targets
 from fsdp_utils.model.weights import check_loaded
+from fsdp_utils.tasks.causal_lm import CAUSAL_LM
 from fsdp_utils.training.step import TrainStep
-from fsdp_utils.training.task import CAUSAL_LM
 from methods import TRAIN_TYPES
 
 pytestmark = pytest.mark.gpu

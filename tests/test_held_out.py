@@ -10,6 +10,7 @@ from fsdp_utils.data.sources import divide
 from fsdp_utils.export.fidelity import gain_kept, verdict
 from fsdp_utils.export.held_out import HeldOut, held_out
 from fsdp_utils.folders.describe import describe, tokenizer_of
+from fsdp_utils.tasks.causal_lm import CAUSAL_LM
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_what_the_run_validated_with(tiny, lines, save_run):
     assert numbers_of(texts(run)[1]) == [20, 21, 22]
     run, _ = save_run(tiny(), "custom_lora", dataset=data, eval_samples=4)
     config = make_config(model_name=tiny(), dataset=data, eval_samples=4)
-    _, kept = hold_out(config, tokenized(config), None, None)
+    _, kept = hold_out(config, tokenized(config), None, None, task=CAUSAL_LM)
     tokenizer = tokenizer_of(describe(run))
     wanted = [tokenizer.decode(ids) for ids in kept.dataset["input_ids"]]
     assert texts(run, samples=9)[1] == wanted and len(wanted) == 4
@@ -83,7 +84,7 @@ def test_held_out_rows_that_stand_in_the_file_again(tiny, lines, save_run, capsy
     run, _ = save_run(tiny(), "custom_lora", dataset=data, eval_samples=4)
     assert texts(run)[2] is False or set(numbers_of(texts(run)[1])) <= {7}
     config = make_config(model_name=tiny(), dataset=data, eval_samples=4)
-    _, kept = hold_out(config, tokenized(config), None, None)
+    _, kept = hold_out(config, tokenized(config), None, None, task=CAUSAL_LM)
     again = sum("It is 7" not in tokenizer_of(describe(run)).decode(ids) for ids in kept.dataset["input_ids"])
     assert f"note: {again} of them are trained on too" in capsys.readouterr().out
 

@@ -18,9 +18,9 @@ from fsdp_utils.memory.budget import OutOfMemory, host_activations, per_recomput
 from fsdp_utils.model import assemble
 from fsdp_utils.options import POLICIES
 from fsdp_utils.sharding import offload
+from fsdp_utils.tasks.causal_lm import CAUSAL_LM
 from fsdp_utils.training.loss import CausalLMLoss
 from fsdp_utils.training.step import TrainStep
-from fsdp_utils.training.task import CAUSAL_LM
 from methods.targets import decoder_blocks
 
 
@@ -92,7 +92,9 @@ def test_activations_grow_with_the_policy(tiny):
 
 def measured(config):
     planned = plan(config)
-    return measure(planned.model, decoder_blocks(planned.model), config, dtype=torch.float32, autocast=None)
+    return measure(
+        planned.model, decoder_blocks(planned.model), config, task=CAUSAL_LM, dtype=torch.float32, autocast=None
+    )
 
 
 @pytest.mark.parametrize("policy", ["full", "adapters", "narrow"])

@@ -24,8 +24,8 @@ from fsdp_utils.data.batches import with_targets
 from fsdp_utils.memory.budget import remedies, resident
 from fsdp_utils.sharding import fsdp, peer_gather
 from fsdp_utils.sharding.mesh import mesh_for
+from fsdp_utils.tasks.causal_lm import CAUSAL_LM
 from fsdp_utils.training.step import TrainStep
-from fsdp_utils.training.task import CAUSAL_LM
 from methods import TRAIN_TYPES
 from methods.adapter import LORA_A
 from methods.lora import LoRALinear

@@ -11,8 +11,8 @@ from real_run import batches_of, dequantized, make_config, off_zero, plan, prepa
 from transformers import AutoModelForCausalLM
 
 import train
+from fsdp_utils.tasks.causal_lm import CAUSAL_LM
 from fsdp_utils.training.step import TrainStep
-from fsdp_utils.training.task import CAUSAL_LM
 
 pytestmark = pytest.mark.versions
 

@@ -24,7 +24,7 @@ from fsdp_utils.inference.load import load_for_inference
 from fsdp_utils.model.build import build_on_meta, read_model_config, read_tokenizer
 from fsdp_utils.model.checkpoint import match
 from fsdp_utils.model.weights import load_weights, materialize
-from fsdp_utils.training.task import CAUSAL_LM
+from fsdp_utils.tasks.causal_lm import CAUSAL_LM
 from methods.targets import decoder_blocks, refuse_experts
 
 pytestmark = pytest.mark.versions
@@ -45,7 +45,7 @@ def ours(folder, *, dtype: torch.dtype = torch.float32):
     """Our model of a folder."""
     model = build_on_meta(read_model_config(str(folder), task=CAUSAL_LM), task=CAUSAL_LM, dtype=dtype)
     decoder_blocks(model), refuse_experts(model)
-    weights = match(model, CheckpointReader(folder))
+    weights = match(model, CheckpointReader(folder), task=CAUSAL_LM)
     materialize(model, device=CPU, buffer_device=CPU)
     load_weights(model, weights, device=CPU)
     return model

@@ -21,6 +21,7 @@ from fsdp_utils.memory.recompute import blocks_to_recompute, free_memory, lay_ou
 from fsdp_utils.model import attention
 from fsdp_utils.sharding import offload, wrapping
 from fsdp_utils.sharding.mesh import mesh_for
+from fsdp_utils.tasks.causal_lm import CAUSAL_LM
 from fsdp_utils.training.loss import CausalLMLoss
 from methods.targets import decoder_blocks
 
@@ -69,7 +70,7 @@ def planned_and_kept(config, *, attention_name=None):
     if attention_name:
         planned.model.config.get_text_config()._attn_implementation = attention_name
     dtypes = dict(dtype=planned.dtypes.stored, autocast=planned.dtypes.autocast)
-    return planned, measure(planned.model, decoder_blocks(planned.model), config, **dtypes)
+    return planned, measure(planned.model, decoder_blocks(planned.model), config, task=CAUSAL_LM, **dtypes)
 
 
 def kept_by_real_blocks(config) -> tuple[int, int]:
@@ -224,7 +225,7 @@ def test_a_model_that_cannot_be_measured(tiny, monkeypatch):
         return bool(inputs_embeds.sum() > 0)
 
     planned.model.forward = looks_at_values
-    settings = dict(mesh=None, device=CPU, dtype=torch.float32, autocast=None, compiled=False)
+    settings = dict(mesh=None, device=CPU, task=CAUSAL_LM, dtype=torch.float32, autocast=None, compiled=False)
     blocks = decoder_blocks(planned.model)
     decide = lambda value: lay_out(
         planned.model, blocks, make_config(use_gradient_checkpointing=value), Resident(1, 2, 3, 0), **settings

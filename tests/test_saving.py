@@ -18,7 +18,7 @@ from fsdp_utils.core.safetensors_io import CheckpointReader, StreamingWriter
 from fsdp_utils.folders import saving
 from fsdp_utils.model.build import build_on_meta, read_model_config, read_tokenizer
 from fsdp_utils.model.weights import fingerprint
-from fsdp_utils.training.task import CAUSAL_LM
+from fsdp_utils.tasks.causal_lm import CAUSAL_LM
 from methods.llama_pro import EXPANDED_LAYERS_FILE
 from methods.targets import adapter_targets
 

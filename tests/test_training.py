@@ -27,12 +27,12 @@ from fsdp_utils.data.batches import IGNORED, collate_packed, epoch_rows, with_ta
 from fsdp_utils.model.build import read_tokenizer
 from fsdp_utils.options import OPTIMIZERS, SCHEDULES
 from fsdp_utils.sharding.mesh import shard_group
+from fsdp_utils.tasks.causal_lm import CAUSAL_LM
 from fsdp_utils.training import metrics
 from fsdp_utils.training import step as training_step
 from fsdp_utils.training.loss import CausalLMLoss
 from fsdp_utils.training.optim import LocalParameters, LossScaler, global_norm, schedule_factor, stock_optimizer
 from fsdp_utils.training.step import TrainStep
-from fsdp_utils.training.task import CAUSAL_LM
 
 
 def run(flags: dict, *, ends=None, **patches) -> tuple[list[dict], dict[str, torch.Tensor]]:
@@ -91,7 +91,7 @@ def test_steps_of_packed_epochs(flags, tiny_data):
     samples = tokenized(config)
     rows = dict(seed=config.seed, context_length=80, packing=True)
     packs = [len(epoch_rows(samples.lengths, epoch=epoch, **rows)[0]) for epoch in range(6)]
-    batches = train.make_batches(config, samples, read_tokenizer(config.source), task=CAUSAL_LM)
+    batches = train.make_batches(config, samples, read_tokenizer(config.source), None, task=CAUSAL_LM)
     assert [batches.count(epoch) for epoch in range(6)] == packs
     steps = batches.first(sum(packs))
     labels = sum(len(batch["targets"]) for micro_batches in steps for batch in micro_batches)

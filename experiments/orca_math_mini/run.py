@@ -41,7 +41,7 @@ from fsdp_utils.inference.scoring import wilson_interval
 from fsdp_utils.model.assemble import plan
 from fsdp_utils.model.weights import fingerprint
 from fsdp_utils.options import PRECISIONS
-from fsdp_utils.training.task import CAUSAL_LM
+from fsdp_utils.tasks.causal_lm import CAUSAL_LM
 from methods.dora import DoRALinear
 from scripts.block_expansion import Expansion, expand
 from scripts.make_demo import write_jsonl

@@ -94,6 +94,19 @@ def _width(longest: int, *, multiple: int, context_length: int) -> int:
     return max(longest, min(-(-longest // multiple) * multiple, context_length))
 
 
+def width_of(rows: list, *, multiple: int, context_length: int) -> int:
+    """Columns of a micro-batch of these rows, int arrays `[tokens]`."""
+    return _width(max(map(len, rows)), multiple=multiple, context_length=context_length)
+
+
+def pad_rows(rows: list, *, fill: int, width: int) -> torch.Tensor:
+    """int64 `[rows, width]`, padded on the right."""
+    padded = torch.full((len(rows), width), fill)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = torch.tensor(row)
+    return padded
+
+
 def collate_padded(rows: list, *, pad_token_id: int, multiple: int, context_length: int) -> dict[str, torch.Tensor]:
     """One micro-batch of samples, padded on the right. A causal model needs no mask for that, and without one attention
     takes its fast kernels.
@@ -106,15 +119,12 @@ def collate_padded(rows: list, *, pad_token_id: int, multiple: int, context_leng
     """
     # a rank without rows still has to take part in every all-gather of the forward pass
     rows = rows or [(np.array([pad_token_id]), np.array([IGNORED]))]
-    width = _width(max(len(ids) for ids, _ in rows), multiple=multiple, context_length=context_length)
-    batch = {
-        "input_ids": torch.full((len(rows), width), pad_token_id),
-        "labels": torch.full((len(rows), width), IGNORED),
+    ids, labels = ([row[i] for row in rows] for i in range(2))
+    width = width_of(ids, multiple=multiple, context_length=context_length)
+    return {
+        "input_ids": pad_rows(ids, fill=pad_token_id, width=width),
+        "labels": pad_rows(labels, fill=IGNORED, width=width),
     }
-    for i, (ids, labels) in enumerate(rows):
-        batch["input_ids"][i, : len(ids)] = torch.tensor(ids)
-        batch["labels"][i, : len(ids)] = torch.tensor(labels)
-    return batch
 
 
 def collate_packed(packs: list, *, pad_token_id: int, multiple: int, context_length: int) -> dict[str, torch.Tensor]:
@@ -181,8 +191,14 @@ def with_targets(batch: dict[str, torch.Tensor], *, multiple: int = 1) -> dict[s
 
 
 def predicting_tokens(batch: dict[str, torch.Tensor]) -> int:
-    """How many places of a batch are in the loss."""
-    return int((batch["targets"] != IGNORED).sum())
+    """How many targets of a batch are in the loss; real numbers that are not asked for are NaN."""
+    targets = batch["targets"]
+    return int((~targets.isnan() if targets.is_floating_point() else targets != IGNORED).sum())
+
+
+def tokens_in(batch: dict[str, torch.Tensor]) -> int:
+    """How many tokens the model is given, with padding; in an encoder and in a decoder."""
+    return batch["input_ids"].numel() + (batch["labels"].numel() if "labels" in batch else 0)
 
 
 def boundaries(position_ids: torch.Tensor) -> torch.Tensor:
@@ -338,8 +354,10 @@ class Batches:
     def _micro_batch(self, rows: list[Sequence[int]]) -> dict[str, torch.Tensor]:
         """Reads the samples of `rows` and pads them."""
         indices = [int(sample) for samples in rows for sample in samples]
-        read = self.data.dataset[indices] if indices else {"input_ids": [], "labels": []}
-        samples = list(zip(read["input_ids"], read["labels"], strict=True))
+        names = self.data.dataset.column_names
+        names = ["input_ids", "labels", *(name for name in names if name not in ("input_ids", "labels"))]
+        read = self.data.dataset[indices] if indices else {name: [] for name in names}
+        samples = list(zip(*(read[name] for name in names), strict=True))
         if self.packing:
             ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
             samples = [samples[end - len(row) : end] for row, end in zip(rows, ends, strict=True)]

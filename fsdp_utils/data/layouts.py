@@ -55,6 +55,8 @@ class Layout:
         optional: columns that may be missing or null, then "".
         question: the columns that tell one task from another.
         split: row -> (prompt, completion), where one column holds both.
+        label: the column that says what a row is, which need not be a string.
+        tasks: what such rows are for, keys of `options.TASKS`.
         found_in_files: whether a local file with these columns is read this way.
     """
 
@@ -65,19 +67,34 @@ class Layout:
     question: tuple[str, ...] = ()
     split: Callable[[dict], tuple[str, str]] | None = None
     found_in_files: bool = True
+    label: str = ""
+    tasks: tuple[str, ...] = ("causal_lm",)
 
 
 # where a file has the columns of several, the first is taken
+ANSWERED = ("causal_lm", "seq2seq_lm")
+CLASSIFIED = dict(optional=("text_pair",), question=("text",), tasks=("sequence_classification",))
 LAYOUTS = {
     "messages": Layout(("messages",)),
-    "question": Layout(("question", "answer"), QUESTION_PROMPT.format_map, "answer", question=("question",)),
-    "alpaca": Layout(("instruction", "output"), _alpaca, "output", ("input",), question=("instruction", "input")),
-    "completion": Layout(("prompt", "completion"), lambda row: row["prompt"], "completion", question=("prompt",)),
+    "source": Layout(
+        ("source", "target"), lambda row: row["source"], "target", question=("source",), tasks=("seq2seq_lm",)
+    ),
+    "labelled": Layout(("text",), label="label", **CLASSIFIED),
+    "scored": Layout(("text",), label="score", **CLASSIFIED),
+    "question": Layout(
+        ("question", "answer"), QUESTION_PROMPT.format_map, "answer", question=("question",), tasks=ANSWERED
+    ),
+    "alpaca": Layout(
+        ("instruction", "output"), _alpaca, "output", ("input",), question=("instruction", "input"), tasks=ANSWERED
+    ),
+    "completion": Layout(
+        ("prompt", "completion"), lambda row: row["prompt"], "completion", question=("prompt",), tasks=ANSWERED
+    ),
     "text": Layout(("text",), answer="text", question=("text",)),
     "guanaco": Layout(("text",), answer="text", question=("text",), split=_guanaco, found_in_files=False),
     "sql": Layout(
         ("context", "question", "answer"), SQL_PROMPT.format_map, "answer",
-        question=("context", "question"), found_in_files=False,
+        question=("context", "question"), found_in_files=False, tasks=ANSWERED,
     ),
 }  # fmt: skip
 
@@ -90,11 +107,13 @@ class Reading:
         columns: --columns, `field=path,field=path`.
         prompt_template: --prompt_template, a file, or the text itself, which has braces.
         train_on: --train_on, "all" assistant turns or the "last".
+        task: --task, what the rows are for; auto: text to go on with.
     """
 
     columns: str | None = None
     prompt_template: str | None = None
     train_on: str = "all"
+    task: str = "causal_lm"
 
     @classmethod
     def of(cls, config) -> "Reading":
@@ -208,7 +227,7 @@ class Form:
     @cached_property
     def _known(self) -> frozenset[str]:
         """Every column that is read, or that holds what is."""
-        return frozenset({*self._read, *SWITCHES, *self.paths.values(), *self._inside})
+        return frozenset({*self._read, LAYOUTS[self.layout].label, *SWITCHES, *self.paths.values(), *self._inside})
 
     @cached_property
     def _inside(self) -> dict[str, set[str]]:
@@ -333,23 +352,29 @@ def find_form(row: dict, reading: Reading, *, source: str) -> Form:
     """
     paths = {name: path for name, path in reading.paths.items() if path in row or _at(row, path) is not None}
     names = {*row, *paths}
-    for name, layout in LAYOUTS.items():
-        if layout.found_in_files and set(layout.columns) <= names:
+    task = "causal_lm" if reading.task == "auto" else reading.task
+    offered = {name: row for name, row in LAYOUTS.items() if row.found_in_files and task in row.tasks}
+    for name, layout in offered.items():
+        if _needed(layout) <= names:
             return _with_fields(with_template(Form(name, paths), reading, columns=names, source=source))
     within = [name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
     wrapped = f"; or, if the rows are those under {within[0]!r}, write them alone" if len(within) == 1 else ""
-    accepted = "; ".join(", ".join(layout.columns) for layout in LAYOUTS.values() if layout.found_in_files)
+    accepted = "; ".join(", ".join(sorted(_needed(layout), reverse=True)) for layout in offered.values())
     raise DataError(
         f"{source}: unknown columns {', '.join(sorted(names)) or '(none)'}; say which is which by --columns, as in "
         f"--columns question=prompt,answer=response, or rename them to one of: {accepted}{wrapped}"
     )
 
 
+def _needed(layout: Layout) -> set[str]:
+    return {*layout.columns, *filter(None, [layout.label])}
+
+
 def _with_fields(form: Form) -> Form:
     """`form` without the fields that nothing reads: --columns would be said to have had an effect."""
     if form.layout == "messages":  # whose others are variables of the template
         return form
-    read = {*form._read, *SWITCHES}
+    read = {*form._read, LAYOUTS[form.layout].label, *SWITCHES}
     return replace(form, paths={name: path for name, path in form.paths.items() if name in read})
 
 

@@ -10,13 +10,14 @@ from fsdp_utils.data.sources import Place, held_out_rows, load_examples
 from fsdp_utils.data.tokens import TokenizedData, prepare_dataset
 
 
-def prepare_data(config, tokenizer, model_config, *, load=load_examples) -> TokenizedData:
+def prepare_data(config, tokenizer, model_config, *, task, load=load_examples) -> TokenizedData:
     """The tokenized samples; every process returns the same ones.
 
     Raises:
         UserError: bad data, or token ids that the embedding has no row for.
     """
-    tokenized = prepare_dataset(config, tokenizer, load=load)
+    known = task.labels or task.known_labels(model_config)
+    tokenized = prepare_dataset(config, tokenizer, load=load, coder=task.coder, labels=known)
     rows = model_config.get_text_config().vocab_size
     if tokenized.report.max_token_id >= rows:
         raise UserError(
@@ -26,7 +27,9 @@ def prepare_data(config, tokenizer, model_config, *, load=load_examples) -> Toke
     return tokenized
 
 
-def hold_out(config, data: TokenizedData, tokenizer, model_config) -> tuple[TokenizedData, TokenizedData | None]:
+def hold_out(
+    config, data: TokenizedData, tokenizer, model_config, *, task
+) -> tuple[TokenizedData, TokenizedData | None]:
     """The samples to train on, and those to validate with."""
     if config.eval_samples:
         data, held_out = data.split(config.eval_samples, seed=config.seed)
@@ -39,7 +42,8 @@ def hold_out(config, data: TokenizedData, tokenizer, model_config) -> tuple[Toke
     place = Place(config.eval_split, config.dataset_config, sole=True)
     load = lambda config: held_out_rows(config.dataset, place=place, reading=Reading.of(config))
     with naming("--eval_dataset, as"):
-        held_out = prepare_data(replace(config, dataset=config.eval_dataset), tokenizer, model_config, load=load)
+        named = replace(config, dataset=config.eval_dataset)
+        held_out = prepare_data(named, tokenizer, model_config, task=task, load=load)
     if set(held_out.sources) & set(data.sources):
         raise DataError(
             f"--eval_dataset {config.eval_dataset}: is what is trained on; hold samples out by --eval_samples"
@@ -55,10 +59,9 @@ def hold_out(config, data: TokenizedData, tokenizer, model_config) -> tuple[Toke
     return data, held_out
 
 
-def make_batches(config, data: TokenizedData, tokenizer, *, task) -> Batches:
+def make_batches(config, data: TokenizedData, tokenizer, model_config, *, task) -> Batches:
     """How this process's micro-batches are made."""
-    # padding is told by its place: any id does that the embedding has, and a tokenizer's own may lie beyond it
-    pad = min(tokenizer.pad_token_id or 0, data.report.max_token_id)
+    pad = task.pad_token_id(tokenizer, model_config, largest=data.report.max_token_id)
     return Batches.of(config, data, collate=task.collate, rank=rank(), world_size=world_size(), pad_token_id=pad)
 
 

@@ -413,6 +413,19 @@ def load_examples(config) -> Examples:
     return divide(config)[0]
 
 
+def first_columns(config) -> set[str]:
+    """The columns of the first rows of what a user brings, under the names that --columns gives them; none of sets with
+    a name, or where rows cannot be read so."""
+    if config.dataset in DATASETS:
+        return set()
+    try:
+        examples = load_examples(config)
+    except DataError:
+        return set()
+    rows = [(row, form) for row, form in examples.first(SAMPLED) if not row.problem]
+    return {name for row, form in rows for name, value in form.named(row.value).items() if has_value(value)}
+
+
 def divide(config) -> tuple[Examples, Examples]:
     """The raw rows to train on, as `load_examples`, and those of the same sources that are left unused."""
     check_name(config.dataset)

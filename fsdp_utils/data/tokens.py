@@ -20,35 +20,24 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 
 from fsdp_utils.core.errors import DataError
-from fsdp_utils.data import chats, encode, files, layouts, turns
+from fsdp_utils.data import chats, coded, encode, files, layouts, turns
 from fsdp_utils.data.batches import IGNORED
 from fsdp_utils.data.chats import Chat, Template, pick_chat
+from fsdp_utils.data.coded import ABOUT, IDS, NONE
 from fsdp_utils.data.encode import Parts, Piece, Text, TextEncoder, joined
 from fsdp_utils.data.files import Row, cache_folder, writing_cache
+from fsdp_utils.data.labels import Labels
 from fsdp_utils.data.layouts import BadRow, Form, Reading, is_learned
 from fsdp_utils.data.sources import Examples, load_examples
 
 # part of every cache key: rows tokenized by an older version of the code are not taken back
-MODULES = (Path(module.__file__) for module in (chats, encode, files, layouts, turns))
+MODULES = (Path(module.__file__) for module in (chats, coded, encode, files, layouts, turns))
 CODE = hashlib.sha256(b"".join(path.read_bytes() for path in (Path(__file__), *MODULES))).hexdigest()[:16]
 
 BATCH = 1000  # rows that are tokenized together
 SHOWN = 3  # refused rows that are told
 COMPARED = 64  # rows whose ids are decoded again, to see whether they hold the text
-FEATURES = datasets.Features(
-    {
-        "input_ids": datasets.List(datasets.Value("int32")),
-        "labels": datasets.List(datasets.Value("int32")),
-        "labelled": datasets.Value("int32"),
-        "truncated": datasets.Value("bool"),
-        "max_token_id": datasets.Value("int32"),
-        "end": datasets.Value("int32"),
-        "refused": datasets.Value("string"),
-        "unread": datasets.Value("string"),
-        "noted": datasets.Value("string"),
-    }
-)
-NONE = -1  # an end that is not known
+FEATURES = datasets.Features({"input_ids": IDS, "labels": IDS, **ABOUT})
 
 
 @dataclass(frozen=True)
@@ -106,12 +95,13 @@ class TokenizedData:
 
     Args:
         dataset: columns `input_ids` and `labels`, int32 [tokens] a row; label -100 where there is no loss, as of the
-            first token, which nothing predicts.
+            first token, which nothing predicts. Of other tasks as `data.coded` says.
         lengths: tokens of each row, int64 [samples].
         rows: number of each among the raw rows, int64 [samples].
         report: what became of the raw rows.
         name: the value of --dataset, for messages.
         sources: digests of the files or sets that the rows are of.
+        labels: what rows are classified as; None where they are not.
     """
 
     dataset: Dataset
@@ -120,6 +110,7 @@ class TokenizedData:
     report: DataReport
     name: str
     sources: tuple[str, ...] = ()
+    labels: Labels | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -198,12 +189,39 @@ class RowEncoder:
         tokenizer: of transformers.
         reading: how the user says that rows are to be read.
         source: the value of --dataset, for messages.
+        context_length: of `table`: longer rows are cut.
     """
 
-    def __init__(self, tokenizer, *, reading: Reading, source: str):
+    features = FEATURES
+
+    def __init__(self, tokenizer, *, reading: Reading, source: str, context_length: int = 0):
+        self.context_length = context_length
         self.texts, self.reading, self.source, self.template = TextEncoder(tokenizer), reading, source, None
         self.ids_of = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
         self.eos = tokenizer.eos_token
+
+    def check(self, examples: Examples) -> None:
+        """Raises DataError for chats without a chat template, and rows that are no text."""
+        if examples.chats:
+            Template(self.texts.tokenizer, source=self.source)
+
+    def table(self, rows: Sequence[tuple[Row, Form]]) -> pa.Table:
+        """The columns of `features`."""
+        return as_table(self(rows), context_length=self.context_length)
+
+    @staticmethod
+    def lengths(table) -> np.ndarray:
+        """Tokens of each row, int64 `[rows]`."""
+        return pc.list_value_length(table.column("input_ids")).to_numpy().astype(np.int64)
+
+    def notes(self, examples: Examples) -> tuple[str, ...]:
+        """What else is to be known of the rows."""
+        return _changed_texts(examples.first(COMPARED), self)
+
+    @staticmethod
+    def finished(kept: Dataset, rows: np.ndarray, examples: Examples, *, labels=None) -> tuple[Dataset, None]:
+        """What of the table is a sample."""
+        return kept.select_columns(["input_ids", "labels"]).with_format("numpy"), None
 
     def __call__(self, rows: Sequence[tuple[Row, Form]]) -> list[Encoded]:
         """The rows in order, those that cannot be read as refused."""
@@ -279,21 +297,27 @@ def _told(name: str) -> str:
     return " ".join(name.split()).encode(errors="replace").decode()
 
 
-def tokenize(examples: Examples, tokenizer, *, reading: Reading, source: str, context_length: int) -> pa.Table:
-    """The columns of FEATURES, of few rows and without a cache.
+def tokenize(
+    examples: Examples, tokenizer, *, reading: Reading, source: str, context_length: int, coder=RowEncoder, labels=None
+) -> list[tuple[torch.Tensor, ...]]:
+    """The samples of few rows, without a cache: `input_ids`, `labels` and what else the coder makes; int64 or fp32.
 
     Raises:
         DataError: a row that cannot be read.
     """
-    encoded = RowEncoder(tokenizer, reading=reading, source=source)(examples.read(range(len(examples))))
-    for row in encoded:
-        if row.refused:
-            raise DataError(f"{row.refused}; correct or remove the row")
-    return as_table(encoded, context_length=context_length)
+    coded = coder(tokenizer, reading=reading, source=source, context_length=context_length)
+    table = coded.table(examples.read(range(len(examples))))
+    for refused in table["refused"].to_pylist():
+        if refused:
+            raise DataError(f"{refused}; correct or remove the row")
+    found, _ = coded.finished(Dataset(table), np.arange(len(examples)), examples, labels=labels)
+    names = sorted(found.column_names, key=lambda name: (name != "input_ids", name != "labels"))
+    wide = lambda values: values if values.is_floating_point() else values.long()
+    return [tuple(wide(torch.as_tensor(row[name])) for name in names) for row in found]
 
 
-def _tokenize(batch: dict, *, examples: Examples, encoder: RowEncoder, context_length: int) -> pa.Table:
-    return as_table(encoder(examples.read(batch["index"])), context_length=context_length)
+def _tokenize(batch: dict, *, examples: Examples, coder) -> pa.Table:
+    return coder.table(examples.read(batch["index"]))
 
 
 @contextmanager
@@ -330,13 +354,17 @@ def _processes(samples: int) -> int | None:
     return wanted if wanted > 1 else None
 
 
-def prepare_dataset(config, tokenizer, *, load: Callable = load_examples) -> TokenizedData:
+def prepare_dataset(
+    config, tokenizer, *, load: Callable = load_examples, coder=RowEncoder, labels: Labels | None = None
+) -> TokenizedData:
     """Tokenizes the rows of `config.dataset`, once a machine: the result is kept in the cache of `datasets`.
 
     Every process must call it.
 
     Args:
         load: from the flags to the rows of `config.dataset`.
+        coder: class that makes ids of rows: `RowEncoder`, or one of `data.coded`.
+        labels: what rows are classified as, where that is known already.
 
     Raises:
         DataError: as `load_examples`; a row that cannot be read, without --skip_bad_rows; chats without a chat
@@ -344,10 +372,10 @@ def prepare_dataset(config, tokenizer, *, load: Callable = load_examples) -> Tok
     """
     with main_process_first():
         examples, reading = load(config), Reading.of(config)
-        if examples.chats:
-            Template(tokenizer, source=config.dataset)  # raises where there is none
-        encoder = RowEncoder(tokenizer, reading=reading, source=config.dataset)
-        key = _cache_key(examples, tokenizer, context_length=config.context_length, train_on=reading.train_on)
+        encoder = coder(tokenizer, reading=reading, source=config.dataset, context_length=config.context_length)
+        encoder.check(examples)
+        how = dict(context_length=config.context_length, train_on=reading.train_on, coder=coder.__name__)
+        key = _cache_key(examples, tokenizer, **how)
         path = cache_folder() / f"{key}.arrow"  # never beside the user's own files
         workers = _processes(len(examples))
         if workers:
@@ -358,25 +386,37 @@ def prepare_dataset(config, tokenizer, *, load: Callable = load_examples) -> Tok
                 _tokenize,
                 batched=True,
                 batch_size=BATCH,
-                fn_kwargs=dict(examples=examples, encoder=encoder, context_length=config.context_length),
+                fn_kwargs=dict(examples=examples, coder=encoder),
                 remove_columns=["index"],
-                features=FEATURES,
+                features=coder.features,
                 num_proc=workers,
                 new_fingerprint=key,
                 cache_file_name=str(path),
                 desc="Tokenizing",
             )
         gc.unfreeze()
-    kept = _kept(tokenized, config, has_eos=tokenizer.eos_token_id is not None)
+    keep, report = _kept(tokenized, encoder, config, has_eos=tokenizer.eos_token_id is not None)
+    rows = np.flatnonzero(keep)
+    dataset, labels = encoder.finished(
+        tokenized if keep.all() else tokenized.select(rows), rows, examples, labels=labels
+    )
     mixture = (f"mixture: {', '.join(examples.taken)}",) if examples.taken else ()
-    notes = (*mixture, *kept.report.notes, *_changed_texts(examples.first(COMPARED), encoder))
-    report = replace(kept.report, notes=notes, chats=examples.chats)
-    return replace(kept, report=report, sources=tuple(part.rows.digest for part in examples.parts))
+    said = (f"labels: {labels}",) if labels else ()
+    notes = (*mixture, *report.notes, *encoder.notes(examples), *said)
+    return TokenizedData(
+        dataset=dataset,
+        lengths=encoder.lengths(tokenized.data)[keep],
+        rows=rows,
+        report=replace(report, notes=notes, chats=examples.chats),
+        name=config.dataset,
+        sources=tuple(part.rows.digest for part in examples.parts),
+        labels=labels,
+    )
 
 
-def training_samples(config, tokenizer) -> TokenizedData:
+def training_samples(config, tokenizer, **how) -> TokenizedData:
     """`prepare_dataset` without what `--eval_samples` holds out."""
-    data = prepare_dataset(config, tokenizer)
+    data = prepare_dataset(config, tokenizer, **how)
     return data.split(config.eval_samples, seed=config.seed)[0] if config.eval_samples else data
 
 
@@ -395,10 +435,10 @@ def _changed_texts(examples: Examples, encoder: RowEncoder) -> tuple[str, ...]:
     return (f"note: the tokenizer changes the text of {len(changed)} of the first {len(rows)} rows; {changed[0]}",)
 
 
-def _kept(tokenized: Dataset, config, *, has_eos: bool) -> TokenizedData:
-    """Drops rows that were refused or have no label, and counts."""
+def _kept(tokenized: Dataset, encoder, config, *, has_eos: bool) -> tuple[np.ndarray, DataReport]:
+    """Which rows are samples: those that were not refused and have a label; and what became of all."""
     table = tokenized.data
-    lengths = pc.list_value_length(table.column("input_ids")).to_numpy().astype(np.int64)
+    lengths = encoder.lengths(table)
     names = ("labelled", "truncated", "max_token_id", "end")
     labelled, truncated, largest, ends = (table.column(c).to_numpy() for c in names)
     good = pc.binary_length(table.column("refused")).to_numpy() == 0
@@ -427,10 +467,7 @@ def _kept(tokenized: Dataset, config, *, has_eos: bool) -> TokenizedData:
         notes=tuple(f"note: {said} ({count:,} rows)" for said, count in noted.items()),
         ends=tuple(sorted(set(ends[keep].tolist()) - {NONE})),
     )
-    kept = tokenized if keep.all() else tokenized.select(np.flatnonzero(keep))
-    columns = kept.select_columns(["input_ids", "labels"]).with_format("numpy")
-    rows = np.flatnonzero(keep)
-    return TokenizedData(dataset=columns, lengths=lengths[keep], rows=rows, report=report, name=config.dataset)
+    return keep, report
 
 
 def _counted(column: pa.ChunkedArray) -> dict[str, int]:

@@ -114,6 +114,8 @@ class BnbNF4(Bnb):
     a change smaller than half a step is rounded away.
     """
 
+    for_all_tasks = True
+
     calibrates = True
 
     def __init__(self, trained, options):

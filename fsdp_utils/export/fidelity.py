@@ -17,11 +17,11 @@ from fsdp_utils.core.folders import model_folder
 from fsdp_utils.core.safetensors_io import CheckpointReader
 from fsdp_utils.data.batches import IGNORED
 from fsdp_utils.export.held_out import HeldOut
-from fsdp_utils.folders.describe import Run, describe
+from fsdp_utils.folders.describe import Run, describe, task_of
 from fsdp_utils.inference.load import default_dtype, load_for_inference, load_stock
 from fsdp_utils.model.build import resolve_model
 from fsdp_utils.model.weights import fingerprint
-from fsdp_utils.training.task import CAUSAL_LM
+from fsdp_utils.tasks.causal_lm import CAUSAL_LM
 
 LEAST_GAIN = 0.01  # nats per token; a share of less is noise
 LOUD = 0.9  # of the gain
@@ -56,7 +56,7 @@ def fidelity(run: Run, exported: Path, text: HeldOut, *, device: torch.device, d
     if base is not None:
         trained_in = default_dtype(run)
         models["base"] = lambda: load_for_inference(describe(base, **trusted), device=device, dtype=trained_in)
-    scores = compare(models, text.rows, device=device, scratch=exported.parent)
+    scores = compare(models, text.rows, task=task_of(run), device=device, scratch=exported.parent)
     if text.unseen and base is not None:
         scores["exported"]["gain_kept"] = gain_kept(*(scores[name]["perplexity"] for name in models))
     return scores
@@ -69,11 +69,13 @@ def gain_kept(trained: float, exported: float, base: float) -> float | None:
     return math.log(base / exported) / gain if gain > LEAST_GAIN else None
 
 
-def compare(models: dict[str, Callable[[], nn.Module]], rows, *, device: torch.device, scratch: Path) -> dict:
+def compare(
+    models: dict[str, Callable[[], nn.Module]], rows, *, task=CAUSAL_LM, device: torch.device, scratch: Path
+) -> dict:
     """Scores each model; the first is the reference, whose log-probabilities wait in a file in `scratch`."""
     scores = {}
     with tempfile.TemporaryDirectory(dir=scratch, prefix=".fidelity") as folder:
-        reference = _Reference(Path(folder) / "log_probs", rows)
+        reference = _Reference(Path(folder) / "log_probs", rows, task=task)
         for name, load in models.items():
             model = load()
             scores[name] = reference.score(model, rows, device=device, name=name)
@@ -87,14 +89,15 @@ def compare(models: dict[str, Callable[[], nn.Module]], rows, *, device: torch.d
 class _Reference:
     """Log-probabilities of the first model scored, fp32 `[tokens, vocabulary]`, in a mapped file."""
 
-    def __init__(self, path: Path, rows):
-        self.path, self.tokens, self.stored = path, sum(int((labels != IGNORED).sum()) for _, labels in rows), None
+    def __init__(self, path: Path, rows, *, task):
+        self.path, self.task, self.stored = path, task, None
+        self.tokens = sum(int((row[1] != IGNORED).sum()) for row in rows)
 
     @torch.no_grad()
     def score(self, model: nn.Module, rows, *, device: torch.device, name: str) -> dict:
         first, start, loss, divergence, agreed = self.stored is None, 0, 0.0, 0.0, 0
         for row in tqdm(rows, desc=f"scoring {name}", unit="text", leave=False):
-            found, targets = CAUSAL_LM.predictions(model, *(tensor.to(device) for tensor in row))  # [n, vocabulary]
+            found, targets = self.task.predictions(model, *(tensor.to(device) for tensor in row))  # [n, vocabulary]
             if self.stored is None:
                 self._create(found.shape[1])
             stop = start + len(targets)

@@ -16,7 +16,7 @@ from fsdp_utils.core.folders import write_json
 from fsdp_utils.core.safetensors_io import StreamingWriter
 from fsdp_utils.export.gptq import Calibrated, Grid, Rounded, round_together
 from fsdp_utils.export.trained import TrainedWeights
-from fsdp_utils.folders.describe import generation_folder, tokenizer_folder
+from fsdp_utils.folders.describe import generation_folder, task_of, tokenizer_folder
 from fsdp_utils.folders.documents import describe_generation, describe_model, describe_tokenizer
 from fsdp_utils.folders.names import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, GENERATION_CONFIG
 from fsdp_utils.options import DTYPES
@@ -37,6 +37,7 @@ class Format:
     Attributes:
         packed: paths of the linears that are stored in the format's own way; everything else is stored in `dtype`.
         reader: package beside transformers that loading the result needs.
+        for_all_tasks: whether models of other tasks than language models can be stored so.
         calibrates: whether weights are rounded to a grid, which `calibrate` can do by their inputs.
 
     Raises:
@@ -45,9 +46,13 @@ class Format:
 
     reader: str | None = None
     calibrates = False
+    for_all_tasks = False
 
     def __init__(self, trained: TrainedWeights, options):
         self.trained, self.options, self.dtype = trained, options, getattr(torch, DTYPES[options.dtype])
+        task = task_of(trained.run)
+        if not (self.for_all_tasks or task.causal):
+            raise UserError(f"{trained.run.folder}: is a {task.noun}; export it by --infer_type merged or bnb_nf4")
         self.packed, self.calibrated = set(self.to_pack()), None
 
     @property
@@ -60,7 +65,9 @@ class Format:
         """Every linear of the decoder blocks, except in blocks that were trained in 16 bits."""
         self._check_linears()
         new = tuple(f"{block}." for block in self.trained.new_blocks)
-        return [path for path in self.trained.in_blocks if not path.startswith(new)]
+        # stock loaders leave alone what a family keeps in fp32
+        kept = {name.removesuffix(".weight") for name in self.trained.own_dtypes}
+        return [path for path in self.trained.in_blocks if not path.startswith(new) and path not in kept]
 
     def _check_linears(self) -> None:
         """Raises UserError where stock loaders would look for other layers than those we pack."""
@@ -179,6 +186,8 @@ def write_adapter(trained: TrainedWeights, pairs: dict[str, Pair], folder: Path,
 class Merged(Format):
     """A plain Hugging Face folder; adapters are folded into the dequantized base they were trained on."""
 
+    for_all_tasks = True
+
     @property
     def better(self):
         return "--rounding random" if self.options.rounding == "nearest" else "--dtype fp32"
@@ -207,8 +216,10 @@ def write_rest(chosen: Format, tokenizer, folder: Path, *, target: Path) -> None
     if (run.folder / EXPANDED_LAYERS_FILE).exists():
         shutil.copyfile(run.folder / EXPANDED_LAYERS_FILE, folder / EXPANDED_LAYERS_FILE)
     describe_generation(folder, generation_folder(run), tokenizer=tokenizer, is_model=True)
-    if not (folder / GENERATION_CONFIG).exists():
+    task = task_of(run)
+    if not (folder / GENERATION_CONFIG).exists() and task.writes:
         GenerationConfig.from_model_config(chosen.trained.model_config).save_pretrained(folder)
     quantization = chosen.quantization_config()
     untied = chosen.trained.weights.untied
-    describe_model(folder, run.base, dtype=chosen.dtype, untied=untied, quantization_config=quantization)
+    more = task.described(chosen.trained.model_config) | dict(quantization_config=quantization)
+    describe_model(folder, run.base, dtype=chosen.dtype, untied=untied, **more)

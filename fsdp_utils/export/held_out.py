@@ -12,13 +12,13 @@ from fsdp_utils.data import sources
 from fsdp_utils.data.batches import IGNORED
 from fsdp_utils.data.layouts import Reading
 from fsdp_utils.data.tokens import digest_of, tokenize, training_samples
-from fsdp_utils.folders.describe import Run, describe
+from fsdp_utils.folders.describe import Run, describe, task_of
 
 MOST_TOKENS = 4096  # their log-probabilities go to disk: 2 GB with a vocabulary of 128k
 CONTEXT = 2048
 AT_ONCE = 256  # rows that are encoded together
 
-Row = tuple[torch.Tensor, torch.Tensor]
+Row = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class HeldOut:
 
     Args:
         source: the dataset, and which part of it.
-        rows: (ids `[tokens]`, labels `[tokens]`, -100 where no token is asked for), int64.
+        rows: (ids `[tokens]`, labels, -100 where nothing is asked for, and what else the task's samples have).
         unseen: whether the run, as far as it is known, did not train on it.
     """
 
@@ -38,7 +38,7 @@ class HeldOut:
     @property
     def tokens(self) -> int:
         """How many are asked for."""
-        return sum(int((labels != IGNORED).sum()) for _, labels in self.rows)
+        return sum(int((row[1] != IGNORED).sum()) for row in self.rows)
 
 
 def held_out(run: Run, tokenizer, *, name: str | None, samples: int) -> HeldOut:
@@ -57,49 +57,49 @@ def held_out(run: Run, tokenizer, *, name: str | None, samples: int) -> HeldOut:
     context = run.config.context_length if run.config else CONTEXT
     source, examples = _chosen(run, name)
     reading = Reading.of(run.config) if run.config else Reading()
-    encode = partial(tokenize, tokenizer=tokenizer, reading=reading, source=source, context_length=context)
-    seen = _trained_on(run.config, tokenizer) if run.config else set()
+    how = _how(task_of(run))
+    encode = partial(tokenize, tokenizer=tokenizer, reading=reading, source=source, context_length=context, **how)
+    seen = _trained_on(run.config, tokenizer, how) if run.config else set()
     found = [] if seen is None else list(islice(_unseen(examples, seen, encode), samples))
     unseen = bool(found)
     if not unseen:
         others = examples if len(examples) else sources.load_examples(run.config)
         why = "what its --init_adapter was trained on is not known" if seen is None else "trained on: no other rows"
-        source, found = f"{source} ({why})", _rows(encode(others.first(samples)))
+        source, found = f"{source} ({why})", encode(others.first(samples))
     rows = list(_that_fit(found))
     if not rows:
         raise UserError(f"--fidelity_data {source}: no row has an answer within {context} tokens; give other text")
     return HeldOut(source, rows, unseen)
 
 
+def _how(task) -> dict:
+    return dict(coder=task.coder, labels=task.labels)
+
+
 def _that_fit(rows: Iterable[Row]) -> Iterator[Row]:
     left = MOST_TOKENS
-    for ids, labels in rows:
-        asked = int((labels != IGNORED).sum())
+    for row in rows:
+        asked = int((row[1] != IGNORED).sum())
         if 0 < asked <= left:
             left -= asked
-            yield ids, labels
-
-
-def _rows(table) -> Iterator[Row]:
-    for ids, labels in zip(table["input_ids"].to_pylist(), table["labels"].to_pylist(), strict=True):
-        yield torch.tensor(ids), torch.tensor(labels)
+            yield row
 
 
 def _unseen(examples: sources.Examples, seen: set[bytes], encode) -> Iterator[Row]:
     """Rows of which the run has not seen the ids, as they are asked for."""
     for start in range(0, len(examples), AT_ONCE):
         part = examples.select(range(start, min(start + AT_ONCE, len(examples))))
-        asked = (row for row in _rows(encode(part)) if (row[1] != IGNORED).any())
+        asked = (row for row in encode(part) if (row[1] != IGNORED).any())
         yield from (row for row in asked if digest_of(row[0].numpy()) not in seen)
 
 
-def _trained_on(config, tokenizer) -> set[bytes] | None:
+def _trained_on(config, tokenizer, how: dict) -> set[bytes] | None:
     """A digest of the ids of each sample that the run, and those before it, were trained on; None if unknown."""
-    seen = set(training_samples(config, tokenizer).digests())
+    seen = set(training_samples(config, tokenizer, **how).digests())
     if not config.init_adapter:
         return seen
     before = describe(config.init_adapter).config
-    earlier = _trained_on(before, tokenizer) if before else None
+    earlier = _trained_on(before, tokenizer, how) if before else None
     return None if earlier is None else seen | earlier
 
 

@@ -6,7 +6,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.safetensors_io import CheckpointReader
-from fsdp_utils.folders.describe import Run
+from fsdp_utils.folders.describe import Run, task_of
 from fsdp_utils.inference.load import build_dense, default_dtype, plan_adapter
 from fsdp_utils.model.checkpoint import match
 from fsdp_utils.model.quantized_cache import packed_modules
@@ -48,14 +48,16 @@ class TrainedWeights:
             raise UserError(f"--model {run.folder}: was trained on random weights (--load_format dummy)")
         self.run, self.device = run, device
         self.quantizer = quantizer_of(run.train_type)(**run.quantizer) if run.quantizer else None
-        self.method, self._trained_dtype, self._adapter, self._packed, self._last = None, None, {}, {}, {}
+        self.method, self._trained_dtype = None, None
+        self._adapter, self._whole, self._packed, self._last = {}, {}, {}, {}
         if run.kind == "adapter":
             self._trained_dtype = default_dtype(run)
             planned, stored, _ = plan_adapter(run, device=device, dtype=self._trained_dtype)
             self.method, self._adapter = planned.method, by_layer(stored)
+            self._whole = {name: tensor for name, tensor in stored.items() if ".lora_" not in name}
             self._packed = packed_modules(planned.model)
         built = build_dense(run, dtype=torch.bfloat16)  # in which shows what a family keeps in fp32
-        self.weights = match(built, CheckpointReader(run.base))
+        self.weights = match(built, CheckpointReader(run.base), task=task_of(run))
         self.model_config = built.config
         whole = {read.name: read for read in plan_reads(built)} | saved_buffers(built)
         self.shapes = {name: self.weights.shape(name) for name in whole if name in self.weights}
@@ -88,7 +90,7 @@ class TrainedWeights:
         """Whether training may have changed a tensor of the model."""
         if self.run.kind == "llama_pro":
             return name.startswith(tuple(f"{block}." for block in self.new_blocks))
-        return self.run.kind != "adapter" or name.removesuffix(".weight") in self._adapter
+        return self.run.kind != "adapter" or name.removesuffix(".weight") in self._adapter or name in self._whole
 
     def tensor(self, name: str) -> torch.Tensor:
         """A parameter of the model under the adapters, in the dtype it was trained in; dequantized if it was
@@ -125,6 +127,8 @@ class TrainedWeights:
         return {suffix: tensor.to(self.device) for suffix, tensor in self._adapter[path].items()}
 
     def _read(self, name: str) -> torch.Tensor:
+        if name in self._whole:
+            return self._whole[name].to(self.device)
         rows = self.weights.tensor(name).to(self.device)
         path = name.removesuffix(".weight")
         return self.method.base_rows(path, rows, start=0) if self.method else rows

@@ -11,6 +11,7 @@ from fsdp_utils.core.errors import CheckpointError, UserError
 from fsdp_utils.core.flags import flags
 from fsdp_utils.core.folders import model_folder, refuse_gguf
 from fsdp_utils.core.safetensors_io import read_header
+from fsdp_utils.data.labels import PREFIX, REGRESSION, SINGLE, Labels
 from fsdp_utils.folders.documents import is_tokenizer_file, read_json
 from fsdp_utils.folders.names import (
     ADAPTER_CONFIG,
@@ -21,7 +22,8 @@ from fsdp_utils.folders.names import (
     RUN_FILE,
     TRAINED_FILE,
 )
-from fsdp_utils.model.build import read_tokenizer, resolve_model
+from fsdp_utils.model.build import read_raw_config, read_tokenizer, resolve_model
+from fsdp_utils.tasks import Task, named_task, peft_task, recorded_task, task_of_model
 from methods import TRAIN_TYPES
 from methods.adapter import KEY_PREFIX, LORA_A, LORA_B, MAGNITUDE, peft_scaling_keys
 from methods.llama_pro import EXPANDED_LAYERS_FILE
@@ -62,6 +64,7 @@ class Run:
         adapter_folder: where adapter_config.json lies; None unless it is an adapter.
         trust_remote_code: code that the folder brings may run.
         chats: whether it was trained on chats; None if that is not known.
+        task: `tasks.Task.record`; None if that is not known.
     """
 
     folder: Path
@@ -74,6 +77,7 @@ class Run:
     adapter_folder: Path | None = None
     trust_remote_code: bool = False
     chats: bool | None = None
+    task: dict | None = None
 
     def __str__(self) -> str:
         return f"{self.folder}: {TITLES[self.kind]}" + (f" ({self.train_type})" if self.train_type else "")
@@ -153,7 +157,7 @@ def _known_from(record: dict | None, *, base: Path | None) -> dict:
     # --dataset_samples caps some datasets only where it was given; old records say no more than the values
     changed = [f.name for f in flags(TrainConfig) if getattr(config, f.name) != f.default]
     config.explicit_flags = frozenset(record.get("explicit", changed))
-    known = {name: record.get(name) for name in ("quantizer", "base_fingerprint", "chats")}
+    known = {name: record.get(name) for name in ("quantizer", "base_fingerprint", "chats", "task")}
     return dict(config=config, **known)
 
 
@@ -211,6 +215,8 @@ def _refuse_peft_features(path: Path, config: dict) -> None:
 
     plain = LoraConfig().to_dict()
     for key, value in config.items():
+        if key == "modules_to_save" and config.get("task_type") == "SEQ_CLS":  # heads
+            continue
         if key in PEFT_READ | peft_scaling_keys() or (key == "init_lora_weights" and value in PEFT_STARTS):
             continue
         if (value or None) != (plain.get(key) or None):
@@ -271,6 +277,26 @@ def check_base(run: Run, fingerprint: str) -> None:
             f"{run.folder}: {run.base} is not the base it was trained on (fingerprint {fingerprint[:12]}, "
             f"trained on {run.base_fingerprint[:12]}); put the original back"
         )
+
+
+def task_of(run: Run) -> Task:
+    """What a run is for: as it was trained, or as its documents say."""
+    if run.task:
+        return recorded_task(run.task)
+    if run.config:  # of a version that knew one task
+        return named_task("causal_lm")
+    model_config = read_raw_config(str(run.base), trust_remote_code=run.trust_remote_code)
+    name = peft_task(run.adapter.get("task_type")) if run.adapter else task_of_model(model_config)
+    return named_task(name, named_task(name).known_labels(model_config) or _labels_of_head(run, name))
+
+
+def _labels_of_head(run: Run, name: str) -> Labels | None:
+    """The labels of a head that an adapter brings: as many as it has rows, without names."""
+    if name != "sequence_classification" or not run.adapter_folder:
+        return None
+    shapes = [e["shape"] for n, e in read_header(run.adapter_folder / ADAPTER_WEIGHTS).items() if ".lora_" not in n]
+    count = min((shape[0] for shape in shapes if len(shape) == 2), default=0)
+    return Labels(SINGLE, tuple(f"{PREFIX}{i}" for i in range(count))) if count > 1 else Labels(REGRESSION)
 
 
 def tokenizer_folder(run: Run) -> Path:

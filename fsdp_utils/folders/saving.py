@@ -151,6 +151,7 @@ def run_record(config, planned, *, finished: bool, saved: bool, data: dict | Non
         base_fingerprint=planned.base_fingerprint,
         quantizer=asdict(planned.quantizer) if planned.quantizer else None,
         processes=world_size(),
+        task=planned.task.record(),
         **(data or {}),
         flags=lasting_values(config),
         explicit=sorted(config.explicit_flags),
@@ -317,7 +318,8 @@ def describe_whole(model, tokenizer, planned, config, folder: Path) -> None:
     describe_generation(folder, source, tokenizer=tokenizer, is_model=True)
     if (source / EXPANDED_LAYERS_FILE).exists():
         shutil.copyfile(source / EXPANDED_LAYERS_FILE, folder / EXPANDED_LAYERS_FILE)
-    describe_model(folder, source, dtype=planned.dtype, untied=planned.weights.untied)
+    more = planned.task.described(model.config)
+    describe_model(folder, source, dtype=planned.dtype, untied=planned.weights.untied, **more)
 
 
 def source_folder(config) -> Path | None:

@@ -16,13 +16,13 @@ from fsdp_utils.folders.describe import (
     check_adapter,
     check_base,
     generation_folder,
+    task_of,
 )
 from fsdp_utils.folders.names import GENERATION_CONFIG, GGUF_FILE
 from fsdp_utils.model.assemble import Dtypes, Plan, attach, build, load_whole
 from fsdp_utils.model.build import build_on_meta, quantize_on_meta, read_model_config
 from fsdp_utils.model.checkpoint import match
 from fsdp_utils.model.weights import check_loaded, checkpoint_dtype, load_weights, materialize
-from fsdp_utils.training.task import CAUSAL_LM
 from methods import METHODS, TRAIN_TYPES, make_quantizer, method_of
 from methods.adapter import flags_of
 from methods.targets import block_linears, refuse_experts
@@ -85,7 +85,7 @@ def check_eval_type(run: Run, eval_type: str | None) -> None:
 def _load_model(run: Run, *, device, dtype, eval_type) -> nn.Module:
     """A dense model, or one whose linears are quantized while they are read."""
     built = build_dense(run, dtype=dtype)
-    weights = match(built, CheckpointReader(run.base))
+    weights = match(built, CheckpointReader(run.base), task=task_of(run))
     quantized = eval_type not in (None, "full", run.train_type)
     if quantized:
         train_type = "qlora" if eval_type == "full_post_quantized" else eval_type
@@ -110,7 +110,7 @@ def build_dense(run: Run, *, dtype: torch.dtype) -> nn.Module:
     Raises:
         UserError: as `read_model_config`, or it has experts.
     """
-    asked = dict(task=CAUSAL_LM, trust_remote_code=run.trust_remote_code)
+    asked = dict(task=task_of(run), trust_remote_code=run.trust_remote_code)
     built = build_on_meta(read_model_config(str(run.base), **asked), dtype=dtype, **asked)
     refuse_experts(built)
     return built
@@ -147,7 +147,7 @@ def inference_config(run: Run, *, dtype: torch.dtype, eval_type: str | None = No
 
 def _foreign_config(run: Run) -> TrainConfig:
     """The flags that would have made a PEFT adapter that was trained elsewhere."""
-    paths = {n.rpartition(".lora_")[0] for n in adapter_tensors(run.adapter_folder)}
+    paths = {n.rpartition(".lora_")[0] for n in adapter_tensors(run.adapter_folder) if ".lora_" in n}
     return TrainConfig(
         train_type="dora" if run.dora else "custom_lora",
         model_name=str(run.base),
@@ -163,7 +163,7 @@ def plan_adapter(run: Run, *, device, dtype, eval_type=None) -> tuple[Plan, dict
         UserError: another base, or a base quantized in another way than in training; tensors that do not fit.
     """
     config = inference_config(run, dtype=dtype, eval_type=eval_type)
-    planned = attach(build(config, task=CAUSAL_LM, device=device), config)
+    planned = attach(build(config, task=task_of(run), device=device), config)
     check_base(run, planned.base_fingerprint)
     as_trained = eval_type in (None, run.train_type)
     built = asdict(planned.quantizer) if planned.quantizer else None
@@ -200,7 +200,7 @@ def load_stock(run: Run, *, device, dtype) -> nn.Module:
 
         options |= dict(gguf_file=GGUF_FILE, quantization_config=GgufConfig(dequantize=True))
     try:
-        loaded = CAUSAL_LM.auto_class.from_pretrained(run.base, dtype=dtype, device_map={"": device}, **options)
+        loaded = task_of(run).auto_class.from_pretrained(run.base, dtype=dtype, device_map={"": device}, **options)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         refuse_code(error, named=str(run.base))
         raise UserError(f"{run.base}: transformers cannot load it ({first_line(error)})") from None

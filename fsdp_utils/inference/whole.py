@@ -9,12 +9,11 @@ from fsdp_utils.core.folders import new_folder
 from fsdp_utils.core.processes import barrier
 from fsdp_utils.core.ranks import is_main, say
 from fsdp_utils.folders import checkpoints, saving
-from fsdp_utils.folders.describe import Run, check_base, describe, tokenizer_folder, tokenizer_of
+from fsdp_utils.folders.describe import Run, check_base, describe, task_of, tokenizer_folder, tokenizer_of
 from fsdp_utils.folders.documents import describe_tokenizer
 from fsdp_utils.folders.names import GENERATION_CONFIG, RUN_FILE
 from fsdp_utils.inference.load import default_dtype, inference_config
 from fsdp_utils.model.assemble import attach, build, load_whole
-from fsdp_utils.training.task import CAUSAL_LM
 
 WHOLE = "whole"  # inside the checkpoint, with which it is removed
 
@@ -39,7 +38,7 @@ def whole(run: Run, *, device: torch.device) -> Run:
 
 def _write(run: Run, folder: Path, *, device: torch.device) -> None:
     config = inference_config(run, dtype=default_dtype(run))
-    planned = attach(build(config, task=CAUSAL_LM, device=device), config)
+    planned = attach(build(config, task=task_of(run), device=device), config)
     check_base(run, planned.base_fingerprint)
     model = load_whole(planned, config, device=device)
     checkpoints.restore_parameters(model, run.folder)

@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fsdp_utils.core.errors import UserError
-from fsdp_utils.data.batches import packed_inputs
 from fsdp_utils.options import POLICIES
 from fsdp_utils.sharding.offload import InputOffloader
 from fsdp_utils.sharding.wrapping import product_of
@@ -117,10 +116,11 @@ def _watched(blocks: dict[str, nn.Module], ledger: _Ledger, *, fake: FakeTensorM
             del block.forward
 
 
-def measure(model: nn.Module, blocks: dict[str, nn.Module], config, *, dtype, autocast) -> Kept:
+def measure(model: nn.Module, blocks: dict[str, nn.Module], config, *, task, dtype, autocast) -> Kept:
     """What a micro-batch of `batch_size` rows of `context_length` tokens keeps, from one forward pass on meta.
 
     Args:
+        task: knows how the model is called.
         dtype, autocast: of hidden states and of the products.
 
     Raises:
@@ -133,11 +133,10 @@ def measure(model: nn.Module, blocks: dict[str, nn.Module], config, *, dtype, au
         embedded = torch.empty(shape, dtype=dtype, requires_grad=True)
     ledger.ignore(state.values())
     policy = _KeptByPolicy(config.checkpoint_policy, elements=embedded.numel(), dtype=dtype)
-    arguments = dict(inputs_embeds=embedded, use_cache=False)
-    if config.packing:
-        arguments |= packed_inputs(config.batch_size, config.context_length)
+    arguments = task.measured(embedded, packing=config.packing)
     compute = torch.autocast("cpu", autocast) if autocast else nullcontext()
-    head = model.get_output_embeddings().register_forward_hook(lambda module, args, out: logits.append(out))
+    ends = [head for head in (model.get_output_embeddings(),) if head is not None]
+    hooks = [head.register_forward_hook(lambda module, args, out: logits.append(out)) for head in ends]
     try:
         with (
             _watched(blocks, ledger, fake=fake, policy=policy) as (inputs, by_policy),
@@ -148,7 +147,8 @@ def measure(model: nn.Module, blocks: dict[str, nn.Module], config, *, dtype, au
     except (RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"cannot measure {type(model).__name__} ({str(error).partition(chr(10))[0]})") from error
     finally:
-        head.remove()
+        for hook in hooks:
+            hook.remove()
     most, states = max(by_policy)
-    fused = config.fused_loss and out.logits is logits[0]
+    fused = config.fused_loss and bool(logits) and out.logits is logits[0]
     return Kept(max(ledger.of_block.values()), max(inputs), most, states, ledger.outside, fused)

@@ -106,9 +106,11 @@ def at_loss(model: nn.Module, config, kept: Kept, *, dtype, autocast) -> int:
     """Bytes besides `kept.outside` while head and loss run."""
     shape = model.config.get_text_config()
     tokens, width = config.batch_size * config.context_length, dtype.itemsize
+    head = model.get_output_embeddings()
+    if head is None:  # a few numbers a row
+        return 0
     if not kept.fused_loss:  # whole logits, their fp32 copy, probabilities, and the gradients of these
         return tokens * shape.vocab_size * (2 * width + 12)
-    head = model.get_output_embeddings()
     size = shape.vocab_size * shape.hidden_size
     trains = any(p.requires_grad for p in head.parameters())
     # a packed or autocast head as a matrix; hidden states of the predicting tokens and their gradient

@@ -66,6 +66,7 @@ def lay_out(
     config,
     held: Resident,
     *,
+    task,
     mesh,
     device: torch.device,
     dtype: torch.dtype,
@@ -79,6 +80,7 @@ def lay_out(
 
     Args:
         held: what is in memory besides activations.
+        task: knows how the model is called.
         dtype, autocast: of hidden states and of the products.
         compiled: blocks will be compiled.
 
@@ -88,7 +90,7 @@ def lay_out(
     auto = config.use_gradient_checkpointing == "auto"
     available = free_memory(device) if auto else None
     try:
-        kept = measure(model, blocks, config, dtype=dtype, autocast=autocast)
+        kept = measure(model, blocks, config, task=task, dtype=dtype, autocast=autocast)
     except UserError as error:
         if available is not None:
             raise UserError(f"--use_gradient_checkpointing auto: {error}; pass true or false") from error

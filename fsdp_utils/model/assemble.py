@@ -123,10 +123,19 @@ def build(config, *, task, device: torch.device) -> Built:
         used = f"transformers' {type(model).__name__} is used"
         say(f"note: {config.source} brings code of its own, which is not run: {used}")
     weights = open_weights(
-        model, config.source, load_format=config.load_format, dtype=dtypes.stored, device=device, seed=config.seed
+        model,
+        config.source,
+        task=task,
+        load_format=config.load_format,
+        dtype=dtypes.stored,
+        device=device,
+        seed=config.seed,
     )
     if weights.untied:
         say(f"note: {config.source}: config.json ties head and embedding; the head that is stored differs, and is used")
+    if weights.new:
+        other = f"; {', '.join(weights.dropped[:2])} of the checkpoint is another task's" if weights.dropped else ""
+        say(f"note: new, and trained in full: {', '.join(weights.new)}{other}")
     return Built(model, task, weights, dtypes, fingerprint(weights))
 
 
@@ -139,7 +148,7 @@ def check_trainable(built: Built, config, *, device: torch.device) -> None:
     if positions and config.context_length > positions:
         given = f"--context_length {config.context_length}"
         raise UserError(f"{given}: {config.source} has learned {positions} positions; lower it")
-    chosen = config.attn_implementation == "auto"
+    chosen = config.attn_implementation == "auto" and built.task.causal
     if chosen and attention.supported(model, dtype=built.dtypes.compute, device=device):
         model.config.get_text_config()._attn_implementation = attention.NAME
 
@@ -156,6 +165,7 @@ def attach(built: Built, config) -> Plan:
     if quantizer:
         quantize_on_meta(model, method.to_quantize(model, lambda path: quantizer))
     method.attach(model, dtype=built.dtypes.stored)
+    method.train_whole(model, built.task.trained_whole(model, list(weights.new)))
     seed_dropout(model)
     refuse_in_place(model)
     if not any(p.requires_grad for p in model.parameters()):
@@ -191,7 +201,8 @@ def load(planned: Plan, config, *, mesh, device: torch.device, compile_block: Ca
     held = budget.resident(model, blocks, config, mesh=mesh, on_host=on_host, slot_bytes=slot_bytes, **groups)
     types = dict(dtype=dtypes.stored, autocast=dtypes.autocast)
     compiled = compile_block is not None
-    layout = recompute.lay_out(model, blocks, config, held, mesh=mesh, device=device, compiled=compiled, **types)
+    here = dict(mesh=mesh, device=device, compiled=compiled)
+    layout = recompute.lay_out(model, blocks, config, held, task=planned.task, **here, **types)
     offloader = offload.InputOffloader() if offloads(config, device) else None
     wrap = dict(recomputed=layout.recomputed, compiled=compile_block, offloader=offloader)
     wrapping.wrap_blocks(model, blocks, config, **wrap)

@@ -25,28 +25,38 @@ def resolve_model(name: str) -> str:
     return str(DEMO_MODEL) if name == "demo" else name
 
 
-def read_model_config(name: str, *, task, attn_implementation: str = "auto", trust_remote_code: bool = False):
-    """The model's configuration, from a local folder or the hub.
-
-    Args:
-        task: what the model is for (`training.task`): its class of transformers must know the model.
+def read_raw_config(name: str, *, trust_remote_code: bool = False):
+    """The model's configuration as it is, from a local folder or the hub.
 
     Raises:
-        UserError: there is none, or it is not of that class, or its weights are quantized already.
+        UserError: there is none, or the folder holds something else.
     """
     folder = resolve_model(name)
     refuse_missing_folder(folder)
     _refuse_adapter(name, Path(folder))
     refuse_gguf(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ImportError, OSError, ValueError) as error:
         refuse_cache(error, folder=folder)
         refuse_code(error, named=name)
         raise UserError(f"{name}: {first_line(error)}") from None
+
+
+def read_model_config(name: str, *, task, attn_implementation: str = "auto", trust_remote_code: bool = False):
+    """The model's configuration, made ready for a task.
+
+    Args:
+        task: what the model is for (`tasks`): its class of transformers must know the model.
+
+    Raises:
+        UserError: as `read_raw_config`, or it is not of that class, or its weights are quantized already.
+    """
+    config = read_raw_config(name, trust_remote_code=trust_remote_code)
     own_code = trust_remote_code and task.auto_class.__name__ in getattr(config, "auto_map", {})
-    if type(config) not in task.auto_class._model_mapping and not own_code:
+    if not task.takes(config) and not own_code:
         raise UserError(f"{name}: {config.model_type} is not a {task.noun}")
+    task.adapt(config)
     if getattr(config, "quantization_config", None):
         raise UserError(f"{name}: its weights are quantized already; give the 16-bit model")
     if attn_implementation != "auto":

@@ -10,6 +10,7 @@ from transformers.core_model_loading import WeightRenaming, dot_natural_key, ren
 
 from fsdp_utils.core.errors import CheckpointError
 from fsdp_utils.core.safetensors_io import CheckpointReader
+from methods.adapter import seed_of
 
 MASK = re.compile(r"attn(\.attention)?\.(bias|masked_bias|causal_mask)$")
 COMPARED = 2**24  # numbers at a time
@@ -22,11 +23,13 @@ class Checkpoint:
         places: name in the model -> name in the files; tied ones have several names.
         initial: what the folder lacks and the model's class allows to be missing, as its class begins it.
         untied: no two of its tensors are tied, though its configuration says so.
+        new: of `initial`, what is a head of the task.
+        dropped: tensors of the folder that are a head of another task.
     """
 
-    def __init__(self, reader: CheckpointReader, places: dict, initial: dict[str, torch.Tensor], *, untied: bool):
+    def __init__(self, reader: CheckpointReader, places: dict, initial: dict, *, untied: bool, new=(), dropped=()):
         self.reader, self.folder, self.places, self.initial = reader, reader.folder, places, initial
-        self.untied = untied
+        self.untied, self.new, self.dropped = untied, tuple(new), tuple(dropped)
 
     def names(self) -> list[str]:
         return [*self.places, *self.initial]
@@ -57,9 +60,13 @@ class Checkpoint:
         return self.reader.rows(self.stored_name(name), start, stop)
 
 
-def match(model: nn.Module, reader: CheckpointReader) -> Checkpoint:
+def match(model: nn.Module, reader: CheckpointReader, *, task, seed: int = 0) -> Checkpoint:
     """The tensors of a folder for a dense model on meta. What its configuration ties, but the folder stores twice with
     different values, becomes untied.
+
+    Args:
+        task: knows which parameters are a head that a checkpoint may lack, and which tensors one that it may have.
+        seed: of what begins at random.
 
     Raises:
         CheckpointError: a tensor without place that the model's class does not ignore, a place without tensor, another
@@ -73,6 +80,10 @@ def match(model: nn.Module, reader: CheckpointReader) -> Checkpoint:
     tied = _untie(model, reader, places)
     masks = {place for place, name in found.items() if _is_mask(name, reader.shape(name))}
     unexpected, missing = found.keys() - places.keys() - masks, wanted.keys() - places.keys() - tied.keys()
+    shared = dict(prefix=f"{model.base_model_prefix}.")
+    new = {name for name in missing if task.is_new(name, **shared)}
+    dropped = {place for place in unexpected if task.is_dropped(place, **shared)}
+    unexpected, missing = unexpected - dropped, missing - new
     keys = SimpleNamespace(unexpected_keys=unexpected, missing_keys=missing)
     model._adjust_missing_and_unexpected_keys(keys)
     if keys.unexpected_keys:
@@ -85,9 +96,11 @@ def match(model: nn.Module, reader: CheckpointReader) -> Checkpoint:
         shape, expected = reader.shape(name), tuple(wanted[place].shape)
         if shape != expected:
             raise CheckpointError(f"{reader.folder}: {name} has shape {shape}, the model wants {expected}")
-    initial = {name: _initial(model, name) for name in sorted(parameters - places.keys() - tied.keys())}
+    lacking = sorted(parameters - places.keys() - tied.keys())
+    initial = {name: _initial(model, name, seed=seed_of(name, seed=seed) if name in new else 0) for name in lacking}
     places |= {name: places[source] for name, source in tied.items()}
-    return Checkpoint(reader, places, initial, untied=ties and not _ties(model))
+    heads = dict(new=sorted(new & parameters), dropped=sorted(found[place] for place in dropped))
+    return Checkpoint(reader, places, initial, untied=ties and not _ties(model), **heads)
 
 
 def _is_mask(name: str, shape: tuple[int, ...]) -> bool:
@@ -153,13 +166,13 @@ def _set_parameter(model, name: str, tensor: torch.Tensor) -> nn.Parameter:
     return parameter
 
 
-def _initial(model, name: str) -> torch.Tensor:
+def _initial(model, name: str, *, seed: int) -> torch.Tensor:
     """The value that its class gives to a parameter that may be missing; alike in every process."""
     on_meta = model.get_parameter(name)
     real = _set_parameter(model, name, torch.empty_like(on_meta, device="cpu"))
     model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = False
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         model.initialize_weights()
     _set_parameter(model, name, on_meta)
     return real.detach()

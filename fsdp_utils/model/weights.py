@@ -43,7 +43,7 @@ def materialize(model: nn.Module, *, device: torch.device, buffer_device: torch.
 class DummyWeights:
     """Random weights without files, for speed and memory measurements; the same for any number of processes."""
 
-    folder, untied = "dummy weights", False
+    folder, untied, new = "dummy weights", False, ()
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], *, dtype: torch.dtype, device: torch.device, seed: int):
         self.shapes, self._dtype, self.device, self.seed = shapes, dtype, device, seed
@@ -78,8 +78,13 @@ class DummyWeights:
         return whole[start:stop]
 
 
-def open_weights(model: nn.Module, name: str, *, load_format: str, dtype: torch.dtype, device: torch.device, seed: int):
+def open_weights(
+    model: nn.Module, name: str, *, task, load_format: str, dtype: torch.dtype, device: torch.device, seed: int
+):
     """Where the weights come from: the checkpoint, or dummies shaped like `model`, which is dense still.
+
+    Args:
+        task: knows what a checkpoint may lack, and what it may hold for others.
 
     Raises:
         CheckpointError: as `CheckpointReader` and `match`.
@@ -87,7 +92,7 @@ def open_weights(model: nn.Module, name: str, *, load_format: str, dtype: torch.
     if load_format == "dummy":
         shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
         return DummyWeights(shapes, dtype=dtype, device=device, seed=seed)
-    return match(model, CheckpointReader(model_folder(resolve_model(name))))
+    return match(model, CheckpointReader(model_folder(resolve_model(name))), task=task, seed=seed)
 
 
 def checkpoint_dtype(weights) -> torch.dtype:

@@ -6,6 +6,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.options import STRATEGIES
+from fsdp_utils.sharding.offload import is_shared
 from fsdp_utils.sharding.peer_gather import sharded, unread
 from fsdp_utils.sharding.prepared import Prepared
 
@@ -70,10 +71,9 @@ def _shard_ends(model: nn.Module, settings: dict, *, embedding: bool) -> None:
     Where they share a weight it stays in the root group, since a weight cannot be in two.
     """
     first, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if {id(p) for p in first.parameters()} & {id(p) for p in head.parameters()}:
-        return
-    fully_shard(head, **settings)
-    if embedding:
+    if head is not None and not is_shared(model, head):
+        fully_shard(head, **settings)
+    if embedding and not is_shared(model, first):
         fully_shard(first, **settings)
         leave_out_of_backward(first)  # nothing to compute from it there
 

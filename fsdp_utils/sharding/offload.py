@@ -19,13 +19,20 @@ class _Bytes:
 
 
 def embedding_for_host(model: nn.Module, config) -> dict[str, nn.Parameter]:
-    """The parameters of the embedding, packed or not; none if they train, are the head's too or shall stay where the
-    others are."""
+    """The parameters of the embedding, packed or not; none if they train, are another module's too or shall stay where
+    the others are."""
     if not config.embedding_on_host:
         return {}
-    held = dict(model.get_input_embeddings().named_parameters(recurse=False))
-    shared = {id(p) for p in held.values()} & {id(p) for p in model.get_output_embeddings().parameters()}
-    return {} if shared or any(p.requires_grad for p in held.values()) else held
+    embedding = model.get_input_embeddings()
+    held = dict(embedding.named_parameters(recurse=False))
+    return {} if is_shared(model, embedding) or any(p.requires_grad for p in held.values()) else held
+
+
+def is_shared(model: nn.Module, module: nn.Module) -> bool:
+    """Whether another module has the parameters of this one: a head, or the embeddings of an encoder and a decoder."""
+    held = {id(p) for p in module.parameters()}
+    others = (m for m in model.modules() if m is not module)
+    return any(id(p) in held for m in others for p in m._parameters.values())
 
 
 def whole_embedding(model: nn.Module, config, *, device: torch.device) -> dict[str, nn.Parameter]:

@@ -84,9 +84,13 @@ class CausalLMLoss:
         self.model = model
         self.head = _LossHead(model.get_output_embeddings()) if fused else None
 
-    def __call__(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def inputs(self, batch: dict[str, torch.Tensor]) -> dict:
+        """What the model is called with."""
         # use_cache=True would make transformers ignore the sequence boundaries in position_ids
-        inputs = dict(**model_inputs(batch), use_cache=False)
+        return dict(**model_inputs(batch), use_cache=False)
+
+    def __call__(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        inputs = self.inputs(batch)
         if self.head is None:
             logits = self.model(**inputs).logits.flatten(0, 1)  # [b*L, vocabulary]
             return F.cross_entropy(logits[batch["positions"]].float(), batch["targets"], reduction="sum")

@@ -153,7 +153,8 @@ class TrainStep:
             task.loss(self.model, fused=prepared.fused_loss),
             device=self.device,
             autocast=prepared.autocast,
-            graph_tokens=graph_tokens(self.model, config, mesh=prepared.mesh, device=self.device),
+            # a mask of padding makes transformers look at it on the host
+            graph_tokens=task.causal and graph_tokens(self.model, config, mesh=prepared.mesh, device=self.device),
         )
         self.trained = LocalParameters(self.model, keep_gradients=self.micro_step.graphs)
         self.optimizer = make_optimizer(config, self.trained)

@@ -1,0 +1,132 @@
+"""What every task has."""
+
+from abc import ABC
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from fsdp_utils.core.errors import UserError
+from fsdp_utils.data.labels import Labels
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """What a model is for.
+
+    Args:
+        labels: what rows are classified as; None in other tasks, and before the data are read.
+        pad: id that rows are padded with, where a model knows padding by it.
+
+    Attributes:
+        name: key of `options.TASKS`.
+        auto_class: transformers' class that builds the model.
+        noun: how messages call such a model.
+        peft_type: PEFT's name of the task.
+        coder: class that makes ids of rows (`data.coded`).
+        loss: of a model, makes the function from a micro-batch to its summed loss.
+        causal: every token sees those before it and no padding, so that attention needs no mask.
+        writes: whether a model of it generates text.
+        forbidden: flags that must be off, and what to say of each.
+    """
+
+    labels: Labels | None = None
+    pad: int | None = None
+
+    name: ClassVar[str]
+    auto_class: ClassVar[type]
+    noun: ClassVar[str]
+    peft_type: ClassVar[str]
+    coder: ClassVar[type]
+    loss: ClassVar[Callable]
+    causal: ClassVar[bool] = False
+    writes: ClassVar[bool] = True
+    forbidden: ClassVar[dict[str, str]] = {}
+
+    def check(self, config) -> None:
+        """Raises UserError for flags that mean nothing here."""
+        for flag, why in self.forbidden.items():
+            if getattr(config, flag):
+                raise UserError(f"--{flag} {str(getattr(config, flag)).lower()}: {why}")
+
+    def given(self, labels: Labels | None, tokenizer, model_config) -> "Task":
+        """This task when data, tokenizer and model are known."""
+        return replace(self, labels=labels)
+
+    def takes(self, model_config) -> bool:
+        """Whether transformers has a class of this task for a model."""
+        return type(model_config) in self.auto_class._model_mapping
+
+    def adapt(self, model_config) -> None:
+        """Writes into the configuration what the task decides."""
+
+    def described(self, model_config) -> dict:
+        """What config.json of a result says besides what its base's says."""
+        return {}
+
+    def record(self) -> dict:
+        """What run.json keeps, for `of_record`."""
+        return dict(name=self.name, labels=self.labels and asdict(self.labels), pad=self.pad)
+
+    @classmethod
+    def of_record(cls, record: dict) -> "Task":
+        """The task that `record` tells."""
+        labels = record["labels"]
+        return cls(labels and Labels(labels["problem"], tuple(labels["names"])), record["pad"])
+
+    def known_labels(self, model_config) -> Labels | None:
+        """The labels of the head that a model has."""
+        return None
+
+    def is_new(self, name: str, *, prefix: str) -> bool:
+        """Whether a parameter may be missing in a checkpoint, and then begins as its class begins it.
+
+        Args:
+            prefix: of the parameters that models of all tasks have.
+        """
+        return False
+
+    def is_dropped(self, name: str, *, prefix: str) -> bool:
+        """Whether a tensor of a checkpoint is another task's."""
+        return False
+
+    def trained_whole(self, model: nn.Module, new: list[str]) -> list[str]:
+        """Paths of the modules that train in full beside adapters.
+
+        Args:
+            new: names of parameters that the checkpoint lacks.
+        """
+        return []
+
+    def pad_token_id(self, tokenizer, model_config, *, largest: int) -> int:
+        """What rows are padded with.
+
+        Args:
+            largest: id of the data.
+        """
+        raise NotImplementedError
+
+    def collate(self, rows: list, **shape) -> dict[str, torch.Tensor]:
+        """Samples to a micro-batch, which has `input_ids` and `targets`; arguments as of `data.batches.collate`."""
+        raise NotImplementedError
+
+    def predictions(self, model: nn.Module, *sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the model says of one sample, and what was wanted.
+
+        Args:
+            sample: its columns, as the coder names them.
+
+        Returns:
+            Log-probabilities, fp32 `[n, choices]`, where something is asked for, and what, int64 `[n]`.
+        """
+        raise NotImplementedError
+
+    def measured(self, embedded: torch.Tensor, *, packing: bool) -> dict:
+        """What the model is called with to measure what it keeps.
+
+        Args:
+            embedded: `[rows, tokens, hidden size]` in place of token ids.
+        """
+        raise NotImplementedError

@@ -1,0 +1,40 @@
+"""Causal language models: every token is predicted from those before it."""
+
+from dataclasses import dataclass
+
+from transformers import AutoModelForCausalLM
+
+from fsdp_utils.data.batches import IGNORED, collate, packed_inputs
+from fsdp_utils.data.tokens import RowEncoder
+from fsdp_utils.tasks.base import Task
+from fsdp_utils.training.loss import CausalLMLoss
+
+
+@dataclass(frozen=True)
+class CausalLM(Task):
+    name = "causal_lm"
+    auto_class = AutoModelForCausalLM
+    noun = "causal language model"
+    peft_type = "CAUSAL_LM"
+    coder = RowEncoder
+    loss = CausalLMLoss
+    causal = True
+
+    def pad_token_id(self, tokenizer, model_config, *, largest):
+        # padding is told by its place: any id does that the embedding has, and a tokenizer's own may lie beyond it
+        return min(tokenizer.pad_token_id or 0, largest)
+
+    def collate(self, rows, **shape):
+        return collate(rows, **shape)
+
+    def measured(self, embedded, *, packing):
+        packed = packed_inputs(*embedded.shape[:2]) if packing else {}
+        return dict(inputs_embeds=embedded, use_cache=False) | packed
+
+    def predictions(self, model, ids, labels):
+        logits = model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, :-1]  # [tokens - 1, vocabulary]
+        asked = labels[1:] != IGNORED
+        return logits[asked].float().log_softmax(-1), labels[1:][asked]
+
+
+CAUSAL_LM = CausalLM()

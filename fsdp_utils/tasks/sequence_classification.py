@@ -1,0 +1,130 @@
+"""Sequence classification: one label, several, or a score for a text or a pair of texts, by a head of its own."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
+
+from fsdp_utils.core.errors import UserError
+from fsdp_utils.data.batches import IGNORED, pad_rows, width_of
+from fsdp_utils.data.coded import LabelledRows
+from fsdp_utils.data.labels import REGRESSION, SINGLE, Labels
+from fsdp_utils.tasks.base import Task
+
+POOLERS = ("pooler", "head")  # modules of an encoder that its pretraining may not have had
+
+
+def summed_loss(logits: torch.Tensor, targets: torch.Tensor, problem: str) -> torch.Tensor:
+    """The loss of `problem` over all targets that are asked for, fp32 scalar: transformers' mean times their number.
+
+    Args:
+        logits: `[rows, outputs]`.
+        targets: int64 `[rows]`, -100 where none is asked for; or fp32 `[rows, outputs]`, NaN there.
+    """
+    logits = logits.float()
+    if problem == SINGLE:
+        return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    asked = ~targets.isnan()
+    wanted = torch.where(asked, targets, 0)
+    each = F.mse_loss if problem == REGRESSION else F.binary_cross_entropy_with_logits
+    return torch.where(asked, each(logits, wanted, reduction="none"), 0).sum()
+
+
+class ClassificationLoss:
+    """Sums the losses of a micro-batch; fp32 scalar. `fused` means nothing here: the head's logits are few."""
+
+    def __init__(self, model: nn.Module, *, fused: bool):
+        self.model = model
+
+    def __call__(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        inputs = {name: tensor for name, tensor in batch.items() if name != "targets"}
+        return summed_loss(self.model(**inputs).logits, batch["targets"], self.model.config.problem_type)
+
+
+@dataclass(frozen=True)
+class SequenceClassification(Task):
+    name = "sequence_classification"
+    auto_class = AutoModelForSequenceClassification
+    noun = "model that transformers classifies sequences with"
+    peft_type = "SEQ_CLS"
+    coder = LabelledRows
+    loss = ClassificationLoss
+    writes = False
+    forbidden = dict(  # noqa: RUF012
+        packing="--task sequence_classification has one label for each row; pass --packing false",
+        eval_generate="--task sequence_classification generates no text; its validation counts what is right anyway",
+    )
+
+    def is_encoder(self, model_config) -> bool:
+        """Whether a model of this configuration sees its whole text at once."""
+        decodes = getattr(model_config, "is_decoder", False)
+        return type(model_config) in AutoModelForMaskedLM._model_mapping and not decodes
+
+    def given(self, labels, tokenizer, model_config):
+        known = (model_config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
+        return replace(self, labels=labels, pad=next((i for i in known if i is not None), None))
+
+    def adapt(self, model_config):
+        for name, value in (self.labels.config() if self.labels else {}).items():
+            setattr(model_config, name, value)
+        if model_config.pad_token_id is None:
+            model_config.pad_token_id = self.pad
+
+    def described(self, model_config):
+        names = ("num_labels", "id2label", "label2id", "problem_type", "pad_token_id")
+        found = {name: getattr(model_config, name) for name in names[1:]}
+        return found | dict(architectures=[self.auto_class._model_mapping[type(model_config)].__name__])
+
+    def known_labels(self, model_config):
+        named = any(name.endswith("ForSequenceClassification") for name in model_config.architectures or [])
+        return Labels.of(model_config) if named else None
+
+    def is_new(self, name, *, prefix):
+        return not name.startswith(prefix) or any(part in POOLERS for part in name.split("."))
+
+    def is_dropped(self, name, *, prefix):
+        return not name.startswith(prefix) or "pooler" in name.split(".")
+
+    def trained_whole(self, model, new):
+        inside = f"{model.base_model_prefix}."
+        heads = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
+        poolers = {name.rpartition(".")[0] for name in new if name.startswith(inside)}
+        return [*(name for name in heads if name != model.base_model_prefix), *sorted(poolers)]
+
+    def pad_token_id(self, tokenizer, model_config, *, largest):
+        if self.pad is None:  # by which a decoder finds the end of a row
+            raise UserError(f"{model_config.model_type}: neither the model nor its tokenizer has a padding token")
+        return self.pad
+
+    def collate(self, rows, *, packing, targets_multiple, pad_token_id, multiple, context_length):
+        """`input_ids`, `attention_mask`, perhaps `token_type_ids`: int64 `[rows, longest]`; `targets` as of
+        `summed_loss`."""
+        single = self.labels.problem == SINGLE
+        nothing = [IGNORED] if single else [float("nan")] * self.labels.outputs
+        ids = [row[0] for row in rows] or [np.array([pad_token_id])]
+        labels = [row[1] for row in rows] or [nothing]
+        width = width_of(ids, multiple=multiple, context_length=context_length)
+        batch = dict(
+            input_ids=pad_rows(ids, fill=pad_token_id, width=width),
+            attention_mask=pad_rows([np.ones(len(row)) for row in ids], fill=0, width=width),
+            targets=torch.tensor(np.array(labels), dtype=torch.int64 if single else torch.float32),
+        )
+        batch["targets"] = batch["targets"][:, 0] if single else batch["targets"]
+        if rows and len(rows[0]) > 2:
+            batch["token_type_ids"] = pad_rows([row[2] for row in rows], fill=0, width=width)
+        return batch
+
+    def predictions(self, model, ids, labels, *types):
+        """Of several labels, each is a choice between two."""
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        inputs = zip(names, (ids, torch.ones_like(ids), *types), strict=False)
+        logits = model(**{name: tensor.unsqueeze(0) for name, tensor in inputs}).logits.float()
+        if self.labels.problem == SINGLE:
+            return logits.log_softmax(-1), labels.long()
+        return F.logsigmoid(torch.stack([-logits[0], logits[0]], dim=1)), labels.long()
+
+    def measured(self, embedded, *, packing):
+        return dict(inputs_embeds=embedded, attention_mask=torch.ones(embedded.shape[:2], dtype=torch.int64))
