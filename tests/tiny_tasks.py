@@ -42,7 +42,8 @@ ENCODERS = {
     ),
     "deberta": lambda: DebertaV2Config(
         **ENCODER, relative_attention=True, pos_att_type=["p2c", "c2p"], position_biased_input=False,
-        pooler_hidden_size=64, norm_rel_ebd="layer_norm", share_att_key=True, position_buckets=32, max_relative_positions=64,
+        pooler_hidden_size=64, norm_rel_ebd="layer_norm", share_att_key=True, position_buckets=32,
+        max_relative_positions=64,
     ),
     "modernbert": lambda: ModernBertConfig(
         **IDS, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
