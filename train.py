@@ -29,10 +29,10 @@ from fsdp_utils.folders import checkpoints, saving
 from fsdp_utils.folders.session import Session
 from fsdp_utils.folders.upload import check_upload, upload
 from fsdp_utils.memory.budget import out_of_memory
-from fsdp_utils.model.assemble import cannot_compile, compiler, load, plan, size_report
-from fsdp_utils.model.build import read_model_config, read_tokenizer
+from fsdp_utils.model.assemble import cannot_compile, compiler, load, plan, plan_only, size_report, trainable_report
+from fsdp_utils.model.build import read_model_config, read_raw_config, read_tokenizer
 from fsdp_utils.sharding.mesh import mesh_for
-from fsdp_utils.tasks import task_for
+from fsdp_utils.tasks import named_task, task_for, task_of_model
 from fsdp_utils.training import metrics
 from fsdp_utils.training.loss import check_packing
 from fsdp_utils.training.optim import schedule_factor
@@ -57,6 +57,8 @@ def tell(config: TrainConfig, stopping: Stopping) -> None:
     processes.start(device, alone=config.use_cpu_offload)
     if config.show_rows:
         return show(config)
+    if config.plan:
+        return show_plan(config, device)
     if config.resume == "auto" and processes.all_gather_objects(saving.has_ended(config))[0]:
         say(f"{config.output_dir}: this run has ended; nothing is left to do")
         return
@@ -106,6 +108,12 @@ def show(config: TrainConfig) -> None:
     """--show_rows: samples as the model sees them, instead of a run."""
     _, _, tokenizer, data = read_inputs(config)
     say(shown(data, tokenizer, count=config.show_rows, colour=in_colour()))
+
+
+def show_plan(config: TrainConfig, device) -> None:
+    """--plan: what would train, from the configuration alone."""
+    name = config.task if config.task != "auto" else task_of_model(read_raw_config(config.source))
+    say(trainable_report(plan_only(config, task=named_task(name), device=device).model))
 
 
 def carry_out(session: Session, *, mesh, device) -> None:

@@ -82,6 +82,7 @@ class TrainConfig:
     )
     train_on: str = flag("all", "which of the assistant's turns are learned", choices=("all", "last"))
     skip_bad_rows: bool = flag(False, "leave out rows that cannot be read, and count them; false: end at the first")
+    plan: bool = flag(False, "print what would train, from config.json alone, and end", may_change=True)
     show_rows: int = flag(0, "print so many rows as the model sees them, and end", minimum=0, may_change=True)
     dataset_samples: int = flag(
         512, "samples used of alpaca_sample, dummy, orca_math; of others only when passed", minimum=1

@@ -125,7 +125,8 @@ def first_step(flags: dict, *, perturbed: bool = True) -> tuple[float, dict[str,
     step = TrainStep(run, config, task=task_in(config))
     (micro_batches,) = step.batches(batches_of(config, run)).first(1)
     loss = step.mean_loss(*step.backward(micro_batches))
-    names = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
+    # Pegasus has positions that are computed, and no gradient
+    names = {name: p for name, p in run.model.named_parameters() if p.grad is not None}
     gradients = {name: gather(p.grad).detach().cpu() for name, p in names.items()}
     return loss, gradients
 

@@ -30,7 +30,7 @@ def test_plain_python_starts_processes(tiny, tiny_data, tmp_path):
     done = start([sys.executable, TRAIN, *(f"--{k}={v}" for k, v in flags.items() if v is not None)])
     assert done.returncode == 0, done.stderr
     assert "global batch: 2 rows x 2 processes" in done.stdout
-    assert done.stdout.count("trained parameters") == 1  # process 0 speaks
+    assert done.stdout.count("trainable params") == 1  # process 0 speaks
     assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-5)
     assert len(losses(tmp_path / "2")) == 3
 

@@ -46,7 +46,7 @@ ENCODERS = {
         max_relative_positions=64,
     ),
     "modernbert": lambda: ModernBertConfig(
-        **IDS, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        **IDS, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=512, cls_token_id=256, sep_token_id=257, global_attn_every_n_layers=2,
         local_attention=16,
     ),

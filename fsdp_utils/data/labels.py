@@ -44,6 +44,11 @@ class Labels:
         return len(self.names) or 1
 
     @property
+    def by_chance(self) -> float:
+        """The perplexity of who knows nothing."""
+        return 2.0 if self.problem == MULTI else float(self.outputs)
+
+    @property
     def dtype(self) -> str:
         """Of `numbers`, as pyarrow and NumPy call it."""
         return "int32" if self.problem == SINGLE else "float32"
@@ -66,7 +71,7 @@ class Labels:
     def _number(self, value, label: str) -> int:
         if str(value) in self.names:
             return self.names.index(str(value))
-        if isinstance(value, int) and f"{PREFIX}{value}" in self.names:
+        if is_number(value) and f"{PREFIX}{value}" in self.names:
             return self.names.index(f"{PREFIX}{value}")
         if (
             isinstance(value, int)

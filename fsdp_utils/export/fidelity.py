@@ -53,12 +53,15 @@ def fidelity(run: Run, exported: Path, text: HeldOut, *, device: torch.device, d
         "trained": lambda: load_for_inference(run, device=device),
         "exported": lambda: load_stock(describe(exported, **trusted), device=device, dtype=dtype),
     }
-    if base is not None:
+    task = task_of(run)
+    if base is not None and not task.labels:
         trained_in = default_dtype(run)
         models["base"] = lambda: load_for_inference(describe(base, **trusted), device=device, dtype=trained_in)
-    scores = compare(models, text.rows, task=task_of(run), device=device, scratch=exported.parent)
-    if text.unseen and base is not None:
-        scores["exported"]["gain_kept"] = gain_kept(*(scores[name]["perplexity"] for name in models))
+    scores = compare(models, text.rows, task=task, device=device, scratch=exported.parent)
+    if task.labels:  # of which a base knows nothing
+        scores["base"] = {"perplexity": task.labels.by_chance}
+    if text.unseen and "base" in scores:
+        scores["exported"]["gain_kept"] = gain_kept(*(scores[n]["perplexity"] for n in ("trained", "exported", "base")))
     return scores
 
 

@@ -65,9 +65,8 @@ class Format:
         """Every linear of the decoder blocks, except in blocks that were trained in 16 bits."""
         self._check_linears()
         new = tuple(f"{block}." for block in self.trained.new_blocks)
-        # stock loaders leave alone what a family keeps in fp32
-        kept = {name.removesuffix(".weight") for name in self.trained.own_dtypes}
-        return [path for path in self.trained.in_blocks if not path.startswith(new) and path not in kept]
+        kept = self.trained.never_packed
+        return [path for path in self.trained.in_blocks if not path.startswith(new) and not path.endswith(kept)]
 
     def _check_linears(self) -> None:
         """Raises UserError where stock loaders would look for other layers than those we pack."""

@@ -32,6 +32,7 @@ class TrainedWeights:
         own_dtypes: of those among them that have the same dtype under any precision.
         linears: path and `nn.Linear` (on meta) of every linear of the model.
         in_blocks: paths of those in decoder blocks, which quantized formats pack.
+        never_packed: ends of paths of linears that stock loaders leave alone, as the family wants some in fp32.
         block_paths: of the decoder blocks.
         has_conv1d: whether some layers are GPT-2's transposed linears, which are in neither of the two.
         new_blocks: paths of the decoder blocks that block expansion added.
@@ -65,6 +66,7 @@ class TrainedWeights:
         self.own_dtypes = {name: dtypes[name] for name in self.shapes if dtypes[name] != torch.bfloat16}
         self.linears = {path: m for path, m in built.named_modules() if isinstance(m, nn.Linear)}
         self.in_blocks, self.block_paths = list(block_linears(built)), list(decoder_blocks(built))
+        self.never_packed = tuple(getattr(built, "_keep_in_fp32_modules", None) or ())
         self.has_conv1d = any(isinstance(m, Conv1D) for m in built.modules())
         self.new_blocks = self._expanded(self.block_paths)
 

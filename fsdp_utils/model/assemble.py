@@ -4,8 +4,10 @@ plan:  check the hardware -> build -> check what training needs -> attach quanti
 load:  peers, memory -> wrap blocks -> shard -> memory for rows -> weights -> what the method adds
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -37,6 +39,7 @@ from fsdp_utils.sharding.prepared import Prepared
 from methods import make_quantizer, method_of
 from methods.base import Method
 from methods.dropout import seed_dropout
+from methods.quantizers.linear import QuantizedWeight
 from methods.targets import decoder_blocks, learned_positions, refuse_experts, refuse_in_place
 
 
@@ -243,13 +246,37 @@ def _fill(planned: Plan, config, *, on_host: dict, rows_on_host: bool, device: t
     check_loaded(model)
 
 
+def plan_only(config, *, task, device: torch.device) -> Plan:
+    """A plan from the configuration, and from the weights where they lie in a local folder: nothing is downloaded."""
+    stored = any(Path(resolve_model(config.source)).glob("*.safetensors"))
+    return plan(config if stored else replace(config, load_format="dummy"), task=task, device=device)
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """How many numbers train, and how many the model has, packed ones as what they stand for; tied ones count once."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    packed = {id(m.packed()[0]): m for m in model.modules() if isinstance(m, QuantizedWeight)}
+    parts = {id(p) for m in packed.values() for p in m.packed()}
+    ours = {  # what a method keeps beside the weights
+        id(p) for m in model.modules() for n, p in m._parameters.items() if n in getattr(m, "own_parameters", ())
+    }
+    plain = sum(p.numel() for p in model.parameters() if id(p) not in parts and (p.requires_grad or id(p) not in ours))
+    return trained, plain + sum(math.prod(m.shape) for m in packed.values())
+
+
+def trainable_report(model: nn.Module) -> str:
+    """The line that PEFT prints."""
+    trained, total = parameter_counts(model)
+    return f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}"
+
+
 def size_report(model: nn.Module, quantizer) -> list[str]:
     """What the model weighs, in lines for the start of a run."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    count = sum(p.numel() for p in trained)
     mine, total = base_bytes(model)
+    trained = sum(local(p).nbytes for p in model.parameters() if p.requires_grad)
     return [
-        f"trained parameters: {count:,} ({sum(local(p).nbytes for p in trained) / 2**30:.3f} GiB in this process)",
+        trainable_report(model),
+        f"trained: {trained / 2**30:.3f} GiB in this process",
         f"frozen base: {total / 2**30:.3f} GiB, {mine / 2**30:.3f} GiB in this process"
         + (f" ({quantizer})" if quantizer else ""),
     ]

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.options import POLICIES, Product
 from fsdp_utils.sharding.offload import InputOffloader
+from methods.quantizers.linear import QuantizedEmbedding
 from methods.targets import family_dropout
 
 Forward = Callable
@@ -69,7 +70,10 @@ def checkpointed(forward: Forward, *, reentrant: bool, preserve_rng: bool, polic
 
 def require_input_gradients(model: nn.Module) -> None:
     """Re-entrant checkpointing of a frozen model loses every gradient unless a block's input requires one."""
-    model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+    held = {id(p) for p in model.get_input_embeddings().parameters()}
+    for module in model.modules():  # an encoder and a decoder may have an embedding each, of one weight
+        if isinstance(module, (nn.Embedding, QuantizedEmbedding)) and held & set(map(id, module.parameters())):
+            module.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
 
 
 def wrap_blocks(

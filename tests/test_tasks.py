@@ -1,0 +1,368 @@
+"""Classification and sequence-to-sequence models: any number of processes, any sharding and stock libraries come to the
+same numbers."""
+
+import json
+
+import pytest
+import torch
+from closeness import assert_close, assert_learns
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from real_run import batches_of, first_step, make_config, off_zero, plan, prepared, save_trained, task_in
+from safetensors.torch import save_file
+from test_checkpoints import bytes_of, interrupted, refused, rows_of, run_train
+from tiny_tasks import DECODERS, ENCODERS, SEQ2SEQ, labelled_rows, make_task_model, source_rows, write_rows
+from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, T5Config
+
+from fsdp_utils.core.errors import UserError
+from fsdp_utils.export import format_of
+from fsdp_utils.folders.describe import describe
+from fsdp_utils.inference.load import load_for_inference
+from fsdp_utils.training.step import TrainStep
+from methods import TRAIN_TYPES
+from methods.targets import decoder_blocks
+
+KEY_BIASES = ("key.bias", "k_proj.bias", "k_lin.bias", "key_proj.bias")
+PRO = [name for name in TRAIN_TYPES if "llama_pro" in name]
+KINDS = [name for name in TRAIN_TYPES if name not in PRO]
+AUTO = dict.fromkeys([*ENCODERS, *DECODERS], AutoModelForSequenceClassification) | dict.fromkeys(
+    SEQ2SEQ, AutoModelForSeq2SeqLM
+)
+
+
+@pytest.fixture(scope="session")
+def task_flags(tmp_path_factory):
+    """`task_flags("roberta", **more)`: the flags of a run of that family's task."""
+    root, made = tmp_path_factory.mktemp("tasks"), {}
+    data = {
+        "sequence_classification": write_rows(root / "labelled.jsonl", labelled_rows()),
+        "seq2seq_lm": write_rows(root / "sources.jsonl", source_rows()),
+    }
+    pairs = write_rows(root / "pairs.jsonl", labelled_rows(pairs=True))
+
+    def flags(family, **more):
+        if family not in made:
+            made[family] = make_task_model(root / family, family)
+        task = "seq2seq_lm" if family in SEQ2SEQ else "sequence_classification"
+        rows = pairs if family == "bert" else data[task]  # whose second text has types of its own
+        return dict(model_name=made[family], dataset=rows, task=task, batch_size=8, **more)
+
+    return flags
+
+
+@pytest.mark.parametrize(
+    ("family", "train_type"),
+    [
+        *(("roberta", train_type) for train_type in KINDS),
+        *(("t5", train_type) for train_type in KINDS),
+        *(
+            (family, name)
+            for family in ("bert", "deberta", "distilbert", "modernbert")
+            for name in ("full", "bnb_dora")
+        ),
+        *(
+            (family, name)
+            for family in ("bart", "pegasus", "llama_base")
+            for name in ("full", "custom_qlora", "hqq_dora")
+        ),
+    ],
+)
+def test_two_processes_equal_one(pair, one_process, task_flags, family, train_type):
+    """Loss and gradients, those of the new head included."""
+    flags = task_flags(family, train_type=train_type)
+    alone = but_keys(one_process(flags))
+    assert_learns(alone)
+    for step in pair.run(first_step, {**flags, "batch_size": 4}):
+        assert_close(but_keys(step), alone, relative=2e-5)
+
+
+def but_keys(step):
+    """A step without the gradients of biases of keys: a softmax does not see them, so they are rounding."""
+    loss, gradients = step
+    return loss, {name: g for name, g in gradients.items() if not name.endswith(KEY_BIASES)}
+
+
+@pytest.mark.parametrize("family", ["roberta", "t5", "bart"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(use_cpu_offload=True),
+        dict(use_gradient_checkpointing=False),
+        dict(reentrant_checkpointing=True),
+        dict(checkpoint_policy="narrow"),
+        dict(sharding_strategy="ddp"),
+        dict(sharding_strategy="shard_grad_op"),
+        dict(sharding_strategy="hybrid_full_shard", hybrid_shard_size=1),
+        dict(fused_loss=False),
+        dict(fused_kernels=False),
+        dict(batch_size=2, gradient_accumulation_steps=2),
+    ],
+    ids=str,
+)
+def test_every_way_equals_one_process(pair, one_process, task_flags, family, how):
+    """Checkpointing, offload, sharding and the plain definitions."""
+    flags = task_flags(family, train_type="bnb_dora")
+    for step in pair.run(first_step, {**flags, "batch_size": 4, **how}):
+        assert_close(step, one_process(flags), relative=2e-5)
+
+
+def stock_loss(model, batch) -> torch.Tensor:
+    """The mean loss as transformers computes it of what its own collators would make."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
+    return model(**inputs, labels=batch.get("labels", batch["targets"])).loss
+
+
+@pytest.mark.parametrize("family", ["roberta", "deberta", "bert", "llama_base", "t5", "bart"])
+@pytest.mark.parametrize("train_type", ["custom_lora", "dora"])
+def test_parity_with_peft(task_flags, family, train_type):
+    """The same adapter and head in PEFT's model: loss and gradients."""
+    config = make_config(**task_flags(family, train_type=train_type), lora_rank=4)
+    run = off_zero(prepared(config))
+    step = TrainStep(run, config, task=task_in(config))
+    (batch,) = next(batches_of(config, run).first(1))
+    loss = step.mean_loss(*step.backward([batch]))
+    outputs = dict(num_labels=3) if config.task == "sequence_classification" else {}
+    stock = AUTO[family].from_pretrained(config.source, dtype=torch.float32, **outputs)
+    described = run.method.peft_config(run.model) | dict(lora_dropout=0.0, inference_mode=False)
+    twin = get_peft_model(stock, LoraConfig(**described, task_type=task_in(config).peft_type)).train()
+    start = {f"base_model.model.{name}": stored.whole().clone() for name, stored in run.method.tensors(run.model)}
+    assert not set_peft_model_state_dict(twin, start).unexpected_keys
+    wanted = stock_loss(twin, batch)
+    wanted.backward()
+    assert loss == pytest.approx(wanted.item(), rel=1e-5)
+    gradients = {
+        name.removeprefix("base_model.model.").replace(".modules_to_save.default", "").replace(".default", ""): p.grad
+        for name, p in twin.named_parameters()
+        if p.requires_grad
+    }
+    assert len(gradients) == sum(p.requires_grad for p in run.model.parameters())
+    ours = {name: p.grad for name, p in run.model.named_parameters() if p.requires_grad}
+    for name, gradient in gradients.items():
+        mine = name.replace("lora_A.weight", "lora_A").replace("lora_B.weight", "lora_B")
+        mine = mine.replace("lora_magnitude_vector.weight", "magnitude_delta")
+        assert gradient.abs().max() > 0
+        assert (ours[mine] - gradient).abs().max() < 1e-4 * gradient.abs().max(), name
+
+
+@torch.no_grad()
+def answers(model, batch) -> torch.Tensor:
+    """Logits of a micro-batch."""
+    inputs = {
+        name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids", "labels") if name in batch
+    }
+    return model.eval()(**inputs).logits.float()
+
+
+@pytest.mark.parametrize("family", ["roberta", "distilbert", "llama_base", "t5", "bart"])
+@pytest.mark.parametrize("train_type", ["lora", "bnb_dora", "full"])
+def test_saved_is_what_stock_loads(task_flags, tmp_path, family, train_type):
+    """Adapters with their head by PEFT on the base that training used, models by transformers; and by this project."""
+    flags = task_flags(family, train_type=train_type, save_model=True, output_dir=tmp_path / "run", lora_rank=4)
+    config = make_config(**flags)
+    model = save_trained(config)
+    (batch,) = next(batches_of(config, prepared(make_config(**flags))).first(1))
+    wanted = answers(model, batch)
+    run = describe(tmp_path / "run")
+    torch.testing.assert_close(
+        answers(load_for_inference(run, device=torch.device("cpu")), batch), wanted, atol=1e-4, rtol=1e-4
+    )
+    if train_type == "bnb_dora":  # whose base is packed
+        return
+    if train_type == "full":
+        stock = AUTO[family].from_pretrained(tmp_path / "run", dtype=torch.float32)
+        if family not in SEQ2SEQ:
+            assert stock.config.id2label == {0: "sports", 1: "tech", 2: "world"}
+    else:
+        outputs = dict(num_labels=3) if config.task == "sequence_classification" else {}
+        stock = AUTO[family].from_pretrained(config.source, dtype=torch.float32, **outputs)
+        stock = PeftModel.from_pretrained(stock, tmp_path / "run")
+    torch.testing.assert_close(answers(stock, batch), wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["roberta", "llama_base", "t5"])
+@pytest.mark.parametrize("train_type", ["custom_lora", "bnb_dora"])
+@pytest.mark.parametrize("infer_type", ["merged", "bnb_nf4"])
+def test_exports(task_flags, tmp_path, family, train_type, infer_type, monkeypatch):
+    """What transformers reads of a merged folder answers as the run; of a 4-bit one, nearly so."""
+    import prepare_weights
+    from fsdp_utils.core.flags import parse
+    from fsdp_utils.export.config import ExportConfig
+
+    flags = task_flags(family, train_type=train_type, save_model=True, output_dir=tmp_path / "run", lora_rank=4)
+    config = make_config(**flags)
+    model = save_trained(config)
+    (batch,) = next(batches_of(config, prepared(make_config(**flags))).first(1))
+    given = dict(
+        model=tmp_path / "run", save_dir=tmp_path / "export", infer_type=infer_type, dtype="fp32", device="cpu"
+    )
+    prepare_weights.main(parse(ExportConfig, [f"--{k}={v}" for k, v in given.items()], prog="prepare_weights.py"))
+    report = json.loads((tmp_path / "export/fidelity.json").read_text())
+    assert report["exported"]["kl"] < (1e-6 if infer_type == "merged" else 0.5)
+    if infer_type == "merged":
+        stock = AUTO[family].from_pretrained(tmp_path / "export", dtype=torch.float32)
+        torch.testing.assert_close(answers(stock, batch), answers(model, batch), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("infer_type", ["w4a16", "bnb_dora"])
+def test_exports_that_are_for_language_models(task_flags, tmp_path, infer_type):
+    config = make_config(**task_flags("roberta", train_type="bnb_dora", save_model=True, output_dir=tmp_path / "run"))
+    save_trained(config)
+    from fsdp_utils.export.config import ExportConfig
+    from fsdp_utils.export.trained import TrainedWeights
+
+    trained = TrainedWeights(describe(tmp_path / "run"), device=torch.device("cpu"))
+    with pytest.raises(UserError, match="export it by --infer_type merged or bnb_nf4"):
+        format_of(infer_type)(trained, ExportConfig(model="", save_dir="", infer_type=infer_type))
+
+
+@pytest.mark.parametrize(
+    ("family", "train_type"), [("roberta", "bnb_dora"), ("t5", "custom_qlora"), ("llama_base", "full")]
+)
+def test_resume(pair, task_flags, tmp_path, family, train_type):
+    """In the middle of an epoch, with dropout: byte for byte."""
+    flags = task_flags(family, train_type=train_type) | dict(batch_size=2)
+    assert pair.run(run_train, output_dir=tmp_path / "whole", **flags) == [0, 0]
+    interrupted(pair, tmp_path / "parts", at=5, **flags)
+    assert pair.run(run_train, output_dir=tmp_path / "parts", resume="auto", **flags) == [0, 0]
+    assert bytes_of(tmp_path / "parts") == bytes_of(tmp_path / "whole")
+    assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
+
+
+def test_what_auto_takes(task_flags, tmp_path, capsys):
+    """The architecture decides; of a language model, the columns."""
+    for family, wanted in (
+        ("roberta", "sequence_classification"),
+        ("t5", "seq2seq_lm"),
+        ("llama_base", "sequence_classification"),
+    ):
+        flags = task_flags(family, max_steps=1, output_dir=tmp_path / family) | dict(task="auto")
+        assert run_train(**flags) == 0
+        assert f"task: {wanted}" in capsys.readouterr().out
+        assert json.loads((tmp_path / family / "run.json").read_text())["flags"]["task"] == wanted
+    text = task_flags("llama_base", max_steps=1, output_dir=tmp_path / "text") | dict(task="causal_lm")
+    assert run_train(**text) == 0
+    assert "not read: label" in capsys.readouterr().out
+
+
+ROWS = labelled_rows(8)
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([*ROWS, dict(text="goal", label=3)], "line 9: labels are numbers in some rows and names in others"),
+        ([*ROWS, dict(text="goal", label=["tech"])], "line 9: some labels are lists and others are not"),
+        ([dict(text="a", label="x")] * 8, "all rows have the label 'x'"),
+        ([*ROWS, dict(text="  ", label="tech")], "line 9: field 'text' is empty"),
+        ([*ROWS, dict(text="goal")], "line 9: field 'label' is missing or null"),
+        ([*ROWS, dict(text="goal", label=0.5)], "line 9: label 0.5 is no class"),
+        ([*[dict(text="a", score=0.5)] * 8, dict(text="a", score="high")], "line 9: score 'high' is no number"),
+        ([dict(question="a", answer="b")] * 8, "unknown columns answer, question"),
+    ],
+    ids=str,
+)
+def test_bad_labels(task_flags, tmp_path, rows, said):
+    """One line with file and row, before any weight is read."""
+    flags = task_flags("roberta") | dict(dataset=write_rows(tmp_path / "bad.jsonl", rows))
+    message = refused(**flags, output_dir=tmp_path / "out")
+    assert said in message and "bad.jsonl" in message and len(message.splitlines()) == 1, message
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([*source_rows(8), dict(source="a", target=" ")], "line 9: field 'target' is empty"),
+        ([*source_rows(8), dict(source="a")], "line 9: field 'target' is missing or null"),
+        ([*source_rows(8), dict(source="", target="b")], "line 9: field 'source' is empty"),
+        ([dict(text="a")] * 8, "unknown columns text"),
+    ],
+    ids=str,
+)
+def test_bad_pairs(task_flags, tmp_path, rows, said):
+    flags = task_flags("t5") | dict(dataset=write_rows(tmp_path / "bad.jsonl", rows))
+    message = refused(**flags, output_dir=tmp_path / "out")
+    assert said in message and "bad.jsonl" in message and len(message.splitlines()) == 1, message
+
+
+def test_a_label_that_the_head_does_not_know(task_flags, tmp_path):
+    """Of a model that was trained to classify, and of validation rows."""
+    first = task_flags("roberta", train_type="full", output_dir=tmp_path / "first", max_steps=1)
+    assert run_train(**first) == 0
+    other = write_rows(tmp_path / "other.jsonl", [*labelled_rows(8), dict(text="vote", label="weather")])
+    flags = first | dict(model_name=tmp_path / "first", dataset=other, output_dir=tmp_path / "second")
+    assert "line 9: label 'weather' is not known; there are sports, tech, world" in refused(**flags)
+    flags = first | dict(eval_dataset=other, output_dir=tmp_path / "third")
+    assert "line 9: label 'weather' is not known" in refused(**flags)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (dict(packing=True), "--packing true: "),
+        (dict(eval_generate=3, eval_samples=4), "--eval_generate 3: "),
+    ],
+    ids=str,
+)
+def test_flags_that_mean_nothing(task_flags, tmp_path, more, said):
+    assert said in refused(**task_flags("roberta", **more), output_dir=tmp_path / "out")
+    assert "--packing true: " in refused(**task_flags("t5", packing=True), output_dir=tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["score", "lists", "numbers", "texts"])
+def test_kinds_of_labels(task_flags, tmp_path, kind):
+    """Scores, several labels, numbers that do not count from zero, and numbers as text: the head and its names, and a
+    loss that falls."""
+    value = {
+        "score": lambda i: dict(score=i / 2),
+        "lists": lambda i: dict(label=[["a"], ["b", "a"], []][i]),
+        "numbers": lambda i: dict(label=[1, 3, 7][i]),
+        "texts": lambda i: dict(label=str(i)),
+    }[kind]
+    rows = [dict(text=["goal", "vote", "chip"][i % 3]) | value(i % 3) for i in range(24)]
+    flags = task_flags("roberta", train_type="full", output_dir=tmp_path / "run", num_epochs=8)
+    assert run_train(**flags | dict(dataset=write_rows(tmp_path / "rows.jsonl", rows))) == 0
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    names = list(config["id2label"].values())
+    counted = ["LABEL_0", "LABEL_1", "LABEL_2"]
+    assert names == dict(score=counted[:1], lists=["a", "b"], numbers=["1", "3", "7"], texts=counted)[kind]
+    losses = [row["loss"] for row in rows_of(tmp_path / "run")]
+    assert losses[-1] < 0.5 * losses[0]
+    stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run", dtype=torch.float32)
+    assert stock.config.num_labels == len(names)
+
+
+@pytest.mark.parametrize("family", [*ENCODERS, *DECODERS, *SEQ2SEQ])
+def test_blocks_are_found_by_structure(task_flags, family):
+    """Every layer of encoder and decoder, and nothing else."""
+    model = plan(make_config(**task_flags(family))).model
+    assert len(decoder_blocks(model)) == (4 if family in SEQ2SEQ else 2)
+
+
+FLAN_T5_SMALL = dict(
+    vocab_size=32128, d_model=512, d_kv=64, d_ff=1024, num_layers=8, num_decoder_layers=8, num_heads=6,
+    feed_forward_proj="gated-gelu", decoder_start_token_id=0, tie_word_embeddings=False,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rank", "tied", "untied"),
+    [
+        (4, "172,032 || all params: 60,683,648", "172,032 || all params: 77,133,184 || trainable%: 0.2230"),
+        (8, "344,064 || all params: 60,855,680", "344,064 || all params: 77,305,216 || trainable%: 0.4451"),
+        (16, "688,128 || all params: 61,199,744", "688,128 || all params: 77,649,280 || trainable%: 0.8862"),
+        (32, "1,376,256 || all params: 61,887,872", "1,376,256 || all params: 78,337,408 || trainable%: 1.7568"),
+    ],
+)
+def test_trainable_parameters_of_flan_t5_small(tmp_path, capsys, rank, tied, untied):
+    """As published, with LoRA on q and v: from the configuration alone, whose head transformers ties, and with a file
+    that has a head of its own."""
+    config = T5Config(**FLAN_T5_SMALL)
+    config.architectures = ["T5ForConditionalGeneration"]
+    config.save_pretrained(tmp_path)
+    flags = dict(model_name=tmp_path, plan=True, train_type="lora", lora_rank=rank, lora_target_modules="q,v")
+    assert run_train(**flags) == 0
+    assert f"trainable params: {tied} ||" in capsys.readouterr().out
+    model = AutoModelForSeq2SeqLM.from_config(config)
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if "embed_tokens" not in name}
+    save_file(tensors | {"lm_head.weight": tensors["shared.weight"] + 1}, tmp_path / "model.safetensors")
+    assert run_train(**flags) == 0
+    assert f"trainable params: {untied}\n" in capsys.readouterr().out
