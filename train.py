@@ -94,7 +94,7 @@ def read_inputs(config: TrainConfig):
     if said:
         say(said)
     config.task = task.name
-    task.check(config)
+    task.check(config, model_config)
     give_template(tokenizer, config.chat_template)
     data = prepare_data(config, tokenizer, model_config, task=task)
     task = task.given(data.labels, tokenizer, model_config)
@@ -106,8 +106,8 @@ def read_inputs(config: TrainConfig):
 
 def show(config: TrainConfig) -> None:
     """--show_rows: samples as the model sees them, instead of a run."""
-    _, _, tokenizer, data = read_inputs(config)
-    say(shown(data, tokenizer, count=config.show_rows, colour=in_colour()))
+    task, _, tokenizer, data = read_inputs(config)
+    say(shown(data, tokenizer, as_learned=task.shown, count=config.show_rows, colour=in_colour()))
 
 
 def show_plan(config: TrainConfig, device) -> None:

@@ -51,6 +51,7 @@ from fsdp_utils.core.errors import CheckpointError, UserError, naming
 from fsdp_utils.core.ranks import fail
 from fsdp_utils.core.safetensors_io import INDEX_NAME, CheckpointReader, StreamingWriter
 from fsdp_utils.model.build import read_model_config, resolve_model
+from fsdp_utils.tasks import task_of_model
 from fsdp_utils.tasks.causal_lm import CAUSAL_LM
 
 LAYERS_NAME = "expanded_layers.json"
@@ -171,11 +172,10 @@ def opened(name, *, trust_remote_code=False):
     except CheckpointError as error:
         raise UserError(f"--model_name {error}; give a local folder, a name of the hub, or demo") from None
     with naming("--model_name"):
-        return (
-            source,
-            CheckpointReader(source),
-            read_model_config(name, task=CAUSAL_LM, trust_remote_code=trust_remote_code),
-        )
+        config = read_model_config(name, task=CAUSAL_LM, trust_remote_code=trust_remote_code)
+        if task_of_model(config) != "causal_lm":
+            raise UserError(f"{name}: {config.model_type} models of this kind have an encoder; {FITTING}")
+        return source, CheckpointReader(source), config
 
 
 def expand(args):

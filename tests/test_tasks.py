@@ -2,10 +2,12 @@
 same numbers."""
 
 import json
+import sys
 
 import pytest
 import torch
 from closeness import assert_close, assert_learns
+from commands import REPOSITORY, error_lines, start
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from real_run import batches_of, first_step, make_config, off_zero, plan, prepared, save_trained, task_in
 from safetensors.torch import save_file
@@ -227,6 +229,27 @@ def test_resume(pair, task_flags, tmp_path, family, train_type):
     assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
 
 
+def test_rows_are_shown(task_flags, capsys):
+    """With their label, or the target marked as learned."""
+    assert run_train(**task_flags("roberta"), show_rows=1) == 0
+    assert f"</s> ⟦{labelled_rows()[0]['label']}⟧" in capsys.readouterr().out
+    assert run_train(**task_flags("t5"), show_rows=1) == 0
+    shown = capsys.readouterr().out
+    first = source_rows()[0]
+    assert f"{first['source']}</s>⟦{first['target']}</s>⟧" in shown
+
+
+@pytest.mark.parametrize("family", ["roberta", "t5"])
+def test_no_new_blocks_in_encoders(task_flags, tmp_path, family):
+    """Neither trained nor made."""
+    flags = task_flags(family, train_type="llama_pro") | dict(llama_pro_path=task_flags(family)["model_name"])
+    assert "--train_type llama_pro: new blocks are added to decoders" in refused(**flags, output_dir=tmp_path / "out")
+    script = REPOSITORY / "scripts/block_expansion.py"
+    made = start([sys.executable, script, "--model_name", flags["model_name"], "--output_dir", tmp_path / "pro"])
+    assert made.returncode == 2 and not (tmp_path / "pro").exists()
+    assert len(error_lines(made.stderr)) == 1, made.stderr
+
+
 def test_what_auto_takes(task_flags, tmp_path, capsys):
     """The architecture decides; of a language model, the columns."""
     for family, wanted in (
@@ -361,8 +384,9 @@ def test_trainable_parameters_of_flan_t5_small(tmp_path, capsys, rank, tied, unt
     flags = dict(model_name=tmp_path, plan=True, train_type="lora", lora_rank=rank, lora_target_modules="q,v")
     assert run_train(**flags) == 0
     assert f"trainable params: {tied} ||" in capsys.readouterr().out
-    model = AutoModelForSeq2SeqLM.from_config(config)
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if "embed_tokens" not in name}
-    save_file(tensors | {"lm_head.weight": tensors["shared.weight"] + 1}, tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        shapes = {name: t.shape for name, t in AutoModelForSeq2SeqLM.from_config(config).state_dict().items()}
+    tensors = {name: torch.zeros(shape) for name, shape in shapes.items() if "embed_tokens" not in name}
+    save_file(tensors | {"lm_head.weight": torch.ones(shapes["lm_head.weight"])}, tmp_path / "model.safetensors")
     assert run_train(**flags) == 0
     assert f"trainable params: {untied}\n" in capsys.readouterr().out

@@ -25,6 +25,7 @@ from fsdp_utils.data import tokens as tokens_module
 from fsdp_utils.data.encode import Piece, Text, TextEncoder, exact
 from fsdp_utils.data.show import histogram, in_colour, marked, shown
 from fsdp_utils.data.tokens import prepare_dataset
+from fsdp_utils.tasks.causal_lm import CAUSAL_LM
 
 pytestmark = [pytest.mark.versions, pytest.mark.usefixtures("own_cache")]
 
@@ -151,8 +152,8 @@ def test_marked_rows(kind):
 def test_colour_where_there_is_one(tmp_path, kind, monkeypatch):
     """On a terminal that has not asked for none (no-color.org); brackets elsewhere."""
     found = prepared(tmp_path, kind, {"prompt": "x=", "completion": "42"})
-    assert "\033[30;42m42" in shown(found, kind, count=1, colour=True)
-    assert "⟦42" in shown(found, kind, count=1, colour=False)
+    assert "\033[30;42m42" in shown(found, kind, as_learned=CAUSAL_LM.shown, count=1, colour=True)
+    assert "⟦42" in shown(found, kind, as_learned=CAUSAL_LM.shown, count=1, colour=False)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.delenv("NO_COLOR", raising=False)
     assert in_colour()

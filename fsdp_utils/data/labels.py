@@ -68,6 +68,14 @@ class Labels:
         holds = {self._number(one, label) for one in value}
         return [float(number in holds) for number in range(len(self.names))]
 
+    def named(self, numbers) -> str:
+        """A label in words, from `numbers`."""
+        if self.problem == REGRESSION:
+            return f"{numbers[0]:g}"
+        if self.problem == SINGLE:
+            return self.names[int(numbers[0])]
+        return ", ".join(name for name, holds in zip(self.names, numbers, strict=True) if holds)
+
     def _number(self, value, label: str) -> int:
         if str(value) in self.names:
             return self.names.index(str(value))

@@ -2,20 +2,23 @@
 
 import os
 import sys
+from collections.abc import Callable
 
 import numpy as np
-
-from fsdp_utils.data.batches import IGNORED
 
 GREEN, PLAIN = "\033[30;42m", "\033[0m"
 OPEN, CLOSE = "⟦", "⟧"  # where there is no colour
 BINS, BAR = 10, 40
 
 
-def shown(data, tokenizer, *, count: int, colour: bool) -> str:
-    """The first rows of `TokenizedData`, and how long all of them are."""
+def shown(data, tokenizer, *, as_learned: Callable, count: int, colour: bool) -> str:
+    """The first rows of `TokenizedData`, and how long all of them are.
+
+    Args:
+        as_learned: `tasks.Task.shown`.
+    """
     marks = (GREEN, PLAIN) if colour else (OPEN, CLOSE)
-    rows = [_row(data, i, tokenizer, marks=marks) for i in range(min(count, len(data)))]
+    rows = [_row(data, i, as_learned, tokenizer, marks=marks) for i in range(min(count, len(data)))]
     return "\n\n".join([*rows, histogram(data.lengths)])
 
 
@@ -24,11 +27,11 @@ def in_colour() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
-def _row(data, i: int, tokenizer, *, marks: tuple[str, str]) -> str:
-    row = data.dataset[i]
-    ids, learned = np.asarray(row["input_ids"]).tolist(), np.asarray(row["labels"]) != IGNORED
+def _row(data, i: int, as_learned: Callable, tokenizer, *, marks: tuple[str, str]) -> str:
+    ids, learned, label = as_learned(data.dataset[i])
     head = f"row {data.rows[i] + 1}: {len(ids)} tokens, {learned.sum()} of them learned"
-    return f"{head}\n{marked(ids, learned.tolist(), tokenizer, marks=marks)}"
+    text = marked(ids.tolist(), learned.tolist(), tokenizer, marks=marks)
+    return f"{head}\n{text}" + (f" {marks[0]}{label}{marks[1]}" if label else "")
 
 
 def marked(ids: list[int], learned: list[bool], tokenizer, *, marks: tuple[str, str]) -> str:

@@ -5,10 +5,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import nn
 
 from fsdp_utils.core.errors import UserError
+from fsdp_utils.data.batches import IGNORED
 from fsdp_utils.data.labels import Labels
 
 
@@ -45,11 +47,24 @@ class Task(ABC):
     writes: ClassVar[bool] = True
     forbidden: ClassVar[dict[str, str]] = {}
 
-    def check(self, config) -> None:
+    def check(self, config, model_config) -> None:
         """Raises UserError for flags that mean nothing here."""
+        if config.method == "llama_pro" and not self.can_expand(model_config):
+            raise UserError(
+                f"--train_type {config.train_type}: new blocks are added to decoders, and {model_config.model_type} "
+                "models have an encoder; choose another"
+            )
         for flag, why in self.forbidden.items():
             if getattr(config, flag):
                 raise UserError(f"--{flag} {str(getattr(config, flag)).lower()}: {why}")
+
+    def can_expand(self, model_config) -> bool:
+        """Whether a model of this configuration can have new blocks (Llama-Pro)."""
+        return True
+
+    def shown(self, row: dict) -> tuple[np.ndarray, np.ndarray, str]:
+        """A sample for the eye: its ids and which are learned, `[tokens]`, and what else is learned of it."""
+        return np.asarray(row["input_ids"]), np.asarray(row["labels"]) != IGNORED, ""
 
     def given(self, labels: Labels | None, tokenizer, model_config) -> "Task":
         """This task when data, tokenizer and model are known."""

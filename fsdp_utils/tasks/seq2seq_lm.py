@@ -34,6 +34,13 @@ class Seq2SeqLM(Task):
         packing="an encoder sees all samples of a row; pass --packing false",
     )
 
+    def can_expand(self, model_config):
+        return False
+
+    def shown(self, row):
+        source, target = np.asarray(row["input_ids"]), np.asarray(row["labels"])
+        return np.concatenate([source, target]), np.arange(len(source) + len(target)) >= len(source), ""
+
     def pad_token_id(self, tokenizer, model_config, *, largest):
         return model_config.pad_token_id
 

@@ -63,6 +63,13 @@ class SequenceClassification(Task):
         decodes = getattr(model_config, "is_decoder", False)
         return type(model_config) in AutoModelForMaskedLM._model_mapping and not decodes
 
+    def can_expand(self, model_config):
+        return not self.is_encoder(model_config)
+
+    def shown(self, row):
+        ids = np.asarray(row["input_ids"])
+        return ids, np.zeros(len(ids), dtype=bool), self.labels.named(np.asarray(row["labels"]))
+
     def given(self, labels, tokenizer, model_config):
         known = (model_config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
         return replace(self, labels=labels, pad=next((i for i in known if i is not None), None))
