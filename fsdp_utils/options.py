@@ -88,6 +88,12 @@ OPTIMIZERS = {
     "paged_adamw_8bit": Optimizer(
         "bitsandbytes.optim:PagedAdamW8bit", "adamw_8bit whose states do the same", state_bytes=2, needs_cuda=True
     ),
+    "schedule_free_adamw": Optimizer(
+        "schedulefree:AdamWScheduleFree",
+        "the result is an average of all steps, which needs no falling rate (arXiv:2405.15682)",
+        needs_fp32=True,
+        schedules=("constant", "constant_with_warmup"),
+    ),
 }
 
 # factor of the peak learning rate at a share of the steps after warm-up

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fsdp_utils.memory.budget import optimizer_bytes
 from fsdp_utils.training.int8 import AdamWInt8
 from methods.kernels.adamw import Row, Step, random_bits
 from methods.kernels.adamw_int8 import decode, encode, step_row, tables
@@ -119,6 +120,18 @@ def test_state_is_two_bytes():
     p.grad = rows_of(64, 512)[1]
     optimizer.step()
     assert sum(t.nbytes for t in optimizer.state[p].values()) == p.numel() * 2 + p.numel() // 256 * 8
+
+
+@pytest.mark.parametrize("shape", [(64, 512), (64, 300), (64, 8), (64,)])
+def test_budget_is_no_less(shape):
+    """For rows of any length, and for vectors, whose states are fp32."""
+    p = torch.nn.Parameter(rows_of(*shape)[0])
+    optimizer = AdamWInt8([p], [(0, 0)], lr=1e-3, wd=0.0, seed=1)
+    p.grad = rows_of(*shape)[1]
+    optimizer.step()
+    held = sum(t.nbytes for t in optimizer.state[p].values())
+    told = optimizer_bytes("adamw_int8", p.numel(), 2, columns=p.shape[1:].numel())
+    assert held <= told <= 1.25 * held
 
 
 def test_bits_are_of_their_own():

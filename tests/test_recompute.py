@@ -244,7 +244,7 @@ def held_by(planned, config, *, mesh=None, on_host=None) -> int:
 
 
 @pytest.mark.parametrize("train_type", ["bnb_dora", "full"])
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "adamw_8bit", "adamw_int8"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "adamw_8bit"])
 def test_resident_bytes(tiny, train_type, optimizer):
     """From the model on meta: the loaded parameters, a gradient of each that trains, the optimizer's numbers."""
     config = make_config(model_name=tiny("qwen2"), train_type=train_type, optimizer=optimizer)

@@ -192,9 +192,28 @@ class TrainStep:
             Diverged: loss or gradient is no number, and it is not the loss scale's fault; no parameter has changed, but
                 for a gradient with --optimizer_in_backward.
         """
-        self._set_rate(lr)
-        if self.in_backward:
-            return self._step_in_backward(micro_batches, votes=votes)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self._turn("train")
+        take = self._step_in_backward if self.in_backward else self._step_after_backward
+        return take(micro_batches, votes=votes)
+
+    def _turn(self, mode: str) -> None:
+        """An optimizer that averages: parameters are the average between steps, to look at and to keep, and in a step
+        where its gradient is taken. Each step turns both ways, so that whoever looks between changes nothing."""
+        turn = getattr(self.optimizer, mode, None)
+        if turn:
+            fsdp.leave_sharded(self.prepared)
+            self.trained.collect_gradients()  # where rows are today
+            turn()
+            self.prepared.method.after_step(self.model, device=self.device)
+
+    def _end(self) -> None:
+        """Of a step, as soon as nothing changes any more."""
+        self._turn("eval")
+        fsdp.gather_ahead(self.prepared)
+
+    def _step_after_backward(self, micro_batches: list[Batch], *, votes: Sequence[float]) -> StepResult:
         total, tokens = self.backward(micro_batches, votes=votes)
         gradients = self.trained.collect_gradients()
         self.scaler.unscale_(gradients)
@@ -203,13 +222,13 @@ class TrainStep:
         if ahead:  # the host need not wait for the GPU here: what diverged is not stepped on, and then nobody goes on
             self.optimizer.unless = norm + 0 * total.float()
             self._update(gradients, norm)
-            fsdp.gather_ahead(self.prepared)
+            self._end()
         loss, value = self._checked(total, tokens, norm)
         finite = math.isfinite(value)
         if not ahead:
             if finite:
                 self._update(gradients, norm)
-            fsdp.gather_ahead(self.prepared)
+            self._end()
         self.taken += 1
         self.scaler.update(finite)
         self.trained.zero_grad()
@@ -220,7 +239,7 @@ class TrainStep:
             total, tokens = self.backward(micro_batches, votes=votes)
         norm = self.in_backward.norm(group=self.group)
         self.prepared.method.after_step(self.model, device=self.device)
-        fsdp.gather_ahead(self.prepared)
+        self._end()
         loss, value = self._checked(total, tokens, norm)
         self.taken += 1
         return StepResult(loss, value, tokens, True, self.votes)
