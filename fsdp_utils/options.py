@@ -88,6 +88,12 @@ OPTIMIZERS = {
     "paged_adamw_8bit": Optimizer(
         "bitsandbytes.optim:PagedAdamW8bit", "adamw_8bit whose states do the same", state_bytes=2, needs_cuda=True
     ),
+    "muon": Optimizer(
+        "torch.optim:Muon",
+        "steps of matrices are made orthogonal, at rates of AdamW, which the rest gets (arXiv:2502.16982)",
+        rounds=True,
+        own="fsdp_utils.training.muon:make",
+    ),
     "schedule_free_adamw": Optimizer(
         "schedulefree:AdamWScheduleFree",
         "the result is an average of all steps, which needs no falling rate (arXiv:2405.15682)",

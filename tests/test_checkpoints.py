@@ -111,6 +111,7 @@ def test_options_survive(pair, flags, tmp_path, options):
     [
         dict(optimizer="adamw_8bit"),
         dict(optimizer="adamw_int8", precision="bf16"),
+        dict(optimizer="muon", precision="bf16"),
         dict(precision="bf16"),
         dict(wd=0.1),
         dict(precision="bf16", optimizer_in_backward=True),
@@ -200,7 +201,7 @@ def passed_on(folder: Path, **flags) -> None:
 
 @pytest.mark.parametrize("size", ["one", "trio"])
 @pytest.mark.parametrize(
-    ("train_type", "optimizer"), [("bnb_dora", "adamw"), ("full", "adamw"), ("full", "adamw_int8")]
+    ("train_type", "optimizer"), [("bnb_dora", "adamw"), ("full", "adamw"), ("full", "adamw_int8"), ("full", "muon")]
 )
 def test_state_changes_hands_bit_by_bit(pair, trio, flags, tmp_path, size, train_type, optimizer):
     """What two processes wrote, another number reads and writes again: the same whole tensors."""

@@ -50,6 +50,7 @@ def same_bits(pair, flags: dict, processes: int) -> None:
         dict(optimizer="adadelta"),
         dict(optimizer="adamw_8bit"),
         dict(optimizer="adamw_int8", precision="bf16"),
+        dict(optimizer="muon", precision="bf16"),
         dict(precision="bf16", use_cpu_offload=True),
         dict(use_gradient_checkpointing=False),
     ],

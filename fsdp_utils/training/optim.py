@@ -84,7 +84,7 @@ class LocalParameters:
     """
 
     def __init__(self, model: nn.Module, *, keep_gradients: bool = False):
-        self.keep_gradients = keep_gradients
+        self.model, self.keep_gradients = model, keep_gradients
         numbered = enumerate(model.named_parameters())
         trained = [(number, name, p) for number, (name, p) in numbered if p.requires_grad and local(p).numel()]
         self.names = [name for _, name, _ in trained]
