@@ -35,7 +35,6 @@ class Component(NamedTuple):
 
 
 def each(*pairs: tuple[str, tuple]) -> list[Component]:
-    """One for each value of each flag."""
     return [Component({name: value}) for name, values in pairs for value in values]
 
 
