@@ -241,7 +241,8 @@ class TrainConfig:
 
     @property
     def rounds_stochastically(self) -> bool:
-        return self.stochastic_rounding and self.stores_bf16 and OPTIMIZERS[self.optimizer].rounds
+        row = OPTIMIZERS[self.optimizer]
+        return self.stores_bf16 and row.rounds and (self.stochastic_rounding or bool(row.own))
 
     @property
     def validates(self) -> bool:
@@ -375,6 +376,11 @@ class TrainConfig:
             (
                 self.stores_bf16 and not OPTIMIZERS[self.optimizer].rounds,
                 f"--optimizer {self.optimizer} rounds to the nearest",
+                ("stochastic_rounding",),
+            ),
+            (
+                self.stores_bf16 and bool(OPTIMIZERS[self.optimizer].own),
+                f"--optimizer {self.optimizer} always rounds at random",
                 ("stochastic_rounding",),
             ),
             (self.lr_scheduler == "constant", "--lr_scheduler is constant", ("lr_warmup_ratio",)),

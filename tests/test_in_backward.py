@@ -1,6 +1,8 @@
 """--optimizer_in_backward: the bits of the separate step, and no gradient left."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -102,6 +104,41 @@ def test_gradients_are_gone(pair, flags, processes):
         asked = given | dict(optimizer_in_backward=in_backward)
         held, total, largest = most_gradients(asked) if processes == 1 else pair.run(most_gradients, asked)[0]
         assert held == (largest if in_backward else total)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("optimizer", ["adamw", "fused_adamw", "adamw_8bit", "adamw_int8", "muon", "paged_adamw"])
+def test_gpu(tiny, flags, optimizer, compiled):
+    """The same bits there too, and the memory of all gradients but one group's is gone."""
+    folder, peaks, found = tiny("llama", num_hidden_layers=8, intermediate_size=8192), [], []
+    given = flags(train_type="full", precision="bf16", optimizer=optimizer, device="cuda", compile=compiled)
+    given |= dict(model_name=folder, attn_implementation="eager", batch_size=2, cuda_graphs=False)
+    for in_backward in (True, False):
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        found.append(after_steps(given | dict(optimizer_in_backward=in_backward)))
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    (results, parameters), (wanted, reference) = found
+    assert results == wanted and all(torch.equal(p, reference[name]) for name, p in parameters.items())
+    gradients = sum(p.nbytes for p in parameters.values())
+    assert (
+        optimizer in ("adamw_int8", "muon") or peaks[0] < peaks[1] - gradients / 2
+    )  # these need some memory themselves
+
+
+def test_nothing_outlives_the_run(flags):
+    """Hooks keep neither the model nor the step."""
+    config = make_config(**flags(train_type="full", optimizer_in_backward=True))
+    run = prepared(config)
+    step = TrainStep(run, config, task=CAUSAL_LM)
+    step(next(batches_of(config, run).first(1)), lr=0.01)
+    left = [weakref.ref(thing) for thing in (step, run.model, run.model.get_input_embeddings().weight)]
+    del step, run
+    gc.collect()
+    assert [thing() for thing in left] == [None] * 3
 
 
 @pytest.mark.parametrize("how", [dict(precision="bf16"), dict(precision="fp32")], ids=str)

@@ -85,12 +85,3 @@ def test_missing_package(monkeypatch):
     monkeypatch.setattr("fsdp_utils.model.assemble.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"--optimizer schedule_free_adamw: schedulefree is not installed; pip install"):
         check_optimizer(make_config(train_type="full", **SCHEDULE_FREE), device=torch.device("cpu"))
-
-
-@pytest.mark.parametrize("optimizer", ["paged_adamw", "paged_adamw_8bit"])
-def test_paged_states_need_a_gpu(optimizer):
-    """With --device cpu the flags tell, with auto the machine does; both in one line with the way out."""
-    with pytest.raises(UserError, match=f"--optimizer {optimizer}: .*--device cpu; use adamw_8bit"):
-        make_config(optimizer=optimizer)
-    with pytest.raises(UserError, match=f"--optimizer {optimizer}: .*there is none; use adamw_8bit"):
-        check_optimizer(make_config(optimizer=optimizer, device="auto"), device=torch.device("cpu"))

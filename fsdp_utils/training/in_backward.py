@@ -1,6 +1,7 @@
 """`--optimizer_in_backward`: a parameter steps inside backward as soon as its gradient is there, and frees it."""
 
 import math
+import weakref
 from contextlib import contextmanager
 from functools import partial
 
@@ -8,6 +9,12 @@ import torch
 
 from fsdp_utils.core.processes import sum_over_processes
 from fsdp_utils.training.optim import LocalParameters, StochasticAdamW, combined_norm, norms_of
+
+
+def _came(step: weakref.ref, place: int, parameter: torch.Tensor) -> None:
+    """What autograd, or FSDP2, calls."""
+    if (alive := step()) is not None:
+        alive.came(place)
 
 
 class StepInBackward:
@@ -27,7 +34,8 @@ class StepInBackward:
         self.norms: dict[int, torch.Tensor] = {}  # of the gradients that came, by the parameter's place
         self.numbers, self.steps, self.loss = None, False, None
         for place, parameter in enumerate(trained.sharded):
-            parameter.register_post_accumulate_grad_hook(partial(self._came, place))
+            # weakly: hooks are out of the garbage collector's sight, and would keep the model for ever
+            parameter.register_post_accumulate_grad_hook(partial(_came, weakref.ref(self), place))
 
     @contextmanager
     def stepping(self):
@@ -58,7 +66,8 @@ class StepInBackward:
         return combined_norm(norms, group=group, device=self.device)
 
     @torch.no_grad()
-    def _came(self, place: int, parameter: torch.Tensor) -> None:
+    def came(self, place: int) -> None:
+        """All of the gradient of the parameter at this place is there."""
         if self.numbers is None:
             return
         if place in self.norms:
