@@ -161,9 +161,11 @@ class Run:
         self.train_step = TrainStep(self.prepared, config, task=CAUSAL_LM)
 
     def step(self, batch: int, length: int) -> None:
-        """One optimizer step on `batch` rows of `length` random tokens, all of them in the loss."""
-        ids = random_batch(self.model.config.vocab_size, batch, length)
-        self.step_on(with_targets(ids, multiple=self.train_step.micro_step.targets_multiple))
+        """One optimizer step on micro-batches of `batch` rows of `length` random tokens, all of them in the loss."""
+        multiple = self.train_step.micro_step.targets_multiple
+        random = lambda: with_targets(random_batch(self.model.config.vocab_size, batch, length), multiple=multiple)
+        accumulation = range(self.config.gradient_accumulation_steps)
+        self.train_step([random() for _ in accumulation], lr=self.config.lr)
 
     def step_on(self, batch: dict[str, torch.Tensor]) -> None:
         """One optimizer step on a micro-batch of the data pipeline."""
@@ -172,6 +174,7 @@ class Run:
     def measure(self, batch: int, length: int, *, steps: int = 6, warmup: int = 3) -> dict:
         """What `median_step` says of this run, and the seconds that loading took."""
         timed = median_step(self.step, batch=batch, length=length, device=self.device, steps=steps, warmup=warmup)
+        timed["tokens_s"] *= self.config.gradient_accumulation_steps
         return dict(**timed, load_s=round(self.load_s, 1))
 
     def close(self) -> None:

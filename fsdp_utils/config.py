@@ -13,6 +13,7 @@ from methods import METHODS, QUANTIZERS, SCALINGS, STARTS, TRAIN_TYPES
 # went 8 % as far as in fp32, at 1e-4 65 %, at 1e-3 99 %
 ROUNDED_AWAY_LR = 1e-4
 
+_ROUNDING = [name for name, row in OPTIMIZERS.items() if row.rounds]
 
 PROFILING = ("profiling_output", "export_trace", "export_memory_timeline", "with_stack", "with_shapes", "wait_steps",
              "warmup_steps", "active_steps", "repeat", "profiling_frequency")  # fmt: skip
@@ -104,13 +105,21 @@ class TrainConfig:
         -1, "stop after this many optimizer steps; -1: at the end of the epochs", minimum=-1, may_change=True
     )
     lr: float = flag(1e-5, "peak learning rate", above=0.0)
-    lr_scheduler: str = flag("constant", "linear and cosine warm up first", choices=tuple(SCHEDULES))
-    lr_warmup_ratio: float = flag(0.1, "share of the steps that warm up (linear, cosine)", minimum=0.0, maximum=1.0)
-    optimizer: str = flag("adamw", "adamw_8bit needs bitsandbytes", choices=tuple(OPTIMIZERS))
+    lr_scheduler: str = flag("constant", "all but constant warm up first", choices=tuple(SCHEDULES))
+    lr_warmup_ratio: float = flag(0.1, "share of the steps that warm up", minimum=0.0, maximum=1.0)
+    optimizer: str = flag(
+        "adamw", "; ".join(f"{name}: {row.effect}" for name, row in OPTIMIZERS.items()), choices=tuple(OPTIMIZERS)
+    )
     stochastic_rounding: bool = flag(
         True,
-        "adamw, fused_adamw: weights stored in bf16 are rounded at random after a step, so that on average they learn "
-        "as in fp32; to the nearest, small steps are lost",
+        f"{', '.join(_ROUNDING)}: weights stored in bf16 are rounded at random after a step, so that on average they "
+        "learn as in fp32; to the nearest, small steps are lost",
+    )
+    optimizer_in_backward: bool = flag(
+        False,
+        "each parameter steps inside backward and frees its gradient at once: the same bits without the memory of "
+        "gradients, for full fine-tuning; needs one forward pass a step, no clipping, no fp16",
+        may_change=True,
     )
     wd: float = flag(0.1, "weight decay", minimum=0.0)
     apply_gradient_clipping: bool = flag(False, "clip the global gradient norm")
@@ -239,7 +248,8 @@ class TrainConfig:
 
     @property
     def rounds_stochastically(self) -> bool:
-        return self.stochastic_rounding and self.stores_bf16 and OPTIMIZERS[self.optimizer].rounds
+        row = OPTIMIZERS[self.optimizer]
+        return self.stores_bf16 and row.rounds and (self.stochastic_rounding or bool(row.own))
 
     @property
     def validates(self) -> bool:
@@ -286,7 +296,39 @@ class TrainConfig:
             found.append(
                 "--use_activation_cpu_offload true: offloads checkpointed inputs; add --use_gradient_checkpointing true"
             )
+        return found + self._optimizer_errors() + self.in_backward_errors()
+
+    def _optimizer_errors(self) -> list[str]:
+        """One line for each flag that the optimizer cannot work beside."""
+        row, given, found = OPTIMIZERS[self.optimizer], f"--optimizer {self.optimizer}", []
+        if row.needs_cuda and self.device == "cpu":
+            found.append(f"{given}: its states are pages of a GPU's memory, not with --device cpu; use adamw_8bit")
+        if row.needs_fp32 and self.stores_bf16:
+            found.append(
+                f"{given}: bf16 weights round its averages away, not with --precision {self.precision}; "
+                "use --precision bf16_autocast or fp32"
+            )
+        if row.schedules and self.lr_scheduler not in row.schedules:
+            found.append(
+                f"{given}: needs no falling rate, not with --lr_scheduler {self.lr_scheduler}; "
+                f"use {' or '.join(row.schedules)}"
+            )
         return found
+
+    def in_backward_errors(self) -> list[str]:
+        """One line for each flag that needs all gradients of a step at once."""
+        if not self.optimizer_in_backward:
+            return []
+        table = (
+            (self.gradient_accumulation_steps > 1, "sums gradients of several forward passes",
+             f"--gradient_accumulation_steps {self.gradient_accumulation_steps}", "pass 1 and a larger --batch_size"),
+            (self.apply_gradient_clipping, "needs the norm of all gradients before the first parameter steps",
+             "--apply_gradient_clipping true", "pass false"),
+            (self.precision == "fp16_autocast", "skips steps that overflow once all gradients are there",
+             "--precision fp16_autocast", "pass bf16, bf16_autocast or fp32"),
+        )  # fmt: skip
+        ways = [(f"{given}, which {why}", way) for holds, why, given, way in table if holds]
+        return [f"--optimizer_in_backward true: not with {given}; {way}" for given, way in ways]
 
     def _quantizer_errors(self) -> list[str]:
         """One line for each flag whose value the quantizer does not take."""
@@ -341,6 +383,11 @@ class TrainConfig:
             (
                 self.stores_bf16 and not OPTIMIZERS[self.optimizer].rounds,
                 f"--optimizer {self.optimizer} rounds to the nearest",
+                ("stochastic_rounding",),
+            ),
+            (
+                self.stores_bf16 and bool(OPTIMIZERS[self.optimizer].own),
+                f"--optimizer {self.optimizer} always rounds at random",
                 ("stochastic_rounding",),
             ),
             (self.lr_scheduler == "constant", "--lr_scheduler is constant", ("lr_warmup_ratio",)),

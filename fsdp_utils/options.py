@@ -50,28 +50,70 @@ STRATEGIES = {
 
 
 class Optimizer(NamedTuple):
-    """`settings`: besides rate and decay; `state_bytes`: that it keeps per trained element, None for two numbers in the
-    parameter's dtype; `rounds`: can round bf16 weights at random (`training.optim.StochasticAdamW`)."""
+    """`target`: the library's class; `effect`: what --help says; `settings`: besides rate and decay; `state_bytes`:
+    that it keeps per trained element, None for two numbers in the parameter's dtype; `scale_bytes`: per block of 256
+    elements of a row, besides; `rounds`: can round bf16 weights at random; `own`: `module:function` of ours that makes
+    it; `needs_cuda`, `needs_fp32`: a GPU, weights that are stored so; `schedules`: that it can follow, None for any."""
 
     target: str
+    effect: str
     settings: dict | None = None
     state_bytes: int | None = None
+    scale_bytes: int = 0
     rounds: bool = False
+    own: str | None = None
+    needs_cuda: bool = False
+    needs_fp32: bool = False
+    schedules: tuple[str, ...] | None = None
 
 
 OPTIMIZERS = {
-    "adamw": Optimizer("torch.optim:AdamW", rounds=True),
-    "adam": Optimizer("torch.optim:Adam"),
-    "sgd": Optimizer("torch.optim:SGD", state_bytes=0),
-    "adadelta": Optimizer("torch.optim:Adadelta"),
-    "fused_adamw": Optimizer("torch.optim:AdamW", {"fused": True}, rounds=True),
-    "fused_adam": Optimizer("torch.optim:Adam", {"fused": True}),
-    "adamw_8bit": Optimizer("bitsandbytes.optim:AdamW8bit", state_bytes=2),
+    "adamw": Optimizer("torch.optim:AdamW", "rounds bf16 weights at random", rounds=True),
+    "adam": Optimizer("torch.optim:Adam", "decays weights through the gradient"),
+    "sgd": Optimizer("torch.optim:SGD", "keeps no state", state_bytes=0),
+    "adadelta": Optimizer("torch.optim:Adadelta", "scales its rate by past steps"),
+    "fused_adamw": Optimizer(
+        "torch.optim:AdamW", "adamw, of fp32 weights in fewer kernels", {"fused": True}, rounds=True
+    ),
+    "fused_adam": Optimizer("torch.optim:Adam", "adam in fewer kernels", {"fused": True}),
+    "adamw_8bit": Optimizer(
+        "bitsandbytes.optim:AdamW8bit", "2 bytes of state per parameter, for a fixed number of processes", state_bytes=2
+    ),
+    "adamw_int8": Optimizer(
+        "bitsandbytes.optim:AdamW8bit",
+        "the same bytes, for any number of processes: 8-bit states of our own, rounded at random",
+        state_bytes=2,
+        scale_bytes=8,
+        rounds=True,
+        own="fsdp_utils.training.int8:make",
+    ),
+    "paged_adamw": Optimizer(
+        "bitsandbytes.optim:PagedAdamW",
+        "fp32 states that leave a full GPU for host memory and come back, page by page",
+        state_bytes=8,  # as if they stayed: pages that fit cost no traffic
+        needs_cuda=True,
+    ),
+    "paged_adamw_8bit": Optimizer(
+        "bitsandbytes.optim:PagedAdamW8bit", "adamw_8bit whose states do the same", state_bytes=2, needs_cuda=True
+    ),
+    "muon": Optimizer(
+        "torch.optim:Muon",
+        "steps of matrices are made orthogonal, at rates of AdamW, which the rest gets (arXiv:2502.16982)",
+        rounds=True,
+        own="fsdp_utils.training.muon:make",
+    ),
+    "schedule_free_adamw": Optimizer(
+        "schedulefree:AdamWScheduleFree",
+        "the result is an average of all steps, which needs no falling rate (arXiv:2405.15682)",
+        needs_fp32=True,
+        schedules=("constant", "constant_with_warmup"),
+    ),
 }
 
 # factor of the peak learning rate at a share of the steps after warm-up
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda share: 1.0,
+    "constant_with_warmup": lambda share: 1.0,
     "linear": lambda share: 1.0 - share,
     "cosine": lambda share: 0.1 + 0.45 * (1 + math.cos(math.pi * share)),  # ends at a tenth, as the 2024 script did
 }

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import get_peft_model_state_dict
 
-from benchmarks import throughput
+from benchmarks import components, throughput
 from benchmarks.common import SHAPES, Run, make_config, write_config
 from benchmarks.peer import PeerRun, parse_peers
 from fsdp_utils.core.errors import UserError
@@ -77,3 +77,26 @@ def test_peer_that_cannot_run(monkeypatch):
     assert unknown == "--peer pefd: choose from peft, liger, alone"
     with pytest.raises(UserError, match=r"--peer alone: .* torchrun"):
         parse_peers("alone", device=CPU)
+
+
+def test_components(tmp_path, capsys, monkeypatch):
+    """Each component is a row beside its baseline; what cannot run here says why in its row, and the table goes on."""
+    monkeypatch.setitem(SHAPES, "tiny", dict(SHAPES["tiny"], num_hidden_layers=1, vocab_size=128))
+    few = [
+        dict(),
+        dict(optimizer="paged_adamw"),
+        dict(optimizer="sgd", optimizer_in_backward=True),
+        dict(compile=False),
+    ]
+    monkeypatch.setattr(components, "FULL", [components.Component(flags) for flags in few])
+    path = tmp_path / "rows.jsonl"
+    small = ["--shape=tiny", "--full_shape=tiny", "--rows=2x16", f"--json={path}"]
+    components.main(components.parse_arguments([*small, "--tables=full", "--only=optimizer"]))
+    base, paged, in_backward = rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert base["tokens_s"] > 0 and "GPU" in paged["failed"] and in_backward["tokens_s"] > 0
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(shown) == len(rows) + 1 and all(line.count("|") == 6 for line in shown)
+    components.main(components.parse_arguments([*small, "--tables=adapters", "--only=accumulation"]))
+    alone, four, one_row = [json.loads(line) for line in path.read_text().splitlines()][3:]
+    assert "gradient_accumulation_steps 4" in four["component"] and "one row" in one_row["component"]
+    assert four["step_s"] > alone["step_s"]

@@ -106,7 +106,18 @@ def test_options_survive(pair, flags, tmp_path, options):
     same_run(pair, tmp_path, **{**flags(train_type="custom_qlora"), "batch_size": 2, **options})
 
 
-@pytest.mark.parametrize("options", [dict(optimizer="adamw_8bit"), dict(precision="bf16"), dict(wd=0.1)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(optimizer="adamw_8bit"),
+        dict(optimizer="adamw_int8", precision="bf16"),
+        dict(optimizer="muon", precision="bf16"),
+        dict(precision="bf16"),
+        dict(wd=0.1),
+        dict(precision="bf16", optimizer_in_backward=True),
+    ],
+    ids=str,
+)
 def test_full_survives(pair, flags, tmp_path, options):
     """Every weight, with 8-bit states and with random rounding."""
     same_run(pair, tmp_path, **{**flags(train_type="full"), "batch_size": 2, **options})
@@ -189,10 +200,12 @@ def passed_on(folder: Path, **flags) -> None:
 
 
 @pytest.mark.parametrize("size", ["one", "trio"])
-@pytest.mark.parametrize("train_type", ["bnb_dora", "full"])
-def test_state_changes_hands_bit_by_bit(pair, trio, flags, tmp_path, size, train_type):
+@pytest.mark.parametrize(
+    ("train_type", "optimizer"), [("bnb_dora", "adamw"), ("full", "adamw"), ("full", "adamw_int8"), ("full", "muon")]
+)
+def test_state_changes_hands_bit_by_bit(pair, trio, flags, tmp_path, size, train_type, optimizer):
     """What two processes wrote, another number reads and writes again: the same whole tensors."""
-    given = flags(train_type=train_type) | dict(batch_size=1, global_batch_size=6, num_epochs=3)
+    given = flags(train_type=train_type) | dict(optimizer=optimizer, batch_size=1, global_batch_size=6, num_epochs=3)
     assert pair.run(run_train, output_dir=tmp_path / "run", stop_at_step=2, **given) == [0, 0]
     asked = given | dict(folder=tmp_path / "run", resume="auto")
     passed_on(**asked) if size == "one" else trio.run(passed_on, **asked)

@@ -157,6 +157,9 @@ def test_updates_that_bf16_rounds_away():
     assert "; --stochastic_rounding true rounds" in other
     (both,) = read(*small, "--stochastic_rounding", "false").notes()[1:]
     assert "; --optimizer adamw with --stochastic_rounding true rounds" in both
+    for name in ("adamw_int8", "muon"):  # which can do nothing else
+        (idle,) = read("--optimizer", name, "--stochastic_rounding", "false").notes()
+        assert idle.startswith("--stochastic_rounding has no effect: ") and "always rounds at random" in idle
     for argv in ((*small, "--precision", "bf16_autocast"), (*small[:2], "--lr", "1e-3"), small[2:]):
         assert read(*argv).notes() == []
 

@@ -112,18 +112,23 @@ def test_metrics(flags):
 LR = dict(sgd=1.0, adadelta=1.0)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", [name for name, row in OPTIMIZERS.items() if not row.needs_cuda])
 @pytest.mark.parametrize("train_type", ["custom_qlora", "full"])
 def test_optimizers(pair, flags, optimizer, train_type):
     """Three steps on two processes move every parameter to where three steps of one move it."""
-    if train_type == "full" and optimizer not in ("adamw", "adamw_8bit"):
+    if train_type == "full" and optimizer not in ("adamw", "adamw_8bit", "adamw_int8", "muon"):
         pytest.skip("one sharded matrix is like another to the rest")
+    if optimizer == "schedule_free_adamw":
+        pytest.importorskip("schedulefree", reason="its steps are the package's")
     more = dict(optimizer=optimizer, train_type=train_type, max_steps=3, lr=LR.get(optimizer, 1e-3), lora_rank=3)
     alone_rows, alone = run(flags("one", **more))
     both_rows, both = pair.run(run, flags("two", **{**more, "batch_size": 2}))[1]
     assert column(both_rows, "loss") == pytest.approx(column(alone_rows, "loss"), rel=1e-5)
-    # 8-bit states round in blocks that a shard cuts elsewhere
-    relative = 1e-5 if optimizer != "adamw_8bit" or train_type == "custom_qlora" else 1e-3
+    # 8-bit states round in blocks that a shard cuts elsewhere; at random, another last bit may become another code;
+    # Muon makes matrices orthogonal in bf16
+    relative = {(name, "full"): 1e-3 for name in ("adamw_8bit", "adamw_int8", "muon")}
+    relative |= {("adamw_int8", "custom_qlora"): 1e-2}
+    relative = relative.get((optimizer, train_type), 1e-5)
     for name, parameter in alone["after"].items():
         assert not torch.equal(parameter, alone["before"][name]), name
         assert (both["after"][name] - parameter).norm() <= relative * parameter.norm().clamp_min(1e-4), name

@@ -104,7 +104,8 @@ def take(step, planned, *, describe: Callable[[Path], None], state: dict) -> Sna
     fsdp.leave_sharded(step.prepared)  # what is gathered ahead shows whole parameters
     model, own_state = step.model, step.state_dict()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = _OptimizerState(own_state["optimizer"]["state"], trained)
+    by_rows = getattr(step.optimizer, "by_rows", ())
+    optimizer = _OptimizerState(own_state["optimizer"]["state"], trained, by_rows=by_rows)
     agreed = all_gather_objects((optimizer.specs, optimizer.scalars, bool(optimizer.own)))  # not all hold rows of all
     # buffers do not train, but a whole model is none without them
     kept = trained | (saved_buffers(model) if trained_file(model) == MODEL_WEIGHTS else {})
@@ -171,11 +172,12 @@ def _rows_of_adapter(tensors: dict, copied: dict[tuple, torch.Tensor]) -> Rows:
 
 
 class _OptimizerState:
-    """The optimizer's state of this process, by how it is kept: `rows` of tensors shaped like their parameter, with the
-    `specs` of the whole ones; `scalars`, alike in every process; `own`, what fits no other number of processes (the
-    blocks of 8-bit states)."""
+    """The optimizer's state of this process, by how it is kept: `rows` of tensors shaped like their parameter, or that
+    the optimizer names as laid out `by_rows`, with the `specs` of the whole ones; `scalars`, alike in every process;
+    `own`, what fits no other number of processes (the blocks of bitsandbytes' 8-bit states)."""
 
-    def __init__(self, states: dict[str, dict], trained: dict[str, torch.Tensor]):
+    def __init__(self, states: dict[str, dict], trained: dict[str, torch.Tensor], *, by_rows: tuple[str, ...] = ()):
+        self.by_rows = by_rows
         self.specs, self.rows, self.scalars, self.own = {}, [], {}, {}
         for name, values in states.items():
             for key, value in values.items():
@@ -185,8 +187,8 @@ class _OptimizerState:
         rows = local(parameter)
         if not isinstance(value, torch.Tensor):
             self.scalars.setdefault(name, {})[key] = value
-        elif value.shape == rows.shape and value.dim():
-            self.specs[f"{key}/{name}"] = (value.dtype, tuple(parameter.shape))
+        elif (value.shape == rows.shape or key in self.by_rows) and value.dim():
+            self.specs[f"{key}/{name}"] = (value.dtype, (parameter.shape[0], *value.shape[1:]))
             if _writes(parameter):
                 self.rows.append(((f"{key}/{name}", row_range(parameter)[0]), _on_host(value)))
         elif value.dim() == 0:

@@ -4,6 +4,7 @@ The same numbers choose how many blocks recompute (`memory.recompute`) and make 
 of memory.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -32,10 +33,25 @@ class Resident(NamedTuple):
     gathered: int  # what FSDP2 makes whole, and the buffers that gradients are reduced in
 
 
-def optimizer_bytes(optimizer: str, elements: int, element_size: int) -> int:
-    """Bytes that an optimizer keeps for trained elements of so many bytes each."""
-    own = OPTIMIZERS[optimizer].state_bytes
-    return elements * (2 * element_size if own is None else own)
+def optimizer_bytes(optimizer: str, elements: int, element_size: int, *, columns: int = 256) -> int:
+    """Bytes that an optimizer keeps for trained elements of so many bytes each, in rows of `columns`."""
+    row = OPTIMIZERS[optimizer]
+    own = elements * (2 * element_size if row.state_bytes is None else row.state_bytes)
+    return own + elements // columns * -(-columns // 256) * row.scale_bytes
+
+
+def _gradient_bytes(model: nn.Module, blocks: dict[str, nn.Module], config, *, shards: int) -> int:
+    """Of trained rows: of all, or where each steps at once, of the largest group: a block, embedding or head, the rest.
+
+    Where gradients are averaged over copies of the model, FSDP2 holds what it reduced until backward ends.
+    """
+    nbytes = lambda parameters: sum(_row_bytes(p, shards)[1] for p in parameters if p.requires_grad)
+    if not config.optimizer_in_backward or STRATEGIES[config.sharding_strategy].copies != "one":
+        return nbytes(model.parameters())
+    ends = {id(m): m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+    groups = [list(m.parameters()) for m in (*blocks.values(), *ends.values())]
+    inside = {id(p) for group in groups for p in group}
+    return max(map(nbytes, [*groups, [p for p in model.parameters() if id(p) not in inside]]))
 
 
 def _row_bytes(parameter: torch.Tensor, shards: int) -> tuple[int, int]:
@@ -69,10 +85,12 @@ def resident(
         elements, nbytes = _row_bytes(p, shards)
         if p.requires_grad:
             trained += nbytes
-            states += optimizer_bytes(config.optimizer, elements, p.element_size())
+            columns = p.shape[1:].numel()
+            states += optimizer_bytes(config.optimizer, elements, p.element_size(), columns=columns)
         elif id(p) not in away:
             frozen += nbytes
-    learned, whole, buffers = 2 * trained, 0, 0
+    gradients = 0 if offloaded else _gradient_bytes(model, blocks, config, shards=shards)
+    learned, whole, buffers = trained + gradients, 0, 0
     if mesh is not None:
         whole, buffers = _gathered(model, blocks, config, away=away, gathered_with_root=gathered_with_root)
     if gathered_with_root:  # a step holds weights and gradients whole, and at its end the rows of gradients
@@ -169,6 +187,11 @@ def host_activations(config, kept: Kept | None, recomputed: int, *, compiled: bo
     return max(recomputed - 1, 0) * (kept.input + (kept.states_by_policy if compiled else 0))
 
 
+def _can_step_in_backward(config) -> bool:
+    """Whether no other flag forbids what is not in use yet."""
+    return not config.optimizer_in_backward and not replace(config, optimizer_in_backward=True).in_backward_errors()
+
+
 def remedies(config, *, gathered_with_root: bool = False) -> list[str]:
     """Flags that lower memory and are not in use, cheapest first; `gathered_with_root` as `fsdp.shard` takes it."""
     offered = (
@@ -181,7 +204,8 @@ def remedies(config, *, gathered_with_root: bool = False) -> list[str]:
         (config.quantizer != "none" and not config.quantize_lm_head, "--quantize_lm_head true"),
         (world_size() > 1 and config.sharding_strategy != "full_shard", "--sharding_strategy full_shard"),
         (gathered_with_root, "--peer_gather false"),
-        (config.optimizer != "adamw_8bit", "--optimizer adamw_8bit"),
+        (config.method == "full" and _can_step_in_backward(config), "--optimizer_in_backward true"),
+        (optimizer_bytes(config.optimizer, 1, 2) > optimizer_bytes("adamw_8bit", 1, 2), "--optimizer adamw_8bit"),
         (not config.use_activation_cpu_offload, "--use_activation_cpu_offload true"),
         (not config.use_cpu_offload, "--use_cpu_offload true"),
         (config.context_length > 256, "a shorter --context_length"),

@@ -7,6 +7,7 @@ load:  peers, memory -> wrap blocks -> shard -> memory for rows -> weights -> wh
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +34,7 @@ from fsdp_utils.model.weights import (
     stamp,
     whole_reader,
 )
-from fsdp_utils.options import PRECISIONS
+from fsdp_utils.options import OPTIMIZERS, PRECISIONS
 from fsdp_utils.sharding import fsdp, offload, peer_gather, wrapping
 from fsdp_utils.sharding.prepared import Prepared
 from methods import make_quantizer, method_of
@@ -88,6 +89,7 @@ def plan(config, *, task, device: torch.device) -> Plan:
         UserError: anything about model, checkpoint, targets or group size that cannot work.
     """
     check_hardware(config, device=device)
+    check_optimizer(config, device=device)
     built = build(config, task=task, device=device)
     check_trainable(built, config, device=device)
     return attach(built, config)
@@ -99,6 +101,23 @@ def check_hardware(config, *, device: torch.device) -> None:
         raise UserError(f"--precision {config.precision}: this GPU has no bf16; use fp16_autocast or fp32")
     if config.quantized_cache:
         check_cache_root(config.quantized_cache)
+
+
+def check_optimizer(config, *, device: torch.device) -> None:
+    """Raises UserError for an optimizer that this device or environment lacks, and for steps in backward where what
+    flags alone do not tell makes several forward passes a step."""
+    row, given = OPTIMIZERS[config.optimizer], f"--optimizer {config.optimizer}"
+    package = row.target.partition(":")[0].partition(".")[0]
+    if row.needs_cuda and device.type != "cuda":
+        raise UserError(f"{given}: its states are pages of a GPU's memory, and there is none; use adamw_8bit")
+    if find_spec(package) is None:
+        raise UserError(f"{given}: {package} is not installed; pip install {package}, or use --optimizer adamw")
+    if config.optimizer_in_backward and config.gradient_accumulation_steps > 1:
+        asked = f"--global_batch_size {config.global_batch_size}" if config.global_batch_size > 0 else "--resume"
+        raise UserError(
+            f"--optimizer_in_backward true: not with {asked}, which makes {config.gradient_accumulation_steps} forward "
+            "passes a step here; raise --batch_size as many times, or pass false"
+        )
 
 
 def _has_bf16() -> bool:

@@ -28,7 +28,7 @@ class StochasticAdamW(torch.optim.Optimizer):
             raise ValueError("StochasticAdamW: trains contiguous bf16 parameters")
         # the number of steps is part of the state: without it a resumed run would draw other random bits
         super().__init__(params, dict(lr=lr, weight_decay=wd, betas=(0.9, 0.999), eps=1e-8, steps=0))
-        self.places, self.seed, self.unless = places, seed, None
+        self.places, self.seed, self.unless = dict(zip(params, places, strict=True)), seed, None
         self.step_kernel = adamw.StepKernel()
 
     @torch.no_grad()
@@ -38,18 +38,22 @@ class StochasticAdamW(torch.optim.Optimizer):
         numbers = group["lr"], group["weight_decay"], *group["betas"], group["eps"], group["steps"]
         step = adamw.Step(*numbers, self.seed, self.unless)
         rows = []
-        for p, place in zip(group["params"], self.places, strict=True):
+        for p in group["params"]:
             if p.grad is not None:
                 state = self.state[p]
                 if not state:
                     state.update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-                rows.append(adamw.Row(p, p.grad, state["exp_avg"], state["exp_avg_sq"], *place))
-        run = self.step_kernel if adamw.triton is not None and rows and rows[0].weight.is_cuda else adamw.step_plain
-        run(rows, step)
+                rows.append(adamw.Row(p, p.grad, state["exp_avg"], state["exp_avg_sq"], *self.places[p]))
+        if rows:
+            run = self.step_kernel if adamw.triton is not None and rows[0].weight.is_cuda else adamw.step_plain
+            run(rows, step)
 
 
 def make_optimizer(config, trained: "LocalParameters") -> torch.optim.Optimizer:
     """That of `--optimizer`."""
+    own = OPTIMIZERS[config.optimizer].own
+    if own:
+        return load_class(own)(config, trained)
     if config.rounds_stochastically:
         return StochasticAdamW(trained.plain, trained.places, lr=config.lr, wd=config.wd, seed=config.seed)
     return stock_optimizer(config, trained.plain)
@@ -80,7 +84,7 @@ class LocalParameters:
     """
 
     def __init__(self, model: nn.Module, *, keep_gradients: bool = False):
-        self.keep_gradients = keep_gradients
+        self.model, self.keep_gradients = model, keep_gradients
         numbered = enumerate(model.named_parameters())
         trained = [(number, name, p) for number, (name, p) in numbered if p.requires_grad and local(p).numel()]
         self.names = [name for _, name, _ in trained]
@@ -89,27 +93,54 @@ class LocalParameters:
         # for the optimizer that asks: a parameter's number, and that of its first element here
         self.places = [(number, row_range(p)[0] * p.shape[1:].numel()) for number, _, p in trained]
 
+    def follow(self, place: int) -> nn.Parameter:
+        """The plain tensor of one, pointed at today's rows and gradient."""
+        sharded, plain = self.sharded[place], self.plain[place]
+        plain.data = local(sharded).detach()  # FSDP2 moves rows once, before the first forward (pinning, padding)
+        plain.grad = None if sharded.grad is None else local(sharded.grad)
+        return plain
+
     def collect_gradients(self) -> list[torch.Tensor]:
         """Points the plain tensors at today's rows and gradients; returns the gradients."""
-        for sharded, plain in zip(self.sharded, self.plain, strict=True):
-            plain.data = local(sharded).detach()  # FSDP2 moves rows once, before the first forward (pinning, padding)
-            plain.grad = None if sharded.grad is None else local(sharded.grad)
-        return [p.grad for p in self.plain if p.grad is not None]
+        followed = map(self.follow, range(len(self.plain)))
+        return [p.grad for p in followed if p.grad is not None]
+
+    def drop_gradient(self, place: int) -> None:
+        self.sharded[place].grad = self.plain[place].grad = None
 
     def zero_grad(self) -> None:
         if self.keep_gradients:
             torch._foreach_zero_([p.grad for p in self.plain if p.grad is not None])
             return
-        for sharded, plain in zip(self.sharded, self.plain, strict=True):
-            sharded.grad = plain.grad = None
+        for place in range(len(self.plain)):
+            self.drop_gradient(place)
+
+
+def norms_of(gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The 2-norm of each, fp32 scalars."""
+    # in fp32: fp16 would overflow, and bf16 norms would have to be converted one by one
+    return list(torch._foreach_norm(gradients, dtype=torch.float32)) if gradients else []
+
+
+def place_state(optimizer: torch.optim.Optimizer, value, parameter: torch.Tensor):
+    """A value of a parameter's state, read from a file, where the optimizer wants it: tensors beside the parameter or,
+    if it pages them, in such memory; numbers on the host, unless a fused optimizer counts on the device."""
+    if not isinstance(value, torch.Tensor) or (value.dim() == 0 and not optimizer.param_groups[0].get("fused")):
+        return value
+    if getattr(optimizer, "is_paged", False) and value.shape == parameter.shape:
+        return optimizer.get_state_buffer(parameter, dtype=value.dtype).copy_(value)
+    return value.to(parameter.device)
 
 
 def global_norm(gradients: list[torch.Tensor], *, group, device: torch.device) -> torch.Tensor:
     """The 2-norm over all rows of all processes, fp32 scalar; `group` together holds each row once."""
+    return combined_norm(norms_of(gradients), group=group, device=device)
+
+
+def combined_norm(norms: list[torch.Tensor], *, group, device: torch.device) -> torch.Tensor:
+    """`global_norm` from `norms_of` gradients."""
     squared = torch.zeros((), device=device)
-    if gradients:
-        # in fp32: fp16 would overflow, and bf16 norms would have to be converted one by one
-        norms = torch._foreach_norm(gradients, dtype=torch.float32)
+    if norms:
         squared = torch.stack(norms).square().sum().to(device)
     if group is not None:
         dist.all_reduce(squared, group=group)

@@ -20,7 +20,16 @@ from fsdp_utils.memory.graphs import graph_tokens
 from fsdp_utils.sharding import fsdp
 from fsdp_utils.sharding.mesh import shard_group
 from fsdp_utils.sharding.prepared import Prepared
-from fsdp_utils.training.optim import LocalParameters, LossScaler, StochasticAdamW, clip_, global_norm, make_optimizer
+from fsdp_utils.training.in_backward import StepInBackward
+from fsdp_utils.training.optim import (
+    LocalParameters,
+    LossScaler,
+    StochasticAdamW,
+    clip_,
+    global_norm,
+    make_optimizer,
+    place_state,
+)
 from methods.dropout import DropoutSeeds
 
 MAX_GRAPHS = 16  # different shapes; padding to multiples keeps them few
@@ -45,6 +54,9 @@ class MicroStep:
         loss_of: a batch to its summed loss, a scalar with a graph.
         autocast: dtype or None.
         graph_tokens: the most tokens of a batch that is captured; 0 for none.
+
+    Attributes:
+        before_backward: is shown the summed loss between forward and backward; None: nobody asks.
     """
 
     def __init__(
@@ -55,6 +67,7 @@ class MicroStep:
         autocast: torch.dtype | None = None,
         graph_tokens: int = 0,
     ):
+        self.before_backward: Callable[[torch.Tensor], None] | None = None
         self.loss_of, self.device, self.autocast, self.graph_tokens = loss_of, device, autocast, graph_tokens
         self.captured: dict[tuple, _Captured] = {}
         self.seen: set[tuple] = set()
@@ -98,6 +111,8 @@ class MicroStep:
 
     def _run(self, batch: Batch) -> torch.Tensor:
         loss = self.loss_sum(batch)
+        if self.before_backward:
+            self.before_backward(loss.detach())
         with torch.autograd.set_multithreading_enabled(False):  # another thread has a cuBLAS workspace of its own
             loss.backward(self.weight.to(loss.dtype))
         return loss.detach()
@@ -158,6 +173,10 @@ class TrainStep:
         )
         self.trained = LocalParameters(self.model, keep_gradients=self.micro_step.graphs)
         self.optimizer = make_optimizer(config, self.trained)
+        self.in_backward = None
+        if config.optimizer_in_backward:
+            self.in_backward = StepInBackward(self.trained, self.optimizer, device=self.device)
+            self.micro_step.before_backward = self.in_backward.look_at
         self.scaler = LossScaler(config.precision == "fp16_autocast")
         self.dropout = DropoutSeeds(self.model, device=self.device)
         self.group = None if prepared.mesh is None else shard_group(prepared.mesh)
@@ -171,8 +190,31 @@ class TrainStep:
             votes: numbers of this process, summed over all beside the tokens: what they have to agree on.
 
         Raises:
-            Diverged: loss or gradient is no number, and it is not the loss scale's fault; no parameter has changed.
+            Diverged: loss or gradient is no number, and it is not the loss scale's fault; no parameter has changed, but
+                for a gradient with --optimizer_in_backward.
         """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self._turn("train")
+        take = self._step_in_backward if self.in_backward else self._step_after_backward
+        return take(micro_batches, votes=votes)
+
+    def _turn(self, mode: str) -> None:
+        """An optimizer that averages: parameters are the average between steps, to look at and to keep, and in a step
+        where its gradient is taken. Each step turns both ways, so that whoever looks between changes nothing."""
+        turn = getattr(self.optimizer, mode, None)
+        if turn:
+            fsdp.leave_sharded(self.prepared)
+            self.trained.collect_gradients()  # where rows are today
+            turn()
+            self.prepared.method.after_step(self.model, device=self.device)
+
+    def _end(self) -> None:
+        """Of a step, as soon as nothing changes any more."""
+        self._turn("eval")
+        fsdp.gather_ahead(self.prepared)
+
+    def _step_after_backward(self, micro_batches: list[Batch], *, votes: Sequence[float]) -> StepResult:
         total, tokens = self.backward(micro_batches, votes=votes)
         gradients = self.trained.collect_gradients()
         self.scaler.unscale_(gradients)
@@ -180,21 +222,44 @@ class TrainStep:
         ahead = isinstance(self.optimizer, StochasticAdamW)
         if ahead:  # the host need not wait for the GPU here: what diverged is not stepped on, and then nobody goes on
             self.optimizer.unless = norm + 0 * total.float()
-            self._update(gradients, norm, lr=lr)
-            fsdp.gather_ahead(self.prepared)
-        loss, value = self.mean_loss(total, tokens), norm.item()
+            self._update(gradients, norm)
+            self._end()
+        loss, value = self._checked(total, tokens, norm)
         finite = math.isfinite(value)
-        # too large a scale overflows gradients, never the loss
-        if not math.isfinite(loss) or not (finite or self.scaler.can_shrink):
-            raise Diverged(f"step {self.taken + 1}: loss {loss}, gradient norm {value}; lower --lr or check the data")
         if not ahead:
             if finite:
-                self._update(gradients, norm, lr=lr)
-            fsdp.gather_ahead(self.prepared)
+                self._update(gradients, norm)
+            self._end()
         self.taken += 1
         self.scaler.update(finite)
         self.trained.zero_grad()
         return StepResult(loss, value, tokens, finite, self.votes)
+
+    def _step_in_backward(self, micro_batches: list[Batch], *, votes: Sequence[float]) -> StepResult:
+        with self.in_backward.stepping():
+            total, tokens = self.backward(micro_batches, votes=votes)
+        norm = self.in_backward.norm(group=self.group)
+        self.prepared.method.after_step(self.model, device=self.device)
+        self._end()
+        loss, value = self._checked(total, tokens, norm)
+        self.taken += 1
+        return StepResult(loss, value, tokens, True, self.votes)
+
+    def _checked(self, total: torch.Tensor, tokens: int, norm: torch.Tensor) -> tuple[float, float]:
+        """Loss per token and gradient norm; waits for the GPU.
+
+        Raises:
+            Diverged: see `__call__`.
+        """
+        loss, value = self.mean_loss(total, tokens), norm.item()
+        # too large a scale overflows gradients, never the loss
+        if not math.isfinite(loss) or not (math.isfinite(value) or self.scaler.can_shrink):
+            changed = self.in_backward and math.isfinite(loss)
+            lost = "; some parameters have taken this step: go on from the last checkpoint" if changed else ""
+            raise Diverged(
+                f"step {self.taken + 1}: loss {loss}, gradient norm {value}; lower --lr or check the data{lost}"
+            )
+        return loss, value
 
     def batches(self, batches: Batches) -> Batches:
         """The same samples in the shapes that suit this device: compiled blocks, matrix units and CUDA graphs like few,
@@ -215,11 +280,13 @@ class TrainStep:
             total += self.micro_step(batch, self.scaler.scale * world_size() / max(tokens, 1))
         return sum_over_processes(total.double()), tokens
 
-    def _update(self, gradients: list[torch.Tensor], norm: torch.Tensor, *, lr: float) -> None:
-        if self.clip_to is not None:
-            clip_(gradients, norm, self.clip_to)
+    def _set_rate(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+
+    def _update(self, gradients: list[torch.Tensor], norm: torch.Tensor) -> None:
+        if self.clip_to is not None:
+            clip_(gradients, norm, self.clip_to)
         self.optimizer.step()
         self.prepared.method.after_step(self.model, device=self.device)
 
@@ -278,17 +345,9 @@ class TrainStep:
         for name, p in self._named():
             saved = state["optimizer"]["state"].get(name)
             if saved:
-                self.optimizer.state[p] = {key: self._placed(value, p) for key, value in saved.items()}
+                self.optimizer.state[p] = {key: place_state(self.optimizer, value, p) for key, value in saved.items()}
         self.scaler.load_state_dict(state["scaler"])
         self.taken = state["taken"]
 
     def _named(self):
         return zip(self.trained.names, self.trained.plain, strict=True)
-
-    def _placed(self, value, parameter: torch.Tensor):
-        """A state where the optimizer wants it: only a fused one counts steps on the device."""
-        if not isinstance(value, torch.Tensor) or (
-            value.dim() == 0 and not self.optimizer.param_groups[0].get("fused")
-        ):
-            return value
-        return value.to(parameter.device)

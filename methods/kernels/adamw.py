@@ -48,7 +48,7 @@ class Step(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A parameter's elements in this process, with its gradient and moments; all bf16, of one shape."""
+    """A parameter's elements in this process, with its gradient and moments, of one shape; all bf16 for the kernel."""
 
     weight: Tensor
     grad: Tensor
@@ -76,8 +76,13 @@ def round_(x: Tensor, bits: Tensor | int) -> Tensor:
     return x
 
 
+def _stored(x: Tensor, bits: Tensor | int, dtype: torch.dtype) -> Tensor:
+    """fp32 stays as it is."""
+    return round_(x, bits) if dtype == torch.bfloat16 else x
+
+
 def step_plain(rows: list[Row], step: Step) -> None:
-    """One step of every row, in place: the definition."""
+    """One step of every row, in place: the definition. Of tensors in fp32 nothing is rounded."""
     if step.unless is not None and not step.unless.isfinite():
         return
     decay, size, share1, beta2, share2, root, eps = step.scalars()
@@ -85,14 +90,14 @@ def step_plain(rows: list[Row], step: Step) -> None:
         weight, grad, first, second = (t.view(-1) for t in (row.weight, row.grad.contiguous(), *row[2:4]))
         for start in range(0, len(weight), CHUNK):
             part = slice(start, min(start + CHUNK, len(weight)))
-            w, g, m, v = (t[part].float() for t in (weight, grad, first, second))
+            w, g, m, v = (t[part].to(torch.float32, copy=True) for t in (weight, grad, first, second))
             m.lerp_(g, share1)
             v.mul_(beta2).addcmul_(g, g, value=share2)
             w.mul_(decay).addcdiv_(m, v.sqrt().mul_(root).add_(eps), value=-size)
             bits = random_bits(row, step, part.start, part.stop)
-            weight[part] = round_(w, bits & 0xFFFF)
-            first[part] = round_(m, HALF)  # it moves by a tenth of what it is off: nothing to lose
-            second[part] = round_(v, bits.bitwise_right_shift_(16).bitwise_and_(0xFFFF))
+            weight[part] = _stored(w, bits & 0xFFFF, weight.dtype)
+            first[part] = _stored(m, HALF, first.dtype)  # it moves by a tenth of what it is off: nothing to lose
+            second[part] = _stored(v, bits.bitwise_right_shift_(16).bitwise_and_(0xFFFF), second.dtype)
 
 
 if triton is not None:
@@ -141,28 +146,37 @@ def _to(device: torch.device, values: Tensor) -> Tensor:
     return (values.pin_memory() if pin else values).to(device, non_blocking=pin)
 
 
+class _Told:
+    """What the GPU was told of some rows: tables of their sizes and places, and of where they lie."""
+
+    def __init__(self, facts: tuple, device: torch.device):
+        self.tables = StepKernel._tables(facts, device)
+        self.addresses = self.address_table = None
+
+
 class StepKernel:
     """`step_plain` of all rows of a GPU in one launch; keeps what the GPU was told, as long as it is true."""
 
     def __init__(self):
-        self.facts, self.tables, self.addresses, self.address_table = None, (), None, None
+        self.told: dict[tuple, _Told] = {}  # all rows of a step, or one at a time where each steps by itself
 
     def __call__(self, rows: list[Row], step: Step) -> None:
         device = rows[0].weight.device
         rows = [row._replace(grad=row.grad.contiguous()) for row in rows]  # kept until the launch
-        facts = [(row.weight.numel(), row.parameter, row.first) for row in rows]
-        if facts != self.facts:
-            self.facts, self.tables = facts, self._tables(facts, device)
+        facts = tuple((row.weight.numel(), row.parameter, row.first) for row in rows)
+        if facts not in self.told:
+            self.told[facts] = _Told(facts, device)
+        told = self.told[facts]
         addresses = [tensor.data_ptr() for place in range(4) for tensor in (row[place] for row in rows)]
-        if addresses != self.addresses:  # gradients move where they are not kept for a CUDA graph
-            self.addresses, self.address_table = addresses, _to(device, torch.tensor(addresses))
+        if addresses != told.addresses:  # gradients move where they are not kept for a CUDA graph
+            told.addresses, told.address_table = addresses, _to(device, torch.tensor(addresses))
         unless = torch.zeros((), device=device) if step.unless is None else step.unless
         numbers = unless, len(rows), signed(_key(step)), *step.scalars()
-        programs = self.tables[-1]
-        _step_kernel[(len(programs),)](self.address_table, *self.tables, *numbers, BLOCK=BLOCK, num_warps=8)
+        programs = told.tables[-1]
+        _step_kernel[(len(programs),)](told.address_table, *told.tables, *numbers, BLOCK=BLOCK, num_warps=8)
 
     @staticmethod
-    def _tables(facts: list[tuple[int, int, int]], device: torch.device) -> list[Tensor]:
+    def _tables(facts: tuple[tuple[int, int, int], ...], device: torch.device) -> list[Tensor]:
         """Size, number and first element of each row; row and block, int32 `[programs, 2]`."""
         sizes, parameters, firsts = torch.tensor(facts).unbind(1)
         blocks = (sizes + BLOCK - 1) // BLOCK
