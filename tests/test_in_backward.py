@@ -114,6 +114,7 @@ def test_gpu(tiny, flags, optimizer, compiled):
     folder, peaks, found = tiny("llama", num_hidden_layers=8, intermediate_size=8192), [], []
     given = flags(train_type="full", precision="bf16", optimizer=optimizer, device="cuda", compile=compiled)
     given |= dict(model_name=folder, attn_implementation="eager", batch_size=2, cuda_graphs=False)
+    after_steps(given)  # what the first run in a process allocates for good
     for in_backward in (True, False):
         gc.collect()
         torch.cuda.empty_cache()
@@ -124,9 +125,8 @@ def test_gpu(tiny, flags, optimizer, compiled):
     (results, parameters), (wanted, reference) = found
     assert results == wanted and all(torch.equal(p, reference[name]) for name, p in parameters.items())
     gradients = sum(p.nbytes for p in parameters.values())
-    assert (
-        optimizer in ("adamw_int8", "muon") or peaks[0] < peaks[1] - gradients / 2
-    )  # these need some memory themselves
+    needs_some_itself = optimizer in ("adamw_int8", "muon")
+    assert needs_some_itself or peaks[0] < peaks[1] - gradients / 2
 
 
 def test_nothing_outlives_the_run(flags):
