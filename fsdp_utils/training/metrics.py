@@ -17,6 +17,16 @@ from fsdp_utils.core.locks import make_writable
 from fsdp_utils.core.ranks import rank, say
 
 
+ENDS = ("low", "high")  # of an interval
+
+
+def shown(row: dict) -> str:
+    """A row as one line; a pair is an interval."""
+    short = lambda value: f"{value:.6g}" if isinstance(value, float) else str(value)
+    told = lambda value: ":".join(map(short, value)) if isinstance(value, tuple) else short(value)
+    return " ".join(f"{name}={told(value)}" for name, value in row.items())
+
+
 class Stdout:
     """One line per step."""
 
@@ -26,7 +36,7 @@ class Stdout:
         self.total = total
 
     def log(self, row):
-        print(" ".join(f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
+        print(shown(row), flush=True)
 
     def close(self):
         pass
@@ -40,7 +50,7 @@ class Tqdm(Stdout):
 
     def log(self, row):
         if "loss" not in row:
-            self.bar.write(" ".join(f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
+            self.bar.write(shown(row))
             return
         self.bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{row['lr']:.2e}", tok_s=f"{row['tokens_per_s']:.0f}")
         self.bar.update()
@@ -66,7 +76,9 @@ class Wandb(Tqdm):
         return self.run.id
 
     def log(self, row):
-        self.run.log(row, step=row["step"])
+        pairs = {f"{k}_{end}": v for k, pair in row.items() if isinstance(pair, tuple) for end, v in zip(ENDS, pair, strict=True)}
+        plain = {name: value for name, value in row.items() if not isinstance(value, tuple)}
+        self.run.log(plain | pairs, step=row["step"])  # which draws no pairs
         super().log(row)
 
     def close(self):
