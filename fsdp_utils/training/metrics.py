@@ -17,14 +17,20 @@ from fsdp_utils.core.locks import make_writable
 from fsdp_utils.core.ranks import rank, say
 
 
-ENDS = ("low", "high")  # of an interval
-
-
 def shown(row: dict) -> str:
     """A row as one line; a pair is an interval."""
     short = lambda value: f"{value:.6g}" if isinstance(value, float) else str(value)
     told = lambda value: ":".join(map(short, value)) if isinstance(value, tuple) else short(value)
     return " ".join(f"{name}={told(value)}" for name, value in row.items())
+
+
+def apart(row: dict) -> dict:
+    """A row with the two ends of each interval by themselves: what draws curves draws no pairs."""
+    found = {}
+    for name, value in row.items():
+        ends = (f"{name}_low", f"{name}_high") if isinstance(value, tuple) else (name,)
+        found |= zip(ends, value if len(ends) > 1 else [value], strict=True)
+    return found
 
 
 class Stdout:
@@ -76,9 +82,7 @@ class Wandb(Tqdm):
         return self.run.id
 
     def log(self, row):
-        pairs = {f"{k}_{end}": v for k, pair in row.items() if isinstance(pair, tuple) for end, v in zip(ENDS, pair, strict=True)}
-        plain = {name: value for name, value in row.items() if not isinstance(value, tuple)}
-        self.run.log(plain | pairs, step=row["step"])  # which draws no pairs
+        self.run.log(apart(row), step=row["step"])
         super().log(row)
 
     def close(self):
