@@ -30,6 +30,7 @@ from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.flags import parse
 from fsdp_utils.data.labels import MULTI, REGRESSION, SINGLE
 from fsdp_utils.inference import seq2seq
+from fsdp_utils.training import metrics
 from fsdp_utils.training.scores import SCORES
 
 CPU = torch.device("cpu")
@@ -234,6 +235,41 @@ def test_validation_has_the_scores_of_stock(pair, model_of, data_of, tmp_path, k
         assert scores == pytest.approx({key: last[key] for key in scores}, rel=1e-4)
 
 
+def test_seq2seq_validation(pair, model_of, tmp_path):
+    """Loss is the mean over the decoder's tokens, and exact match the share of targets that `generate` gives, by
+    transformers; for one and two processes."""
+    rows = [dict(source="a", target="b")] * 12 + [dict(source="c" * n, target="d" * n) for n in range(8, 12)]
+    asked = [dict(source="a", target="b"), dict(source="c" * 9, target="e"), dict(source="zz", target="b d")]
+    given = dict(dataset=write_rows(tmp_path / "train.jsonl", rows), model_name=model_of("t5"), train_type="full")
+    given |= dict(eval_dataset=write_rows(tmp_path / "asked.jsonl", asked), eval_generate=3, lr=0.02, num_epochs=3)
+    run_train(output_dir=tmp_path / "1", **given | dict(batch_size=4))
+    pair.run(run_train, output_dir=tmp_path / "2", **given | dict(batch_size=2))
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "1").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "1")
+    total, tokens, right = 0.0, 0, 0
+    for row in asked:
+        ids, labels = (torch.tensor([tokenizer(row[name])["input_ids"]]) for name in ("source", "target"))
+        with torch.no_grad():
+            total += model(input_ids=ids, labels=labels).loss.item() * labels.numel()
+        tokens += labels.numel()
+        made = model.generate(input_ids=ids, max_new_tokens=labels.numel(), do_sample=False)[0, 1:]
+        right += made.tolist() == labels[0].tolist()
+    for name in "12":
+        (found,) = logged(tmp_path / name)[1]
+        assert found["eval_loss"] == pytest.approx(total / tokens, rel=1e-4) and found["eval_tokens"] == tokens
+        assert found["eval_perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-3)
+        assert found["eval_exact_match"] == right / 3 and 0 < right < 3
+
+
+def test_intervals_are_logged():
+    """Lines say both ends; what draws curves is given them by themselves."""
+    row = dict(step=3, eval_accuracy=0.5, eval_accuracy_interval=(0.25, 0.75))
+    assert metrics.shown(row) == "step=3 eval_accuracy=0.5 eval_accuracy_interval=0.25:0.75"
+    assert metrics.apart(row) == dict(
+        step=3, eval_accuracy=0.5, eval_accuracy_interval_low=0.25, eval_accuracy_interval_high=0.75
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # evaluate.py
 # ---------------------------------------------------------------------------------------------------------------------
@@ -320,14 +356,14 @@ def test_other_labels(trained, data_of, tmp_path, kind, capsys):
     """Several labels and a score: what scikit-learn and SciPy say of transformers' outputs."""
     folder, rows = trained("roberta", kind), rows_of_kind(kind, 11, seed=5)
     found = result_of(folder, data_of(kind, 11, seed=5), tmp_path / "found.json", **CLASSES)
-    logits, metrics = stock_outputs(folder, rows), found["metrics"]
+    logits, scores = stock_outputs(folder, rows), found["metrics"]
     if kind == MULTI:
         names = found["labels"]
         wanted, given = [[name in row["label"] for name in names] for row in rows], (logits > 0).numpy()
         assert found["score"] == accuracy_score(wanted, given)
         for average in ("micro", "macro"):
             expected = f1_score(wanted, given, average=average, zero_division=0)
-            assert metrics[f"{average}_f1"] == pytest.approx(expected)
+            assert scores[f"{average}_f1"] == pytest.approx(expected)
         chances = torch.tensor([row["probabilities"] for row in found["results"]])
         torch.testing.assert_close(chances, logits.sigmoid(), atol=1e-4, rtol=0)
         return
@@ -335,7 +371,7 @@ def test_other_labels(trained, data_of, tmp_path, kind, capsys):
     expected = pearsonr(given, wanted)
     assert found["score"] == pytest.approx(expected.statistic, abs=1e-4)
     assert found["interval_95"] == pytest.approx(tuple(expected.confidence_interval()), abs=1e-3)
-    assert metrics["rmse"] == pytest.approx(root_mean_squared_error(wanted, given), rel=1e-4)
+    assert scores["rmse"] == pytest.approx(root_mean_squared_error(wanted, given), rel=1e-4)
     assert "correct" not in found and "Pearson's correlation" in capsys.readouterr().out
 
 
