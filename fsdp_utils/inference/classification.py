@@ -16,6 +16,7 @@ from fsdp_utils.inference.exam import Exam, told
 from fsdp_utils.inference.generation import Batched
 from fsdp_utils.inference.load import load_for_inference
 from fsdp_utils.inference.questions import stored_dtype
+from fsdp_utils.model.build import read_raw_config
 from fsdp_utils.training.scores import SCORES
 
 
@@ -94,11 +95,14 @@ class Rows(Exam):
         if task.labels is None:
             head = "a run of train.py, or a model whose config.json names a ForSequenceClassification"
             raise UserError(f"{run.folder}: has no head that classifies; give {head}")
-        self.config, self.labels = config, task.labels
+        if task.pad is None:  # no run of ours
+            model_config = read_raw_config(str(run.base), trust_remote_code=run.trust_remote_code)
+            task = task.given(task.labels, tokenizer, model_config)
+            task.pad_token_id(tokenizer, model_config, largest=0)  # refuses a model that has none
+        self.config, self.labels, self.task = config, task.labels, task
         examples, self.samples = read_coded(config, run, tokenizer, task=task)
         self.questions = [self._text(*row, sample) for row, sample in zip(examples, self.samples, strict=True)]
         self.inputs = [sample[0].tolist() for sample in self.samples]
-        self.task, self.tokenizer = task, tokenizer
 
     def _text(self, row, form, sample) -> Text:
         picked = form.fields(row.value)
@@ -107,9 +111,7 @@ class Rows(Exam):
     def answerer(self, run, *, device):
         config = self.config
         model = load_for_inference(run, device=device, dtype=stored_dtype(config), eval_type=config.reading)
-        task = self.task if self.task.pad is not None else self.task.given(self.labels, self.tokenizer, model.config)
-        task.pad_token_id(self.tokenizer, model.config, largest=0)  # refuses a model that has none
-        return Classifier(model, self.samples, task=task)
+        return Classifier(model, self.samples, task=self.task)
 
     def judged(self, question, output):
         """With the probability of each label, in the order of `labels`."""
