@@ -4,7 +4,8 @@ from fractions import Fraction
 
 import pytest
 
-from fsdp_utils.inference.scoring import NEXT_PROMPTS, compare, cut_at, extract, plain, show, wilson_interval
+from fsdp_utils.inference.scoring import NEXT_PROMPTS, compare, cut_at, extract, plain, show
+from fsdp_utils.training.scores import wilson_interval
 
 EXTRACTED = [
     ("99 - 55 = 44, 44 + 7 = 51. The answer is 51.", 51),

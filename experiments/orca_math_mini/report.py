@@ -18,7 +18,7 @@ from experiments.orca_math_mini.run import ALPHA, METHODS, OWNERS, RANK, RANKED_
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.flags import flag, parse
 from fsdp_utils.core.ranks import fail
-from fsdp_utils.inference.scoring import wilson_interval
+from fsdp_utils.training.scores import wilson_interval
 
 
 @dataclass

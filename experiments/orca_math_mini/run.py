@@ -37,11 +37,11 @@ from fsdp_utils.core.ranks import fail
 from fsdp_utils.core.safetensors_io import CheckpointReader
 from fsdp_utils.folders.describe import describe
 from fsdp_utils.inference.load import load_for_inference
-from fsdp_utils.inference.scoring import wilson_interval
 from fsdp_utils.model.assemble import plan
 from fsdp_utils.model.weights import fingerprint
 from fsdp_utils.options import PRECISIONS
 from fsdp_utils.tasks.causal_lm import CAUSAL_LM
+from fsdp_utils.training.scores import wilson_interval
 from methods.dora import DoRALinear
 from scripts.block_expansion import Expansion, expand
 from scripts.make_demo import write_jsonl

@@ -173,7 +173,7 @@ class LabelledRows(_Coder):
         if label is None:
             return error if isinstance(error, UserError) else DataError(f"--dataset {self.source}: {error}")
         ((row, _),) = examples.read([int(rows[stored.index(label)])])
-        return DataError(f"{row.where}: {error}; correct the row, or --task")
+        return DataError(f"{row.where}: {error}; correct the row")
 
 
 class SourceTargetRows(_Coder):

@@ -62,10 +62,12 @@ class Labels:
         """
         value = json.loads(label)
         if self.problem == REGRESSION:
+            if not isinstance(value, (int, float)):
+                raise BadLabel(f"label {value!r} is no number, which the head gives", label)
             return [float(value)]
         if self.problem == SINGLE:
             return [self._number(value, label)]
-        holds = {self._number(one, label) for one in value}
+        holds = {self._number(one, label) for one in (value if isinstance(value, list) else [value])}
         return [float(number in holds) for number in range(len(self.names))]
 
     def named(self, numbers) -> str:

@@ -285,6 +285,8 @@ def task_of(run: Run) -> Task:
         return recorded_task(run.task)
     if run.config:  # of a version that knew one task
         return named_task("causal_lm")
+    if (run.base / GGUF_FILE).exists():  # which the configuration is inside of
+        return named_task("causal_lm")
     model_config = read_raw_config(str(run.base), trust_remote_code=run.trust_remote_code)
     name = peft_task(run.adapter.get("task_type")) if run.adapter else task_of_model(model_config)
     return named_task(name, named_task(name).known_labels(model_config) or _labels_of_head(run, name))

@@ -96,7 +96,66 @@ class RowEnds:
         return next((n for n in fresh if n <= last and self.marks.within(tokens[max(0, n - TAIL) : n])), ended)
 
 
-class HFGenerator:
+class Batched:
+    """Batches of answers from a model on one device.
+
+    Attributes:
+        way_out: what to do where a single question does not fit into memory.
+    """
+
+    way_out = "lower --max_new_tokens or --n_shots"
+    device: torch.device
+
+    def answers(self, prompts: list[tuple[int, list[int]]], *, batch_size: int) -> Iterator:
+        """The answers to `(index, ids)` pairs, longest first, so that what does not fit fails at once.
+
+        A batch that does not fit into memory is halved, and so are those after it.
+
+        Raises:
+            UserError: a single prompt does not fit into memory, or not into the model's context.
+        """
+        waiting = sorted(prompts, key=lambda pair: -len(pair[1]))
+        self.check_length(len(waiting[0][1]) if waiting else 0)
+        with tqdm(total=len(waiting), desc="answering", unit="question", disable=not is_main()) as bar:
+            while waiting:
+                batch = waiting[:batch_size]
+                outputs = self._try(batch)
+                if outputs is None:
+                    batch_size = self._halve(len(batch))
+                    continue
+                waiting = waiting[len(batch) :]
+                yield from outputs
+                bar.update(len(batch))
+        self.free()
+
+    def answer(self, batch: list[tuple[int, list[int]]]) -> list:
+        """The answers to a batch."""
+        raise NotImplementedError
+
+    def check_length(self, longest: int) -> None:
+        """Raises UserError where the model has too few positions for so many tokens."""
+
+    def free(self) -> None:
+        """Drops what is kept between batches."""
+
+    def _try(self, batch) -> list | None:
+        """None if memory ran out; the tensors of the failed attempt are free once this has returned."""
+        try:
+            return self.answer(batch)
+        except torch.OutOfMemoryError:
+            self.free()
+            return None
+
+    def _halve(self, size: int) -> int:
+        if size == 1:
+            raise UserError(f"--batch_size 1: does not fit into memory; {self.way_out}")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        tqdm.write(f"a batch of {size} does not fit into memory; going on with {size // 2}")
+        return size // 2
+
+
+class HFGenerator(Batched):
     """Batches of answers from a transformers model on one device, with a KV cache.
 
     `generate` is the definition; where the model allows, a `StaticDecoder` gives the same tokens with fewer launches.
@@ -141,33 +200,11 @@ class HFGenerator:
             **sampling,
         )
 
-    def answers(self, prompts: list[tuple[int, list[int]]], *, batch_size: int) -> Iterator[Output]:
-        """Generates from `(index, ids)` pairs, longest first, so that what does not fit fails at once.
-
-        A batch that does not fit into memory is halved, and so are those after it.
-
-        Raises:
-            UserError: a single prompt does not fit into memory, or not into the model's context.
-        """
-        waiting = sorted(prompts, key=lambda pair: -len(pair[1]))
-        self._check_length(len(waiting[0][1]) if waiting else 0)
-        with tqdm(total=len(waiting), desc="answering", unit="question", disable=not is_main()) as bar:
-            while waiting:
-                batch = waiting[:batch_size]
-                outputs = self._try(batch)
-                if outputs is None:
-                    batch_size = self._halve(len(batch))
-                    continue
-                waiting = waiting[len(batch) :]
-                yield from outputs
-                bar.update(len(batch))
-        self.decoder = None
-
     @property
     def max_new_tokens(self) -> int:
         return self.model.generation_config.max_new_tokens
 
-    def _check_length(self, longest: int) -> None:
+    def check_length(self, longest):
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         new = self.max_new_tokens
         if limit and longest + new > limit:
@@ -176,24 +213,11 @@ class HFGenerator:
                 "positions; lower it or --n_shots"
             )
 
-    def _try(self, batch) -> list[Output] | None:
-        """None if memory ran out; the tensors of the failed attempt are free once this has returned."""
-        try:
-            return self._generate(batch)
-        except torch.OutOfMemoryError:
-            self.decoder = None
-            return None
-
-    def _halve(self, size: int) -> int:
-        if size == 1:
-            raise UserError("--batch_size 1: does not fit into memory; lower --max_new_tokens or --n_shots")
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        tqdm.write(f"a batch of {size} does not fit into memory; going on with {size // 2}")
-        return size // 2
+    def free(self):
+        self.decoder = None
 
     @torch.inference_mode()
-    def _generate(self, batch) -> list[Output]:
+    def answer(self, batch):
         begun = time.perf_counter()
         new_tokens = self._by_steps if self.static else self._by_generate
         generated = new_tokens(*self._padded([ids for _, ids in batch]), seed=self.seed + batch[0][0])

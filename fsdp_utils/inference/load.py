@@ -86,6 +86,8 @@ def _load_model(run: Run, *, device, dtype, eval_type) -> nn.Module:
     """A dense model, or one whose linears are quantized while they are read."""
     built = build_dense(run, dtype=dtype)
     weights = match(built, CheckpointReader(run.base), task=task_of(run))
+    if weights.new:
+        raise UserError(f"{run.folder}: no tensor for {weights.new[0]}, which {type(built).__name__} needs")
     quantized = eval_type not in (None, "full", run.train_type)
     if quantized:
         train_type = "qlora" if eval_type == "full_post_quantized" else eval_type

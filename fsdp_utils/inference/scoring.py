@@ -1,4 +1,4 @@
-"""Finds the answer in a text, says whether two answers are the same, and how sure a score is."""
+"""Finds the answer in a text, and says whether two answers are the same."""
 
 import math
 import re
@@ -117,14 +117,3 @@ def show(answer: Answer | None) -> str | None:
     if isinstance(answer, Fraction) and 10**12 % answer.denominator == 0 and answer.denominator > 1:
         return str(float(answer))
     return None if answer is None else str(answer)
-
-
-def wilson_interval(correct: int, total: int, *, z: float = 1.959964) -> tuple[float, float]:
-    """The 95 % confidence interval of a share (Wilson 1927); unlike the normal one it stays within 0 and 1."""
-    if total == 0:
-        return 0.0, 1.0
-    share = correct / total
-    center = share + z * z / (2 * total)
-    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    scale = 1 + z * z / total
-    return max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)

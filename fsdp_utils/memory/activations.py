@@ -5,6 +5,7 @@ every family, adapter, dropout, attention and precision, where a formula would h
 code keeps; compiled blocks keep less.
 """
 
+import logging
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
@@ -135,6 +136,8 @@ def measure(model: nn.Module, blocks: dict[str, nn.Module], config, *, task, dty
     policy = _KeptByPolicy(config.checkpoint_policy, elements=embedded.numel(), dtype=dtype)
     arguments = task.measured(embedded, packing=config.packing)
     compute = torch.autocast("cpu", autocast) if autocast else nullcontext()
+    transformers_log.setLevel(logging.ERROR)  # it warns that embeddings do not show padding: there is none
+    transformers_log, level = logging.getLogger("transformers.modeling_layers"), logging.NOTSET
     ends = [head for head in (model.get_output_embeddings(),) if head is not None]
     hooks = [head.register_forward_hook(lambda module, args, out: logits.append(out)) for head in ends]
     try:
@@ -149,6 +152,7 @@ def measure(model: nn.Module, blocks: dict[str, nn.Module], config, *, task, dty
     finally:
         for hook in hooks:
             hook.remove()
+        transformers_log.setLevel(level)
     most, states = max(by_policy)
     fused = config.fused_loss and bool(logits) and out.logits is logits[0]
     return Kept(max(ledger.of_block.values()), max(inputs), most, states, ledger.outside, fused)

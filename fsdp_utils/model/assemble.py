@@ -91,6 +91,10 @@ def plan(config, *, task, device: torch.device) -> Plan:
     check_hardware(config, device=device)
     check_optimizer(config, device=device)
     built = build(config, task=task, device=device)
+    weights = built.weights
+    if weights.new:
+        other = f"; {', '.join(weights.dropped[:2])} of the checkpoint is another task's" if weights.dropped else ""
+        say(f"note: new, and trained in full: {', '.join(weights.new)}{other}")
     check_trainable(built, config, device=device)
     return attach(built, config)
 
@@ -155,9 +159,6 @@ def build(config, *, task, device: torch.device) -> Built:
     )
     if weights.untied:
         say(f"note: {config.source}: config.json ties head and embedding; the head that is stored differs, and is used")
-    if weights.new:
-        other = f"; {', '.join(weights.dropped[:2])} of the checkpoint is another task's" if weights.dropped else ""
-        say(f"note: new, and trained in full: {', '.join(weights.new)}{other}")
     return Built(model, task, weights, dtypes, fingerprint(weights))
 
 

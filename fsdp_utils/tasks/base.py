@@ -138,6 +138,14 @@ class Task(ABC):
         """
         raise NotImplementedError
 
+    def metrics(self, sums: torch.Tensor) -> dict:
+        """What a validation logs beside the loss; pairs are intervals of 95 %.
+
+        Args:
+            sums: fp64 `[n]`, over all samples: what `look` of the loss gives beside the summed loss, if it has that.
+        """
+        return {}
+
     def measured(self, embedded: torch.Tensor, *, packing: bool) -> dict:
         """What the model is called with to measure what it keeps.
 

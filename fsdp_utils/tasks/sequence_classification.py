@@ -13,6 +13,7 @@ from fsdp_utils.data.batches import IGNORED, pad_rows, width_of
 from fsdp_utils.data.coded import LabelledRows
 from fsdp_utils.data.labels import REGRESSION, SINGLE, Labels
 from fsdp_utils.tasks.base import Task
+from fsdp_utils.training.scores import SCORES
 
 POOLERS = ("pooler", "head")  # modules of an encoder that its pretraining may not have had
 
@@ -40,8 +41,18 @@ class ClassificationLoss:
         self.model = model
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        inputs = {name: tensor for name, tensor in batch.items() if name != "targets"}
-        return summed_loss(self.model(**inputs).logits, batch["targets"], self.model.config.problem_type)
+        return summed_loss(self.logits(batch), batch["targets"], self.model.config.problem_type)
+
+    def logits(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """`[rows, outputs]`."""
+        return self.model(**{name: tensor for name, tensor in batch.items() if name != "targets"}).logits
+
+    def look(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same, and the sums of `training.scores`, fp64 `[n]`."""
+        logits, targets, problem = self.logits(batch), batch["targets"], self.model.config.problem_type
+        score = SCORES[problem]
+        sums = score.sums(score.predicted(logits), targets, outputs=logits.shape[1])
+        return summed_loss(logits, targets, problem), sums
 
 
 @dataclass(frozen=True)
@@ -132,6 +143,9 @@ class SequenceClassification(Task):
         if self.labels.problem == SINGLE:
             return logits.log_softmax(-1), labels.long()
         return F.logsigmoid(torch.stack([-logits[0], logits[0]], dim=1)), labels.long()
+
+    def metrics(self, sums):
+        return SCORES[self.labels.problem].metrics(sums)
 
     def measured(self, embedded, *, packing):
         return dict(inputs_embeds=embedded, attention_mask=torch.ones(embedded.shape[:2], dtype=torch.int64))

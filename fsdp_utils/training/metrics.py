@@ -17,6 +17,22 @@ from fsdp_utils.core.locks import make_writable
 from fsdp_utils.core.ranks import rank, say
 
 
+def shown(row: dict) -> str:
+    """A row as one line; a pair is an interval."""
+    short = lambda value: f"{value:.6g}" if isinstance(value, float) else str(value)
+    told = lambda value: ":".join(map(short, value)) if isinstance(value, tuple) else short(value)
+    return " ".join(f"{name}={told(value)}" for name, value in row.items())
+
+
+def apart(row: dict) -> dict:
+    """A row with the two ends of each interval by themselves: what draws curves draws no pairs."""
+    found = {}
+    for name, value in row.items():
+        ends = (f"{name}_low", f"{name}_high") if isinstance(value, tuple) else (name,)
+        found |= zip(ends, value if len(ends) > 1 else [value], strict=True)
+    return found
+
+
 class Stdout:
     """One line per step."""
 
@@ -26,7 +42,7 @@ class Stdout:
         self.total = total
 
     def log(self, row):
-        print(" ".join(f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
+        print(shown(row), flush=True)
 
     def close(self):
         pass
@@ -40,7 +56,7 @@ class Tqdm(Stdout):
 
     def log(self, row):
         if "loss" not in row:
-            self.bar.write(" ".join(f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
+            self.bar.write(shown(row))
             return
         self.bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{row['lr']:.2e}", tok_s=f"{row['tokens_per_s']:.0f}")
         self.bar.update()
@@ -66,7 +82,7 @@ class Wandb(Tqdm):
         return self.run.id
 
     def log(self, row):
-        self.run.log(row, step=row["step"])
+        self.run.log(apart(row), step=row["step"])
         super().log(row)
 
     def close(self):

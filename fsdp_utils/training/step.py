@@ -109,6 +109,13 @@ class MicroStep:
         with self.in_autocast():
             return self.loss_of(batch)
 
+    def look(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The summed loss of a batch on the device, and the sums that a task's metrics follow from, `[n]`; by one
+        forward pass."""
+        looks = getattr(self.loss_of, "look", None)
+        with self.in_autocast():
+            return looks(batch) if looks else (self.loss_of(batch), torch.zeros(0, device=self.device))
+
     def _run(self, batch: Batch) -> torch.Tensor:
         loss = self.loss_sum(batch)
         if self.before_backward:
@@ -149,6 +156,7 @@ class LossSum(NamedTuple):
 
     total: float
     tokens: int
+    sums: torch.Tensor | None = None  # fp64 `[n]`, what the task's metrics follow from
 
     @property
     def mean(self) -> float:
@@ -312,13 +320,15 @@ class TrainStep:
 
     def loss_over(self, batches: Iterable[Batch]) -> LossSum:
         """`loss` of batches, as many on each process."""
-        total, tokens = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        found, tokens = 0, 0
         with self._looking():
             for batch in batches:
-                total += self.micro_step.loss_sum(self.micro_step.moved(batch))
+                loss, sums = self.micro_step.look(self.micro_step.moved(batch))
+                found = found + torch.cat([loss.view(1).double(), sums.double()])
                 tokens += predicting_tokens(batch)
-        total, tokens = all_reduce_each([total.item(), tokens], self.device)
-        return LossSum(total, int(tokens))
+        found = sum_over_processes(torch.cat([found, found.new_tensor([tokens])]))
+        total, *_, tokens = found.tolist()
+        return LossSum(total, int(tokens), found[1:-1])
 
     def predictions(self, ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of one sample, as `task.predictions`; nothing is learned from it. Every process must call it."""

@@ -42,10 +42,14 @@ class Validation:
         return last or bool(self.every and number % self.every == 0)
 
     def __call__(self, step) -> dict[str, float]:
-        """What is logged: the mean loss of all tokens, whatever their batches, and its perplexity. Collective."""
+        """What is logged: the mean loss of all tokens, whatever their batches, its perplexity where the task writes
+        text, and the task's metrics. Collective."""
         found = step.loss_over(batch for (batch,) in step.batches(self.batches).steps(0))
-        perplexity = math.exp(found.mean) if found.mean < 700 else math.inf
-        row = dict(eval_loss=found.mean, eval_perplexity=perplexity, eval_tokens=found.tokens)
+        row = dict(eval_loss=found.mean)
+        if step.task.writes:
+            row["eval_perplexity"] = math.exp(found.mean) if found.mean < 700 else math.inf
+        row["eval_tokens"] = found.tokens
+        row |= {f"eval_{name}": value for name, value in step.task.metrics(found.sums).items()}
         return row | (dict(eval_exact_match=self._exact_match(step)) if self.questions else {})
 
     def _exact_match(self, step) -> float:

@@ -1,0 +1,62 @@
+"""Rows with labels and rows with targets, read for an evaluation as training reads them."""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from fsdp_utils.core.errors import DataError, UserError
+from fsdp_utils.core.ranks import say
+from fsdp_utils.data.layouts import LAYOUTS
+from fsdp_utils.data.sources import DATASETS, Examples, Place, held_out_rows
+from fsdp_utils.folders.describe import Run
+from fsdp_utils.inference.asking import reading_of
+from fsdp_utils.model.build import build_on_meta, read_raw_config
+from methods.targets import learned_positions
+
+
+class Coded(NamedTuple):
+    """`examples`: the raw rows; `samples`: of each the columns of the task's coder, `input_ids`, `labels` and perhaps
+    `token_type_ids`, arrays `[n]`."""
+
+    examples: Examples
+    samples: list[tuple[np.ndarray, ...]]
+
+
+def read_coded(config, run: Run, tokenizer, *, task) -> Coded:
+    """The first --samples rows of --dataset.
+
+    Raises:
+        UserError: no such data, rows of another task, a row that cannot be read or whose label the head does not know.
+    """
+    spec = DATASETS.get(config.dataset)
+    if spec and task.name not in LAYOUTS[spec.layout].tasks:
+        raise UserError(f"--dataset {config.dataset}: has no rows for a {task.noun}, as {run.folder} is; name others")
+    reading = replace(reading_of(config, run), task=task.name)
+    place = replace(Place.of(config), sole=True)
+    examples = held_out_rows(config.dataset, place=place, reading=reading).first(config.samples)
+    longest = context_length(run, tokenizer, task=task)
+    coder = task.coder(tokenizer, reading=reading, source=config.dataset, context_length=longest)
+    coder.check(examples)
+    table = coder.table(examples.read(range(len(examples))))
+    if refused := next(filter(None, table["refused"].to_pylist()), None):
+        raise DataError(f"{refused}; correct or remove the row")
+    if cut := sum(table["truncated"].to_pylist()):
+        say(f"note: {cut} of the {len(examples)} rows are cut to {longest} tokens")
+    found, _ = coder.finished(Dataset(table), np.arange(len(examples)), examples, labels=task.labels)
+    names = sorted(found.column_names, key=lambda name: (name != "input_ids", name != "labels"))
+    return Coded(examples, [tuple(np.asarray(row[name]) for name in names) for row in found])
+
+
+def context_length(run: Run, tokenizer, *, task) -> int:
+    """The most tokens of a row: as trained, else as many as the model has positions for."""
+    if run.config:
+        return run.config.context_length
+    model_config = read_raw_config(str(run.base), trust_remote_code=run.trust_remote_code)
+    task.adapt(model_config)
+    trusted = dict(trust_remote_code=run.trust_remote_code)
+    model = build_on_meta(model_config, task=task, dtype=torch.float32, **trusted)
+    computed = getattr(model_config, "max_position_embeddings", None)
+    return min(filter(None, (tokenizer.model_max_length, learned_positions(model) or computed)))
