@@ -80,9 +80,10 @@ def make_task_model(folder, family: str, *, seed: int = 0) -> Path:
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="$A </s>", pair="$A </s> $B:1 </s>:1", special_tokens=[("</s>", 257)]
     )
-    if family == "bert":  # whose texts of a pair have types
-        tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     tokenizer.save_pretrained(folder)
+    if family == "bert":  # whose texts of a pair have types
+        path, names = Path(folder) / "tokenizer_config.json", ["input_ids", "token_type_ids", "attention_mask"]
+        path.write_text(json.dumps(json.loads(path.read_text()) | dict(model_input_names=names)))
     return Path(folder)
 
 

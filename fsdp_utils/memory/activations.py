@@ -117,6 +117,18 @@ def _watched(blocks: dict[str, nn.Module], ledger: _Ledger, *, fake: FakeTensorM
             del block.forward
 
 
+@contextmanager
+def _in_silence(name: str):
+    """Without the warnings of a logger."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def measure(model: nn.Module, blocks: dict[str, nn.Module], config, *, task, dtype, autocast) -> Kept:
     """What a micro-batch of `batch_size` rows of `context_length` tokens keeps, from one forward pass on meta.
 
@@ -136,8 +148,6 @@ def measure(model: nn.Module, blocks: dict[str, nn.Module], config, *, task, dty
     policy = _KeptByPolicy(config.checkpoint_policy, elements=embedded.numel(), dtype=dtype)
     arguments = task.measured(embedded, packing=config.packing)
     compute = torch.autocast("cpu", autocast) if autocast else nullcontext()
-    transformers_log.setLevel(logging.ERROR)  # it warns that embeddings do not show padding: there is none
-    transformers_log, level = logging.getLogger("transformers.modeling_layers"), logging.NOTSET
     ends = [head for head in (model.get_output_embeddings(),) if head is not None]
     hooks = [head.register_forward_hook(lambda module, args, out: logits.append(out)) for head in ends]
     try:
@@ -145,6 +155,7 @@ def measure(model: nn.Module, blocks: dict[str, nn.Module], config, *, task, dty
             _watched(blocks, ledger, fake=fake, policy=policy) as (inputs, by_policy),
             saved_tensors_hooks(ledger.pack, lambda packed: packed),
             compute,
+            _in_silence("transformers.modeling_layers"),  # embeddings do not show padding, it says: there is none
         ):
             out = functional_call(model, state, (), arguments)
     except (RuntimeError, TypeError, ValueError) as error:
@@ -152,7 +163,6 @@ def measure(model: nn.Module, blocks: dict[str, nn.Module], config, *, task, dty
     finally:
         for hook in hooks:
             hook.remove()
-        transformers_log.setLevel(level)
     most, states = max(by_policy)
     fused = config.fused_loss and bool(logits) and out.logits is logits[0]
     return Kept(max(ledger.of_block.values()), max(inputs), most, states, ledger.outside, fused)
