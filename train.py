@@ -1,4 +1,4 @@
-"""Fine-tune a causal language model that is too big for your GPUs.
+"""Fine-tune a language model that is too big for your GPUs.
 
     torchrun --nproc_per_node 2 train.py --model_name demo --dataset demo --train_type bnb_dora --save_model true
     python train.py --help

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import get_peft_model_state_dict
 
-from benchmarks import components, throughput
+from benchmarks import components, implementations, throughput
 from benchmarks.common import SHAPES, Run, make_config, write_config
 from benchmarks.peer import PeerRun, parse_peers
 from fsdp_utils.core.errors import UserError
@@ -100,3 +100,16 @@ def test_components(tmp_path, capsys, monkeypatch):
     alone, four, one_row = [json.loads(line) for line in path.read_text().splitlines()][3:]
     assert "gradient_accumulation_steps 4" in four["component"] and "one row" in one_row["component"]
     assert four["step_s"] > alone["step_s"]
+
+
+@pytest.mark.parametrize("train_type", ["custom_lora", "bnb_dora"])
+def test_implementations_at_equal_loss(tmp_path, capsys, train_type):
+    """PEFT's loss is ours at every step, from the same start on the same rows; what is not installed is said."""
+    path = tmp_path / "rows.jsonl"
+    flags = [f"--train_type={train_type}", "--steps=6", f"--json={path}"]
+    implementations.main(implementations.parse_arguments([*flags, "--extra=precision=fp32,device=cpu,lr=1e-3"]))
+    ours, peft, torchtune = (json.loads(line) for line in path.read_text().splitlines())
+    assert ours["losses"][0] > ours["losses"][-1] + 0.1
+    assert peft["losses"] == pytest.approx(ours["losses"], abs=2e-4)
+    assert "failed" in torchtune or torchtune["losses"] == pytest.approx(ours["losses"], abs=2e-4)
+    assert f"| PEFT + bitsandbytes | {peft['losses'][0]:.4f} |" in capsys.readouterr().out
