@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from closeness import assert_close, assert_learns
+from closeness import assert_close, assert_close_norm, assert_learns
 from commands import REPOSITORY, error_lines, start
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from real_run import batches_of, first_step, make_config, off_zero, plan, prepared, save_trained, task_in
@@ -92,6 +92,7 @@ def but_keys(step):
         dict(reentrant_checkpointing=True),
         dict(checkpoint_policy="narrow"),
         dict(sharding_strategy="ddp"),
+        dict(peer_gather=True),
         dict(sharding_strategy="shard_grad_op"),
         dict(sharding_strategy="hybrid_full_shard", hybrid_shard_size=1),
         dict(fused_loss=False),
@@ -105,6 +106,38 @@ def test_every_way_equals_one_process(pair, one_process, task_flags, family, how
     flags = task_flags(family, train_type="bnb_dora")
     for step in pair.run(first_step, {**flags, "batch_size": 4, **how}):
         assert_close(step, one_process(flags), relative=2e-5)
+
+
+@pytest.mark.parametrize("train_type", ["full", "custom_qlora"])
+@pytest.mark.parametrize("family", ["roberta", "t5", "llama_base"])
+def test_bf16(pair, one_process, task_flags, family, train_type):
+    """In 16 bits, to their own precision; T5 keeps some projections in fp32 where it must."""
+    flags = task_flags(family, train_type=train_type, precision="bf16")
+    alone = one_process(flags)
+    assert_close_norm(
+        (alone[0], but_keys(alone)[1]), but_keys(one_process(flags | dict(precision="fp32"))), relative=0.2
+    )
+    for step in pair.run(first_step, {**flags, "batch_size": 4}):
+        assert_close_norm(but_keys(step), but_keys(alone), relative=0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("family", ["roberta", "bert", "deberta", "modernbert", "t5", "bart", "llama_base"])
+def test_gpu(one_process, task_flags, family, compiled):
+    """Loss and gradients of a CPU, from eager and from compiled blocks."""
+    flags = task_flags(family, train_type="bnb_dora")
+    found = first_step({**flags, "device": "cuda", "compile": compiled})
+    assert_close_norm(found, one_process(flags), relative=1e-2)
+
+
+def test_goes_on_from_an_adapter(task_flags, tmp_path):
+    """--init_adapter takes the head too: the first loss is lower than from the start."""
+    flags = task_flags("roberta", train_type="bnb_dora", lr=0.01)
+    assert run_train(**flags | dict(output_dir=tmp_path / "first", num_epochs=4)) == 0
+    assert run_train(**flags | dict(output_dir=tmp_path / "second", init_adapter=tmp_path / "first", max_steps=1)) == 0
+    first, second = (rows_of(tmp_path / name) for name in ("first", "second"))
+    assert second[0]["loss"] < 0.3 * first[0]["loss"]
 
 
 def stock_loss(model, batch) -> torch.Tensor:
