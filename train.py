@@ -26,6 +26,7 @@ from fsdp_utils.data.layouts import Reading
 from fsdp_utils.data.prepare import batch_arithmetic, hold_out, make_batches, prepare_data
 from fsdp_utils.data.show import in_colour, shown
 from fsdp_utils.folders import checkpoints, saving
+from fsdp_utils.folders.describe import going_on
 from fsdp_utils.folders.session import Session
 from fsdp_utils.folders.upload import check_upload, upload
 from fsdp_utils.memory.budget import out_of_memory
@@ -95,6 +96,7 @@ def read_inputs(config: TrainConfig):
         say(said)
     config.task = task.name
     task.check(config, model_config)
+    task = going_on(task, config.init_adapter)
     give_template(tokenizer, config.chat_template)
     data = prepare_data(config, tokenizer, model_config, task=task)
     task = task.given(data.labels, tokenizer, model_config)

@@ -313,6 +313,10 @@ ROWS = labelled_rows(8)
         ([*ROWS, dict(text="goal", label=0.5)], "line 9: label 0.5 is no class"),
         ([*[dict(text="a", score=0.5)] * 8, dict(text="a", score="high")], "line 9: score 'high' is no number"),
         ([dict(question="a", answer="b")] * 8, "unknown columns answer, question"),
+        ([dict(text="a", label=[0, 0, 1]), dict(text="b", label=[1])], "line 1: label [0, 0, 1] says 0 or 1 of every"),
+        ([dict(text="a", label=["x"])] * 8, "all rows have the label ['x']"),
+        ([dict(text="a", label=[])] * 8, "all rows have the label []"),
+        ([*[dict(text="a", label=i % 2) for i in range(4)], dict(text="b", label=-1)], "line 5: label -1: in many"),
     ],
     ids=str,
 )
@@ -348,6 +352,41 @@ def test_a_label_that_the_head_does_not_know(task_flags, tmp_path):
     assert "line 9: label 'weather' is not known; there are sports, tech, world" in refused(**flags)
     flags = first | dict(eval_dataset=other, output_dir=tmp_path / "third")
     assert "line 9: label 'weather' is not known" in refused(**flags)
+    for row, said in (
+        (dict(label=["tech"]), "line 1: label ['tech']: what is learned has one label a row"),
+        (dict(score=0.5), "has scores, and what is learned is 3 classes: sports, tech, world"),
+    ):
+        rows = write_rows(tmp_path / "kind.jsonl", [dict(text="goal") | row] * 3)
+        assert said in refused(**first | dict(eval_dataset=rows, output_dir=tmp_path / "fourth"))
+
+
+def test_an_adapter_keeps_its_labels(task_flags, tmp_path, capsys):
+    """--init_adapter: other labels are refused, some of them or their numbers are taken as what they are."""
+    first = task_flags("roberta", train_type="lora", output_dir=tmp_path / "first", max_steps=1, save_model=True)
+    assert run_train(**first) == 0
+    on = first | dict(init_adapter=tmp_path / "first", output_dir=tmp_path / "second")
+    other = write_rows(tmp_path / "other.jsonl", [dict(text="a", label=name) for name in ("art", "zoo") * 8])
+    assert "line 1: label 'art' is not known; there are sports, tech, world" in refused(**on | dict(dataset=other))
+    some = write_rows(tmp_path / "some.jsonl", [dict(text="a", label=n) for n in (2, 0) * 8])
+    assert run_train(**on | dict(dataset=some)) == 0
+    assert "the head has names: 0 = sports, 1 = tech, 2 = world" in capsys.readouterr().out
+    record = json.loads((tmp_path / "second/run.json").read_text())
+    assert record["task"]["labels"]["names"] == ["sports", "tech", "world"]
+
+
+def test_sources_of_two_kinds(task_flags, tmp_path):
+    """Labels in one and scores in the other would be learned as numbers alike."""
+    one = write_rows(tmp_path / "one.jsonl", [dict(text="a", label=i % 2) for i in range(8)])
+    two = write_rows(tmp_path / "two.jsonl", [dict(text="a", score=0.5)] * 8)
+    flags = task_flags("roberta") | dict(dataset=f"{one},{two}", output_dir=tmp_path / "out")
+    assert "one.jsonl has the column label, and" in refused(**flags)
+
+
+def test_an_encoder_is_no_language_model(task_flags, tmp_path):
+    """It would be trained on what it sees."""
+    rows = write_rows(tmp_path / "rows.jsonl", [dict(text="a b c")] * 8)
+    flags = task_flags("roberta") | dict(task="causal_lm", dataset=rows, output_dir=tmp_path / "out")
+    assert "--task causal_lm: roberta models see their whole text" in refused(**flags)
 
 
 @pytest.mark.parametrize(

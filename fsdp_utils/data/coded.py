@@ -1,6 +1,7 @@
 """Rows that are no text to go on with: a text and its label, or a source and its target."""
 
 import itertools
+import json
 from collections.abc import Sequence
 
 import datasets
@@ -9,8 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fsdp_utils.core.errors import DataError, UserError, naming
+from fsdp_utils.core.ranks import say
 from fsdp_utils.data.files import Row
-from fsdp_utils.data.labels import BadLabel, Labels, find_labels, written
+from fsdp_utils.data.labels import REGRESSION, BadLabel, Labels, find_labels, is_number, written
 from fsdp_utils.data.layouts import LAYOUTS, BadRow, Form, Reading, is_learned
 from fsdp_utils.data.sources import Examples
 
@@ -130,6 +132,13 @@ class LabelledRows(_Coder):
     ids_columns = ("input_ids",)
     features = datasets.Features({"input_ids": IDS, "token_type_ids": IDS, "label": datasets.Value("string"), **ABOUT})
 
+    def check(self, examples):
+        super().check(examples)
+        columns = {LAYOUTS[part.form.layout].label: part.rows.name for part in examples.parts}
+        if len(columns) > 1:
+            (one, first), (other, second) = columns.items()
+            raise DataError(f"{first} has the column {one}, and {second} {other}; give sources that have the same")
+
     def read(self, row: dict, form: Form) -> tuple[str, str, str]:
         """Text, second text, and label as `written`."""
         picked = form.fields(row)
@@ -156,7 +165,14 @@ class LabelledRows(_Coder):
         """
         column = kept.data.column("label").combine_chunks() if kept._indices is None else None
         stored = column.to_pylist() if column is not None else kept["label"]
-        scored = any(LAYOUTS[part.form.layout].label == "score" for part in examples.parts)
+        scored = LAYOUTS[examples.parts[0].form.layout].label == "score"
+        if labels and (labels.problem == REGRESSION) != scored:
+            given = "scores" if scored else "labels"
+            raise DataError(f"--dataset {self.source}: has {given}, and what is learned is {labels}; give others")
+        numbered = any(label[0] != "[" and is_number(json.loads(label)) for label in set(stored))
+        if labels and labels.has_words and numbered:
+            mapped = ", ".join(f"{i} = {name}" for i, name in enumerate(labels.names[:8]))
+            say(f"note: --dataset {self.source}: its labels are numbers, and the head has names: {mapped}")
         try:
             with naming(f"--dataset {self.source}:"):
                 labels = labels or find_labels(dict.fromkeys(stored), scored=scored)

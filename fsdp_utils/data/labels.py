@@ -65,9 +65,12 @@ class Labels:
             if not isinstance(value, (int, float)):
                 raise BadLabel(f"label {value!r} is no number, which the head gives", label)
             return [float(value)]
+        if isinstance(value, list) != (self.problem == MULTI):
+            known = "lists of labels" if self.problem == MULTI else "one label a row"
+            raise BadLabel(f"label {value!r}: what is learned has {known}", label)
         if self.problem == SINGLE:
             return [self._number(value, label)]
-        holds = {self._number(one, label) for one in (value if isinstance(value, list) else [value])}
+        holds = {self._number(one, label) for one in value}
         return [float(number in holds) for number in range(len(self.names))]
 
     def named(self, numbers) -> str:
@@ -83,13 +86,14 @@ class Labels:
             return self.names.index(str(value))
         if is_number(value) and f"{PREFIX}{value}" in self.names:
             return self.names.index(f"{PREFIX}{value}")
-        if (
-            isinstance(value, int)
-            and value < len(self.names)
-            and not all(n.lstrip("-").isdecimal() for n in self.names)
-        ):
-            return value
+        if is_number(value) and self.has_words and 0 <= int(value) < len(self.names):
+            return int(value)
         raise BadLabel(f"label {value!r} is not known; there are {', '.join(self.names)}", label)
+
+    @property
+    def has_words(self) -> bool:
+        """Whether classes have names that are no numbers."""
+        return not any(is_number(name.removeprefix(PREFIX)) for name in self.names)
 
     def config(self) -> dict:
         """What config.json says of it."""
@@ -121,6 +125,8 @@ def written(row: dict, column: str) -> str:
     if column == "score":
         return json.dumps(_score(value))
     if isinstance(value, list):
+        if len(value) > len(set(map(str, value))) and {0, 1}.issuperset(map(_class, value)):
+            raise BadRow(f"label {value!r} says 0 or 1 of every label; list those that hold, by number or name")
         return json.dumps(sorted({_class(one) for one in value}, key=lambda one: (isinstance(one, str), one)))
     return json.dumps(_class(value))
 
@@ -148,16 +154,17 @@ def _class(value) -> int | str:
 
 
 def is_number(value: int | str) -> bool:
-    """Whether a class is a number; in a table of text that is text."""
-    return isinstance(value, int) or value.removeprefix("-").isdecimal()
+    """Whether a class is a number; in a table of text that is text. With zeros before it, it is a name."""
+    digits = str(value).removeprefix("-")
+    return digits.isdecimal() and str(int(digits)) == digits
 
 
 def find_labels(found: Iterable[str], *, scored: bool) -> Labels:
     """The labels of a data set, from the different ones of its rows as `written`.
 
     Raises:
-        BadLabel: names beside numbers, or lists beside single ones.
-        UserError: only one class.
+        BadLabel: names beside numbers, lists beside single ones, or a number below zero.
+        UserError: the same label, or list, in all rows.
     """
     if scored:
         return Labels(REGRESSION)
@@ -171,8 +178,11 @@ def find_labels(found: Iterable[str], *, scored: bool) -> Labels:
     if names and any(isinstance(c, int) for c in numbers):
         label = min((numbers, names), key=len).popitem()[1]
         raise BadLabel("labels are numbers in some rows and names in others", label)
+    if below := [c for c in numbers if not names and int(c) < 0]:
+        said = f"label {below[0]}: in many sets it stands for a row without label; leave such rows out"
+        raise BadLabel(said, numbers[below[0]])
     order = sorted({int(c) for c in numbers}) if not names else sorted(map(str, classes))
-    if len(order) < 2 and not lists:
-        raise UserError(f"all rows have the label {order[0]!r}; there is nothing to tell apart")
+    if len(values) < 2:
+        raise UserError(f"all rows have the label {next(iter(values.values()))!r}; there is nothing to tell apart")
     counted = not names and order == list(range(len(order)))
     return Labels(MULTI if lists else SINGLE, tuple(f"{PREFIX}{c}" if counted else str(c) for c in order))

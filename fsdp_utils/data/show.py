@@ -29,7 +29,8 @@ def in_colour() -> bool:
 
 def _row(data, i: int, as_learned: Callable, tokenizer, *, marks: tuple[str, str]) -> str:
     ids, learned, label = as_learned(data.dataset[i])
-    head = f"row {data.rows[i] + 1}: {len(ids)} tokens, {learned.sum()} of them learned"
+    what = "and a label" if label else f"{learned.sum()} of them learned"
+    head = f"row {data.rows[i] + 1}: {len(ids)} tokens, {what}"
     text = marked(ids.tolist(), learned.tolist(), tokenizer, marks=marks)
     return f"{head}\n{text}" + (f" {marks[0]}{label}{marks[1]}" if label else "")
 

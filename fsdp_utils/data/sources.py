@@ -434,7 +434,7 @@ def divide(config) -> tuple[Examples, Examples]:
     capped = (spec and spec.capped) or "dataset_samples" in config.explicit_flags
     sources = _sources(config.dataset, flag="dataset")
     found = [_opened(name, config, place=place, reading=reading) for name, _ in sources]
-    _check_columns_found(found, reading)
+    check_columns_found(found, reading)
     if len(found) == 1:
         (examples,) = found
         border = min(limit, len(examples)) if capped else len(examples)
@@ -448,7 +448,7 @@ def _opened(name: str, config, *, place: Place, reading: Reading) -> Examples:
     return _named(name, spec.train(config), reading) if spec else open_source(name, place=place, reading=reading)
 
 
-def _check_columns_found(found: list[Examples], reading: Reading) -> None:
+def check_columns_found(found: list[Examples], reading: Reading) -> None:
     """Raises DataError where --columns names what no source has: it would have no effect."""
     used = {name for examples in found for part in examples.parts for name in part.form.paths}
     for name, path in reading.paths.items():

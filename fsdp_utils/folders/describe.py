@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from fsdp_utils.config import TrainConfig
-from fsdp_utils.core.errors import CheckpointError, UserError
+from fsdp_utils.core.errors import CheckpointError, UserError, naming
 from fsdp_utils.core.flags import flags
 from fsdp_utils.core.folders import model_folder, refuse_gguf
 from fsdp_utils.core.safetensors_io import read_header
@@ -290,6 +290,18 @@ def task_of(run: Run) -> Task:
     model_config = read_raw_config(str(run.base), trust_remote_code=run.trust_remote_code)
     name = peft_task(run.adapter.get("task_type")) if run.adapter else task_of_model(model_config)
     return named_task(name, named_task(name).known_labels(model_config) or _labels_of_head(run, name))
+
+
+def going_on(task: Task, adapter: str | None) -> Task:
+    """The task with the labels of `--init_adapter`, whose head is trained on, if there is one.
+
+    Raises:
+        UserError: as `describe`.
+    """
+    if not adapter:
+        return task
+    with naming("--init_adapter"):
+        return replace(task, labels=task_of(describe(adapter)).labels)
 
 
 def _labels_of_head(run: Run, name: str) -> Labels | None:

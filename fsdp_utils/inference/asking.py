@@ -99,6 +99,8 @@ def make_asking(config: EvalConfig, run: Run, tokenizer) -> Asking:
     """
     reading = reading_of(config, run)
     rows = sources.held_out_rows(config.dataset, place=replace(sources.Place.of(config), sole=True), reading=reading)
+    if config.columns:
+        sources.check_columns_found([rows], reading)
     name = choose_style(config.prompt, rows, run, tokenizer)
     style = STYLES[name]
     questions, shots = read_questions(config, rows, reading, style)

@@ -10,7 +10,7 @@ from datasets import Dataset
 from fsdp_utils.core.errors import DataError, UserError
 from fsdp_utils.core.ranks import say
 from fsdp_utils.data.layouts import LAYOUTS
-from fsdp_utils.data.sources import DATASETS, Examples, Place, held_out_rows
+from fsdp_utils.data.sources import DATASETS, Examples, Place, check_columns_found, held_out_rows
 from fsdp_utils.folders.describe import Run
 from fsdp_utils.inference.asking import reading_of
 from fsdp_utils.model.build import build_on_meta, read_raw_config
@@ -37,6 +37,8 @@ def read_coded(config, run: Run, tokenizer, *, task) -> Coded:
     reading = replace(reading_of(config, run), task=task.name)
     place = replace(Place.of(config), sole=True)
     examples = held_out_rows(config.dataset, place=place, reading=reading).first(config.samples)
+    if config.columns:
+        check_columns_found([examples], reading)
     longest = context_length(run, tokenizer, task=task)
     coder = task.coder(tokenizer, reading=reading, source=config.dataset, context_length=longest)
     coder.check(examples)

@@ -10,7 +10,7 @@ from fsdp_utils.data.labels import Labels
 from fsdp_utils.data.sources import first_columns
 from fsdp_utils.model.build import read_raw_config
 from fsdp_utils.options import TASKS
-from fsdp_utils.tasks.base import Task
+from fsdp_utils.tasks.base import Task, is_encoder
 
 GENERATORS = ("CausalLM", "LMHeadModel", "ForConditionalGeneration")  # how architectures that write are called
 
@@ -40,7 +40,7 @@ def task_of_model(model_config) -> str:
         return "seq2seq_lm"
     writes = any(name.endswith(GENERATORS) for name in architectures)
     classifies = named_task("sequence_classification")
-    reads = classifies.takes(model_config) and classifies.is_encoder(model_config)
+    reads = classifies.takes(model_config) and is_encoder(model_config)
     return classifies.name if reads and not writes else "causal_lm"
 
 

@@ -8,10 +8,17 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import nn
+from transformers import AutoModelForMaskedLM
 
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.data.batches import IGNORED
 from fsdp_utils.data.labels import Labels
+
+
+def is_encoder(model_config) -> bool:
+    """Whether a model of this configuration sees its whole text at once."""
+    decodes = getattr(model_config, "is_decoder", False)
+    return type(model_config) in AutoModelForMaskedLM._model_mapping and not decodes
 
 
 @dataclass(frozen=True)

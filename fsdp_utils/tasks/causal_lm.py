@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 from transformers import AutoModelForCausalLM
 
+from fsdp_utils.core.errors import UserError
 from fsdp_utils.data.batches import IGNORED, collate, packed_inputs
 from fsdp_utils.data.tokens import RowEncoder
-from fsdp_utils.tasks.base import Task
+from fsdp_utils.tasks.base import Task, is_encoder
 from fsdp_utils.training.loss import CausalLMLoss
 
 
@@ -19,6 +20,15 @@ class CausalLM(Task):
     coder = RowEncoder
     loss = CausalLMLoss
     causal = True
+
+    def check(self, config, model_config):
+        super().check(config, model_config)
+        writes = any("CausalLM" in name or "LMHead" in name for name in model_config.architectures or [])
+        if is_encoder(model_config) and not writes:
+            raise UserError(
+                f"--task causal_lm: {model_config.model_type} models see their whole text, also what they would have "
+                "to predict; pass --task sequence_classification, or choose a decoder"
+            )
 
     def pad_token_id(self, tokenizer, model_config, *, largest):
         # padding is told by its place: any id does that the embedding has, and a tokenizer's own may lie beyond it

@@ -6,13 +6,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.data.batches import IGNORED, pad_rows, width_of
 from fsdp_utils.data.coded import LabelledRows
 from fsdp_utils.data.labels import REGRESSION, SINGLE, Labels
-from fsdp_utils.tasks.base import Task
+from fsdp_utils.tasks.base import Task, is_encoder
 from fsdp_utils.training.scores import SCORES
 
 POOLERS = ("pooler", "head")  # modules of an encoder that its pretraining may not have had
@@ -69,13 +69,8 @@ class SequenceClassification(Task):
         eval_generate="--task sequence_classification generates no text; its validation counts what is right anyway",
     )
 
-    def is_encoder(self, model_config) -> bool:
-        """Whether a model of this configuration sees its whole text at once."""
-        decodes = getattr(model_config, "is_decoder", False)
-        return type(model_config) in AutoModelForMaskedLM._model_mapping and not decodes
-
     def can_expand(self, model_config):
-        return not self.is_encoder(model_config)
+        return not is_encoder(model_config)
 
     def shown(self, row):
         ids = np.asarray(row["input_ids"])
