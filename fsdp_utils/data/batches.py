@@ -354,10 +354,7 @@ class Batches:
     def _micro_batch(self, rows: list[Sequence[int]]) -> dict[str, torch.Tensor]:
         """Reads the samples of `rows` and pads them."""
         indices = [int(sample) for samples in rows for sample in samples]
-        names = self.data.dataset.column_names
-        names = ["input_ids", "labels", *(name for name in names if name not in ("input_ids", "labels"))]
-        read = self.data.dataset[indices] if indices else {name: [] for name in names}
-        samples = list(zip(*(read[name] for name in names), strict=True))
+        samples = list(zip(*self.data.dataset[indices].values(), strict=True)) if indices else []
         if self.packing:
             ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
             samples = [samples[end - len(row) : end] for row, end in zip(rows, ends, strict=True)]

@@ -30,21 +30,26 @@ ABOUT = {
 NONE = -1
 
 
+def one_line(name: str) -> str:
+    """A column's name as one line of text."""
+    return " ".join(name.split()).encode(errors="replace").decode()
+
+
 class _Ids:
     """Texts to ids with the tokenizer's own special tokens, as its model was pretrained on them."""
 
     def __init__(self, tokenizer, *, context_length: int):
         self.tokenizer, self.longest = tokenizer, context_length
 
-    def __call__(self, texts: list, pairs: list | None = None, **how) -> tuple[dict, list[bool]]:
+    def __call__(self, texts: list, pairs: list | None = None) -> tuple[dict, list[bool]]:
         """The columns of each text, cut to the longest, and which were."""
         given = [texts] if pairs is None else [texts, pairs]
-        whole = self.tokenizer(*given, **how)
+        whole = self.tokenizer(*given)
         cut = [len(ids) > self.longest for ids in whole["input_ids"]]
         columns = {name: list(values) for name, values in whole.items()}
         for i in np.flatnonzero(cut):  # the end of sequence stays
             one = [text[i : i + 1] for text in given]
-            for name, values in self.tokenizer(*one, truncation=True, max_length=self.longest, **how).items():
+            for name, values in self.tokenizer(*one, truncation=True, max_length=self.longest).items():
                 columns[name][i] = values[0]
         return columns, cut
 
@@ -80,7 +85,7 @@ class _Coder:
             try:
                 if row.problem:
                     raise BadRow(row.problem)
-                told["unread"] = "\n".join(" ".join(name.split()) for name in form.unread(row.value))
+                told["unread"] = "\n".join(map(one_line, form.unread(row.value)))
                 values = self.read(row.value, form)
                 told["labelled"] = int(is_learned(form.named(row.value)))
             except BadRow as error:
@@ -114,11 +119,12 @@ class _Coder:
         """Tokens of each row, int64 `[rows]`."""
         return sum(pc.list_value_length(table.column(name)).to_numpy().astype(np.int64) for name in self.ids_columns)
 
-    def text_of(self, row: dict, form: Form, field: str, picked: dict) -> str:
-        """A field that may not be empty."""
-        if not picked[field].strip():
-            raise BadRow(f"field {field!r} is empty")
-        return picked[field]
+    @staticmethod
+    def refuse_empty(**fields: str) -> None:
+        """Raises BadRow for a field that says nothing."""
+        for name, text in fields.items():
+            if not text.strip():
+                raise BadRow(f"field {name!r} is empty")
 
     def notes(self, examples: Examples) -> tuple[str, ...]:
         """What else is to be known of the rows."""
@@ -142,8 +148,8 @@ class LabelledRows(_Coder):
     def read(self, row: dict, form: Form) -> tuple[str, str, str]:
         """Text, second text, and label as `written`."""
         picked = form.fields(row)
-        text = self.text_of(row, form, "text", picked)
-        return text, picked["text_pair"], written(form.named(row), LAYOUTS[form.layout].label)
+        self.refuse_empty(text=picked["text"])
+        return picked["text"], picked["text_pair"], written(form.named(row), LAYOUTS[form.layout].label)
 
     def encode(self, read: list) -> dict:
         texts, pairs, labels = ([row[i] for row in read] for i in range(3))
@@ -163,8 +169,7 @@ class LabelledRows(_Coder):
         Raises:
             DataError: naming the row whose label does not fit.
         """
-        column = kept.data.column("label").combine_chunks() if kept._indices is None else None
-        stored = column.to_pylist() if column is not None else kept["label"]
+        stored = list(kept["label"])
         scored = LAYOUTS[examples.parts[0].form.layout].label == "score"
         if labels and (labels.problem == REGRESSION) != scored:
             given = "scores" if scored else "labels"
@@ -179,10 +184,10 @@ class LabelledRows(_Coder):
             numbers = {label: labels.numbers(label) for label in dict.fromkeys(stored)}
         except (BadLabel, TypeError, ValueError) as error:
             raise self._refused(error, stored, rows, examples) from None
-        chosen = ["input_ids", *(["token_type_ids"] if any(len(t) for t in kept["token_type_ids"]) else [])]
+        types = ["token_type_ids"] if any(len(t) for t in kept["token_type_ids"]) else []
         feature = datasets.List(datasets.Value(labels.dtype))
-        found = kept.select_columns(chosen).add_column("labels", [numbers[label] for label in stored], feature=feature)
-        return found.with_format("numpy"), labels
+        found = kept.add_column("labels", [numbers[label] for label in stored], feature=feature)
+        return found.select_columns(["input_ids", "labels", *types]).with_format("numpy"), labels
 
     def _refused(self, error: Exception, stored: list, rows, examples: Examples) -> Exception:
         label = getattr(error, "label", None)
@@ -202,9 +207,7 @@ class SourceTargetRows(_Coder):
     def read(self, row: dict, form: Form) -> tuple[str, str]:
         picked = form.fields(row)
         source, target = form.split(picked)
-        for name, text in (("source", source), (LAYOUTS[form.layout].answer, target)):
-            if not text.strip():
-                raise BadRow(f"field {name!r} is empty")
+        self.refuse_empty(source=source, **{LAYOUTS[form.layout].answer: target})
         return source, target
 
     def encode(self, read: list) -> dict:

@@ -62,8 +62,6 @@ class Labels:
         """
         value = json.loads(label)
         if self.problem == REGRESSION:
-            if not isinstance(value, (int, float)):
-                raise BadLabel(f"label {value!r} is no number, which the head gives", label)
             return [float(value)]
         if isinstance(value, list) != (self.problem == MULTI):
             known = "lists of labels" if self.problem == MULTI else "one label a row"
@@ -73,13 +71,13 @@ class Labels:
         holds = {self._number(one, label) for one in value}
         return [float(number in holds) for number in range(len(self.names))]
 
-    def named(self, numbers) -> str:
-        """A label in words, from `numbers`."""
-        if self.problem == REGRESSION:
-            return f"{numbers[0]:g}"
+    def named(self, numbers) -> str | list[str] | float:
+        """What `numbers` are called: the name of a class, the names of those that hold, or a score."""
         if self.problem == SINGLE:
             return self.names[int(numbers[0])]
-        return ", ".join(name for name, holds in zip(self.names, numbers, strict=True) if holds)
+        if self.problem == MULTI:
+            return [name for name, holds in zip(self.names, numbers, strict=True) if holds]
+        return float(numbers[0])
 
     def _number(self, value, label: str) -> int:
         if str(value) in self.names:

@@ -23,7 +23,7 @@ from fsdp_utils.core.errors import DataError
 from fsdp_utils.data import chats, coded, encode, files, layouts, turns
 from fsdp_utils.data.batches import IGNORED
 from fsdp_utils.data.chats import Chat, Template, pick_chat
-from fsdp_utils.data.coded import ABOUT, IDS, NONE
+from fsdp_utils.data.coded import ABOUT, IDS, NONE, one_line
 from fsdp_utils.data.encode import Parts, Piece, Text, TextEncoder, joined
 from fsdp_utils.data.files import Row, cache_folder, writing_cache
 from fsdp_utils.data.labels import Labels
@@ -94,8 +94,8 @@ class TokenizedData:
     """Token rows, ready to batch.
 
     Args:
-        dataset: columns `input_ids` and `labels`, int32 [tokens] a row; label -100 where there is no loss, as of the
-            first token, which nothing predicts. Of other tasks as `data.coded` says.
+        dataset: columns `input_ids` and `labels`, in this order, int32 [tokens] a row; label -100 where there is no
+            loss, as of the first token, which nothing predicts. Of other tasks as `data.coded` says.
         lengths: tokens of each row, int64 [samples].
         rows: number of each among the raw rows, int64 [samples].
         report: what became of the raw rows.
@@ -286,34 +286,31 @@ def as_table(rows: list[Encoded], *, context_length: int) -> pa.Table:
         max_token_id=pa.array(largest),
         end=pa.array(np.where(truncated, NONE, [row.end for row in rows]).astype(np.int32)),
         refused=pa.array([row.refused for row in rows]),
-        unread=pa.array(["\n".join(map(_told, row.unread)) for row in rows]),
+        unread=pa.array(["\n".join(map(one_line, row.unread)) for row in rows]),
         noted=pa.array(["\n".join(row.noted) for row in rows]),
     )
     return pa.table(columns, schema=FEATURES.arrow_schema)
 
 
-def _told(name: str) -> str:
-    """A column's name as one line of text."""
-    return " ".join(name.split()).encode(errors="replace").decode()
-
-
 def tokenize(
     examples: Examples, tokenizer, *, reading: Reading, source: str, context_length: int, coder=RowEncoder, labels=None
-) -> list[tuple[torch.Tensor, ...]]:
-    """The samples of few rows, without a cache: `input_ids`, `labels` and what else the coder makes; int64 or fp32.
+) -> tuple[list[tuple[torch.Tensor, ...]], int]:
+    """The samples of few rows, without a cache: `input_ids`, `labels` and what else the coder makes; int64 or fp32. And
+    how many rows were cut.
 
     Raises:
-        DataError: a row that cannot be read.
+        DataError: rows of another kind, or one that cannot be read.
     """
     coded = coder(tokenizer, reading=reading, source=source, context_length=context_length)
+    coded.check(examples)
     table = coded.table(examples.read(range(len(examples))))
     for refused in table["refused"].to_pylist():
         if refused:
             raise DataError(f"{refused}; correct or remove the row")
     found, _ = coded.finished(Dataset(table), np.arange(len(examples)), examples, labels=labels)
-    names = sorted(found.column_names, key=lambda name: (name != "input_ids", name != "labels"))
     wide = lambda values: values if values.is_floating_point() else values.long()
-    return [tuple(wide(torch.as_tensor(row[name])) for name in names) for row in found]
+    samples = [tuple(wide(torch.as_tensor(column)) for column in row.values()) for row in found]
+    return samples, sum(table["truncated"].to_pylist())
 
 
 def _tokenize(batch: dict, *, examples: Examples, coder) -> pa.Table:

@@ -115,7 +115,6 @@ class BnbNF4(Bnb):
     """
 
     for_all_tasks = True
-
     calibrates = True
 
     def __init__(self, trained, options):

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 
 import torch
@@ -58,7 +57,8 @@ def held_out(run: Run, tokenizer, *, name: str | None, samples: int) -> HeldOut:
     source, examples = _chosen(run, name)
     reading = Reading.of(run.config) if run.config else Reading()
     how = _how(task_of(run))
-    encode = partial(tokenize, tokenizer=tokenizer, reading=reading, source=source, context_length=context, **how)
+    shape = dict(tokenizer=tokenizer, reading=reading, source=source, context_length=context)
+    encode = lambda examples: tokenize(examples, **shape, **how)[0]
     seen = _trained_on(run.config, tokenizer, how) if run.config else set()
     found = [] if seen is None else list(islice(_unseen(examples, seen, encode), samples))
     unseen = bool(found)

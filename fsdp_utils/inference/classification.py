@@ -10,9 +10,9 @@ from torch import nn
 
 from fsdp_utils.core.devices import peak_memory_gib
 from fsdp_utils.core.errors import UserError
-from fsdp_utils.data.labels import MULTI, REGRESSION, SINGLE, Labels
+from fsdp_utils.data.labels import REGRESSION, SINGLE
 from fsdp_utils.inference.coded import read_coded
-from fsdp_utils.inference.exam import Exam, told
+from fsdp_utils.inference.exam import OF_PROMPTS, Exam, told
 from fsdp_utils.inference.generation import Batched
 from fsdp_utils.inference.load import load_for_inference
 from fsdp_utils.inference.questions import stored_dtype
@@ -21,7 +21,7 @@ from fsdp_utils.training.scores import SCORES
 
 
 class Text(NamedTuple):
-    """A row: its texts, and its label as `named` gives it."""
+    """A row: its texts, and its label as `Labels.named` gives it."""
 
     question: str
     answer: str | list[str] | float
@@ -45,20 +45,11 @@ class Outputs(NamedTuple):
     peak_memory_gib: float | None = None
 
 
-def named(labels: Labels, numbers) -> str | list[str] | float:
-    """What `Labels.numbers` are called: the name of a class, the names of those that hold, or a score."""
-    if labels.problem == SINGLE:
-        return labels.names[int(numbers[0])]
-    if labels.problem == MULTI:
-        return [name for name, holds in zip(labels.names, numbers, strict=True) if holds]
-    return float(numbers[0])
-
-
 class Classifier(Batched):
     """One forward pass for each batch of rows, padded on the right as in training.
 
     Args:
-        samples: by index, columns as the task's coder names them, arrays `[n]`.
+        samples: by index, columns as the task's coder names them, tensors `[n]`.
     """
 
     way_out = "give shorter rows"
@@ -86,10 +77,7 @@ class Classifier(Batched):
 
 
 class Rows(Exam):
-    unused = (
-        *("backend", "max_model_len", "gpu_memory_utilization", "server", "served_model_name", "prompt", "n_shots"),
-        *("max_new_tokens", "temperature", "seed"),
-    )
+    unused = (*OF_PROMPTS, "max_new_tokens", "temperature", "seed")
 
     def __init__(self, config, run, tokenizer, *, task):
         if task.labels is None:
@@ -106,7 +94,9 @@ class Rows(Exam):
 
     def _text(self, row, form, sample) -> Text:
         picked = form.fields(row.value)
-        return Text("\n".join(filter(None, (picked["text"], picked["text_pair"]))), named(self.labels, sample[1]))
+        return Text(
+            "\n".join(filter(None, (picked["text"], picked["text_pair"]))), self.labels.named(sample[1].tolist())
+        )
 
     def answerer(self, run, *, device):
         config = self.config
@@ -117,7 +107,7 @@ class Rows(Exam):
         """With the probability of each label, in the order of `labels`."""
         logits, problem = torch.tensor([output.logits]), self.labels.problem
         predicted = SCORES[problem].predicted(logits)[0]
-        prediction = named(self.labels, predicted.reshape(-1).tolist())
+        prediction = self.labels.named(predicted.reshape(-1).tolist())
         if problem == REGRESSION:
             return dict(prediction=prediction)
         chances = logits[0].softmax(0) if problem == SINGLE else logits[0].sigmoid()

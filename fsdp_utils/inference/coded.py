@@ -3,14 +3,13 @@
 from dataclasses import replace
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from datasets import Dataset
 
-from fsdp_utils.core.errors import DataError, UserError
+from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.ranks import say
 from fsdp_utils.data.layouts import LAYOUTS
 from fsdp_utils.data.sources import DATASETS, Examples, Place, check_columns_found, held_out_rows
+from fsdp_utils.data.tokens import tokenize
 from fsdp_utils.folders.describe import Run
 from fsdp_utils.inference.asking import reading_of
 from fsdp_utils.model.build import build_on_meta, read_raw_config
@@ -19,10 +18,10 @@ from methods.targets import learned_positions
 
 class Coded(NamedTuple):
     """`examples`: the raw rows; `samples`: of each the columns of the task's coder, `input_ids`, `labels` and perhaps
-    `token_type_ids`, arrays `[n]`."""
+    `token_type_ids`, tensors `[n]`."""
 
     examples: Examples
-    samples: list[tuple[np.ndarray, ...]]
+    samples: list[tuple[torch.Tensor, ...]]
 
 
 def read_coded(config, run: Run, tokenizer, *, task) -> Coded:
@@ -40,16 +39,11 @@ def read_coded(config, run: Run, tokenizer, *, task) -> Coded:
     if config.columns:
         check_columns_found([examples], reading)
     longest = context_length(run, tokenizer, task=task)
-    coder = task.coder(tokenizer, reading=reading, source=config.dataset, context_length=longest)
-    coder.check(examples)
-    table = coder.table(examples.read(range(len(examples))))
-    if refused := next(filter(None, table["refused"].to_pylist()), None):
-        raise DataError(f"{refused}; correct or remove the row")
-    if cut := sum(table["truncated"].to_pylist()):
+    how = dict(coder=task.coder, labels=task.labels, reading=reading, source=config.dataset, context_length=longest)
+    samples, cut = tokenize(examples, tokenizer, **how)
+    if cut:
         say(f"note: {cut} of the {len(examples)} rows are cut to {longest} tokens")
-    found, _ = coder.finished(Dataset(table), np.arange(len(examples)), examples, labels=task.labels)
-    names = sorted(found.column_names, key=lambda name: (name != "input_ids", name != "labels"))
-    return Coded(examples, [tuple(np.asarray(row[name]) for name in names) for row in found])
+    return Coded(examples, samples)
 
 
 def context_length(run: Run, tokenizer, *, task) -> int:

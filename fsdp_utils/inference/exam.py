@@ -23,6 +23,12 @@ EXAMS = {
 }
 
 
+# flags that only language models know, which answer prompts
+OF_PROMPTS = (
+    *("backend", "max_model_len", "gpu_memory_utilization", "server", "served_model_name", "prompt", "n_shots"),
+)
+
+
 class Exam(ABC):
     """One evaluation. Making it reads the questions, no weight.
 

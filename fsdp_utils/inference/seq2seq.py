@@ -8,7 +8,7 @@ import torch
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.folders.describe import tokenizer_of
 from fsdp_utils.inference.coded import read_coded
-from fsdp_utils.inference.exam import Written
+from fsdp_utils.inference.exam import OF_PROMPTS, Written
 from fsdp_utils.inference.generation import HFGenerator
 from fsdp_utils.inference.load import load_for_inference
 from fsdp_utils.inference.questions import stored_dtype
@@ -57,9 +57,7 @@ class Seq2SeqGenerator(HFGenerator):
 
 
 class Sources(Written):
-    unused = (
-        *("backend", "max_model_len", "gpu_memory_utilization", "server", "served_model_name", "prompt", "n_shots"),
-    )
+    unused = OF_PROMPTS
 
     def __init__(self, config, run, tokenizer, *, task):
         examples, samples = read_coded(config, run, tokenizer, task=task)

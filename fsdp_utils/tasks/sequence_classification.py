@@ -73,8 +73,9 @@ class SequenceClassification(Task):
         return not is_encoder(model_config)
 
     def shown(self, row):
-        ids = np.asarray(row["input_ids"])
-        return ids, np.zeros(len(ids), dtype=bool), self.labels.named(np.asarray(row["labels"]))
+        ids, label = np.asarray(row["input_ids"]), self.labels.named(np.asarray(row["labels"]))
+        said = f"{label:g}" if isinstance(label, float) else label if isinstance(label, str) else ", ".join(label)
+        return ids, np.zeros(len(ids), dtype=bool), said
 
     def given(self, labels, tokenizer, model_config):
         known = (model_config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
