@@ -1,6 +1,7 @@
 """Sequence to sequence: a decoder writes the target, one token after another, of the source that an encoder read."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ class Seq2SeqLM(Task):
     peft_type = "SEQ_2_SEQ_LM"
     coder = SourceTargetRows
     loss = Seq2SeqLoss
-    forbidden = dict(  # noqa: RUF012
+    forbidden: ClassVar = dict(
         packing="an encoder sees all samples of a row; pass --packing false",
     )
 

@@ -1,6 +1,7 @@
 """Sequence classification: one label, several, or a score for a text or a pair of texts, by a head of its own."""
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -64,7 +65,7 @@ class SequenceClassification(Task):
     coder = LabelledRows
     loss = ClassificationLoss
     writes = False
-    forbidden = dict(  # noqa: RUF012
+    forbidden: ClassVar = dict(
         packing="--task sequence_classification has one label for each row; pass --packing false",
         eval_generate="--task sequence_classification generates no text; its validation counts what is right anyway",
     )
