@@ -115,7 +115,8 @@ def show(config: TrainConfig) -> None:
 def show_plan(config: TrainConfig, device) -> None:
     """--plan: what would train, from the configuration alone."""
     name = config.task if config.task != "auto" else task_of_model(read_raw_config(config.source))
-    say(trainable_report(plan_only(config, task=named_task(name), device=device).model))
+    planned = plan_only(config, task=named_task(name), device=device)
+    say(*planned.task.assumed(planned.model.config), trainable_report(planned.model), sep="\n")
 
 
 def carry_out(session: Session, *, mesh, device) -> None:

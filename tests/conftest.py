@@ -146,6 +146,27 @@ def export(tmp_path):
     return make
 
 
+@pytest.fixture
+def interrupt_evaluation(monkeypatch):
+    """`interrupt_evaluation(at=4)`: what scores the fourth answer interrupts evaluate.py, once; gives the list of what
+    is answered."""
+    import evaluate
+
+    def arm(*, at):
+        real, answered = evaluate.scored, []
+
+        def scored(question, output, **more):
+            answered.append(output.index)
+            if len(answered) == at:
+                raise KeyboardInterrupt
+            return real(question, output, **more)
+
+        monkeypatch.setattr(evaluate, "scored", scored)
+        return answered
+
+    return arm
+
+
 def pytest_collection_modifyitems(items):
     """GPU tests run where there is a GPU, and are reported as skipped elsewhere."""
     if not torch.cuda.is_available():

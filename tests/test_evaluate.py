@@ -331,21 +331,13 @@ def without_times(rows):
     return [{k: v for k, v in row.items() if k not in ("seconds", "peak_memory_gib")} for row in rows]
 
 
-def test_interrupted_evaluation_goes_on(config, tmp_path, monkeypatch):
+def test_interrupted_evaluation_goes_on(config, tmp_path, interrupt_evaluation):
     """After an interruption only the rest is asked, a torn line is forgotten, and the result is the same."""
     expected = result_of(config)
     assert expected["total"] == 6
     assert [row["index"] for row in expected["results"]] == list(range(6))
     other = replace(config, output_file=str(tmp_path / "other.json"), batch_size=1)
-    real, asked = evaluate.scored, []
-
-    def interrupted(question, output, **more):
-        asked.append(output.index)
-        if len(asked) == 4:
-            raise KeyboardInterrupt
-        return real(question, output, **more)
-
-    monkeypatch.setattr(evaluate, "scored", interrupted)
+    asked = interrupt_evaluation(at=4)
     with pytest.raises(KeyboardInterrupt):
         evaluate.main(other)
     partial = tmp_path / "other.json.partial"

@@ -11,6 +11,9 @@ import pytest
 import torch
 from peft import PeftModel
 from real_run import set_json
+from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.scoring import BootstrapAggregator
+from sacrebleu.metrics import BLEU
 from safetensors.torch import load_file, save_file
 from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, root_mean_squared_error
@@ -142,6 +145,49 @@ def test_bootstrap_is_that_of_rows():
     for name, expected in zip(("macro_f1", "matthews"), np.quantile(scores, [0.025, 0.975], axis=0).T, strict=True):
         low, high = found[f"{name}_interval"]
         assert low < found[name] < high and (low, high) == pytest.approx(tuple(expected), abs=0.04)
+
+
+def test_bootstrap_of_other_labels():
+    """F1 of lists of labels and the error of scores have the quantiles of scores of rows drawn with replacement; what
+    batches say has the scores alone."""
+    f1 = lambda right, either: np.divide(2 * right, either, out=np.zeros_like(either), where=either > 0)
+    both = lambda given, wanted: ((given * wanted).sum(-2), given.sum(-2) + wanted.sum(-2))  # [..., labels]
+    statistics = {
+        (MULTI, "micro_f1"): lambda given, wanted: f1(*(part.sum(-1) for part in both(given, wanted))),
+        (MULTI, "macro_f1"): lambda given, wanted: f1(*both(given, wanted)).mean(-1),
+        (REGRESSION, "rmse"): lambda given, wanted: np.sqrt(((given - wanted) ** 2).mean((-1, -2))),
+    }
+    for (kind, name), statistic in statistics.items():
+        logits, targets = drawn(kind, 120, 4 if kind == MULTI else 1)
+        predicted, asked = SCORES[kind].predicted(logits), ~targets.isnan().any(1)
+        found = SCORES[kind].of_rows(predicted, targets, outputs=logits.shape[1])
+        given, wanted = (column[asked].double().numpy() for column in (predicted, targets))
+        picks = np.random.default_rng(7).integers(0, len(wanted), (2000, len(wanted)))
+        low, high = np.quantile(statistic(given[picks], wanted[picks]), [0.025, 0.975])
+        assert found[f"{name}_interval"] == pytest.approx((low, high), abs=0.1 * (high - low))
+        assert found[name] == pytest.approx(statistic(given, wanted)) and low < found[name] < high
+        points = in_parts(kind, logits, targets, size=40)
+        assert points[name] == pytest.approx(found[name]) and f"{name}_interval" not in points
+
+
+def test_bootstrap_of_texts():
+    """ROUGE and BLEU have the intervals that rouge-score and sacrebleu draw themselves."""
+    words = np.random.default_rng(0)
+    targets = [" ".join(words.choice([*"abcdef"], 12)) for _ in range(60)]
+    said = [" ".join(w if words.random() < 0.7 else "x" for w in target.split()) for target in targets]
+    found = seq2seq.rouge(said, targets) | seq2seq.bleu(said, targets)
+    theirs = BLEU().corpus_score(said, [targets], n_bootstrap=1000)
+    low, high = found["bleu_interval"]
+    assert found["bleu"] == theirs.score and (high - low) / 2 == pytest.approx(theirs._ci, rel=0.1)
+    assert (high + low) / 2 == pytest.approx(theirs._mean, abs=0.2 * theirs._ci)
+    aggregated = BootstrapAggregator()
+    for one, target in zip(said, targets, strict=True):
+        aggregated.add_scores(RougeScorer(seq2seq.ROUGES).score(target, one))
+    for name, limits in aggregated.aggregate().items():
+        low, high = limits.low.fmeasure, limits.high.fmeasure
+        assert found[f"{name}_interval"] == pytest.approx((low, high), abs=0.1 * (high - low))
+        assert found[name] == pytest.approx(limits.mid.fmeasure, abs=0.1 * (high - low))
+    assert seq2seq.bleu(["a"], ["b"])["bleu_interval"] == (0, 0)
 
 
 def test_one_class_only():
@@ -364,6 +410,8 @@ def test_other_labels(trained, data_of, tmp_path, kind, capsys):
         for average in ("micro", "macro"):
             expected = f1_score(wanted, given, average=average, zero_division=0)
             assert scores[f"{average}_f1"] == pytest.approx(expected)
+            low, high = scores[f"{average}_f1_interval_95"]
+            assert low <= expected <= high
         chances = torch.tensor([row["probabilities"] for row in found["results"]])
         torch.testing.assert_close(chances, logits.sigmoid(), atol=1e-4, rtol=0)
         return
@@ -372,6 +420,7 @@ def test_other_labels(trained, data_of, tmp_path, kind, capsys):
     assert found["score"] == pytest.approx(expected.statistic, abs=1e-4)
     assert found["interval_95"] == pytest.approx(tuple(expected.confidence_interval()), abs=1e-3)
     assert scores["rmse"] == pytest.approx(root_mean_squared_error(wanted, given), rel=1e-4)
+    assert scores["rmse_interval_95"][0] < scores["rmse"] < scores["rmse_interval_95"][1]
     assert "correct" not in found and "Pearson's correlation" in capsys.readouterr().out
 
 
@@ -396,21 +445,13 @@ def test_pairs_of_texts(tmp_path):
         assert answered["question"] == "\n".join(both)
 
 
-def test_classification_goes_on_and_is_shared(trained, data_of, pair, tmp_path, monkeypatch):
+def test_classification_goes_on_and_is_shared(trained, data_of, pair, tmp_path, interrupt_evaluation):
     """An interrupted evaluation answers only the rest, and two processes come to the numbers of one."""
     folder, data = trained("roberta"), data_of(SINGLE, 11, seed=5)
     expected = result_of(folder, data, tmp_path / "one.json", **CLASSES)
     pair.run(evaluate.main, config_of(folder, data, tmp_path / "two.json", **CLASSES))
     two = json.loads((tmp_path / "two.json").read_text())
-    real, asked = evaluate.scored, []
-
-    def interrupted(question, output, **more):
-        asked.append(output.index)
-        if len(asked) == 6:
-            raise KeyboardInterrupt
-        return real(question, output, **more)
-
-    monkeypatch.setattr(evaluate, "scored", interrupted)
+    asked = interrupt_evaluation(at=6)
     with pytest.raises(KeyboardInterrupt):
         result_of(folder, data, tmp_path / "again.json", **CLASSES)
     again = result_of(folder, data, tmp_path / "again.json", **CLASSES)
@@ -469,6 +510,7 @@ def test_rouge_and_bleu(trained, data_of, pair, tmp_path, monkeypatch):
     together = json.loads((tmp_path / "two.json").read_text())
     assert together["metrics"] == alone["metrics"] and without_times(together) == without_times(alone)
     assert alone["metrics"]["bleu_signature"].startswith("nrefs:1|case:mixed") and alone["score"] == 0
+    assert {f"{name}_interval_95" for name in (*seq2seq.ROUGES, "bleu")} < alone["metrics"].keys()
     asked = [dict(question=row["source"], answer=row["target"]) for row in source_rows(3, seed=5)]
     written = result_of(folder, write_rows(tmp_path / "asked.jsonl", asked), tmp_path / "asked.json")
     assert [row["answer"] for row in written["results"]] == [row["answer"] for row in asked]

@@ -2,6 +2,7 @@
 same numbers."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -12,13 +13,20 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from real_run import batches_of, first_step, make_config, off_zero, plan, prepared, save_trained, task_in
 from safetensors.torch import save_file
 from test_checkpoints import bytes_of, interrupted, refused, rows_of, run_train
+from tiny import byte_tokenizer
 from tiny_tasks import DECODERS, ENCODERS, SEQ2SEQ, labelled_rows, make_task_model, source_rows, write_rows
-from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, T5Config
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, T5Config
 
+import train
 from fsdp_utils.core.errors import UserError
+from fsdp_utils.data.coded import _Ids
+from fsdp_utils.data.labels import BadLabel, find_labels, written
 from fsdp_utils.export import format_of
 from fsdp_utils.folders.describe import describe
 from fsdp_utils.inference.load import load_for_inference
+from fsdp_utils.tasks import named_task, task_of_model
+from fsdp_utils.tasks.causal_lm import CAUSAL_LM
 from fsdp_utils.training.step import TrainStep
 from methods import TRAIN_TYPES
 from methods.targets import decoder_blocks
@@ -320,6 +328,7 @@ ROWS = labelled_rows(8)
         ([dict(text="a", label=["x"])] * 8, "all rows have the label ['x']"),
         ([dict(text="a", label=[])] * 8, "all rows have the label []"),
         ([*[dict(text="a", label=i % 2) for i in range(4)], dict(text="b", label=-1)], "line 5: label -1: in many"),
+        ([*ROWS, dict(text="goal", label="Tech")], "line 9: label 'Tech' is 'tech' in another row"),
     ],
     ids=str,
 )
@@ -328,6 +337,65 @@ def test_bad_labels(task_flags, tmp_path, rows, said):
     flags = task_flags("roberta") | dict(dataset=write_rows(tmp_path / "bad.jsonl", rows))
     message = refused(**flags, output_dir=tmp_path / "out")
     assert said in message and "bad.jsonl" in message and len(message.splitlines()) == 1, message
+
+
+@pytest.mark.parametrize("other", ["World", "WORLD news", "world  news", "world\tNews"])
+def test_labels_that_are_hardly_two(other):
+    """Of names that differ in case or white space alone, the later is refused, single or in a list; white space around
+    a name is none of it, and numbers are no names."""
+    of = lambda *labels: find_labels([written(dict(label=label), "label") for label in labels], scored=False)
+    first = "world news" if " " in other or "\t" in other else "world"
+    for labels in ((first, "tech", other), ([first], ["tech", other])):
+        with pytest.raises(BadLabel, match=re.escape(f"label {other!r} is {first!r} in another row")):
+            of(*labels)
+    assert of(f" {other}\n", other, "tech").names == of(other, "tech").names
+    assert of("1", "2").names == ("1", "2")
+
+
+def test_bart_takes_no_end_within_a_text(task_flags, tmp_path):
+    """transformers' refuses a batch whose rows have not as many ends of sequence; the row is named instead, before a
+    weight is read, and may be left out. An encoder takes it."""
+    rows = [*ROWS, dict(text="<s>goal</s>", label="tech")]
+    data = write_rows(tmp_path / "ends.jsonl", rows)
+    flags = task_flags("bart") | dict(task="sequence_classification", dataset=data, output_dir=tmp_path / "out")
+    said = "ends.jsonl, line 9: field 'text' holds </s>, the token by which this model classifies; correct or remove"
+    message = refused(**flags)
+    assert said in message and "--skip_bad_rows true" in message and len(message.splitlines()) == 1
+    model = AutoModelForSequenceClassification.from_pretrained(flags["model_name"])
+    tokenizer = AutoTokenizer.from_pretrained(flags["model_name"])
+    inputs = lambda rows: tokenizer([row["text"] for row in rows], padding=True, return_tensors="pt")
+    with pytest.raises(ValueError, match="same number of <eos> tokens"):
+        model(**inputs(rows))
+    model(**inputs(ROWS))
+    samples = lambda family: train.read_inputs(make_config(**flags | dict(model_name=task_flags(family)["model_name"])))
+    assert len(samples("roberta")[3]) == 9
+    flags["skip_bad_rows"] = True
+    assert len(samples("bart")[3]) == 8
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("template", ["$A </s> $B:1 </s>:1", "<s> $A </s> </s> $B </s>", "$A $B"])
+def test_rows_are_cut_as_the_tokenizer_cuts(template, side):
+    """Ids and types of one and two texts of every length, which hold special tokens too."""
+    tokenizer = byte_tokenizer()
+    tokenizer.truncation_side, tokenizer.model_input_names = side, ["input_ids", "token_type_ids"]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=template.partition(" $B")[0], pair=template, special_tokens=[("<s>", 256), ("</s>", 257)]
+    )
+    texts = ["a", *("abc</s>defghijk"[:n] for n in range(7, 16))]
+    both = [(one, other[::-1]) for one in texts for other in texts]
+    for longest in (5, 6, 10):
+        ids = _Ids(tokenizer, context_length=longest)
+        for given in ([one for one, _ in both],), tuple(map(list, zip(*both, strict=True))):
+            columns, cut = ids(*given)
+            assert columns == dict(tokenizer(*given, truncation=True, max_length=longest))
+            assert cut == [len(row) > longest for row in tokenizer(*given)["input_ids"]] and any(cut)
+
+
+def test_a_long_pair_is_cut_at_once():
+    """The tokenizer's own truncation takes most of a minute for a fifth of it."""
+    columns, cut = _Ids(byte_tokenizer(), context_length=128)(["a" * 100_000], ["b" * 100_000])
+    assert columns["input_ids"] == [byte_tokenizer()("a" * 64 + "b" * 64)["input_ids"]] and cut == [True]
 
 
 @pytest.mark.parametrize(
@@ -390,6 +458,41 @@ def test_an_encoder_is_no_language_model(task_flags, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", [dict(text="a b c")] * 8)
     flags = task_flags("roberta") | dict(task="causal_lm", dataset=rows, output_dir=tmp_path / "out")
     assert "--task causal_lm: roberta models see their whole text" in refused(**flags)
+
+
+@pytest.mark.parametrize("name", ["XLMWithLMHeadModel", "BertLMHeadModel", "RobertaForCausalLM", "BertForMaskedLM"])
+def test_encoders_that_write(name):
+    """`auto` and --task causal_lm take the same ones for language models."""
+    config, model_config = make_config(), BertConfig(architectures=[name])
+    if name == "BertForMaskedLM":
+        assert task_of_model(model_config) == "sequence_classification"
+        with pytest.raises(UserError, match="see their whole text"):
+            CAUSAL_LM.check(config, model_config)
+    else:
+        assert task_of_model(model_config) == "causal_lm"
+        CAUSAL_LM.check(config, model_config)
+
+
+def test_flags_without_effect(capsys):
+    """Said once a task is known, where they are given."""
+    for task, flags in (("sequence_classification", ("train_on", "fused_loss")), ("seq2seq_lm", ("train_on",))):
+        given = dict(train_on="all", fused_loss=True)
+        named_task(task).check(make_config(**given), BertConfig())
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.partition(" has no effect: --task ")[0] for line in lines] == [f"note: --{name}" for name in flags]
+        named_task(task).check(make_config(), BertConfig())
+        assert not capsys.readouterr().out
+
+
+def test_a_plan_says_which_head_it_has(task_flags, capsys):
+    """The number of outputs, and whether config.json says it."""
+    classifies = named_task("sequence_classification")
+    (said,) = classifies.assumed(BertConfig(num_labels=5))
+    assert "a head of 5 outputs, by config.json" in said
+    assert run_train(model_name=task_flags("roberta")["model_name"], plan=True, train_type="lora") == 0
+    *_, said, counted = capsys.readouterr().out.splitlines()
+    assert said == "note: a head of 2 outputs, as config.json names no labels; a run has one for each label of its rows"
+    assert counted.startswith("trainable params: ")
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,21 @@ def test_truncation_and_drops_are_counted(tmp_path, tokenizer):
     assert "\n" not in str(report)
 
 
+def test_rows_switched_off_are_counted_as_such(tmp_path, tokenizer):
+    """Beside those that a long prompt leaves without a label, of texts and of chats; where all are, it is said."""
+    off = dict(prompt="p", completion="c", weight=0)
+    rows = [off | dict(weight=1), off, off | dict(train=False), dict(prompt="0123456789" * 4, completion="c")]
+    report = prepared(tmp_path, tokenizer, *rows, context_length=20).report
+    assert (report.samples, report.off, report.dropped) == (1, 2, 1)
+    assert "1 dropped without labels, 2 left out by their weight or train" in str(report)
+    with pytest.raises(DataError, match="all of its 2 samples are left out by their weight or train; write 1"):
+        prepared(tmp_path, tokenizer, off, off)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    said = dict(role="user", content="a"), dict(role="assistant", content="b")
+    report = prepared(tmp_path, tokenizer, dict(messages=said), dict(messages=said, weight=0)).report
+    assert (report.samples, report.off, report.dropped) == (1, 1, 0)
+
+
 def test_no_label_left_is_an_error(tmp_path, tokenizer):
     """A context that every prompt fills is an error that names --context_length."""
     path = write_jsonl(tmp_path / "rows.jsonl", questions(4))

@@ -20,6 +20,7 @@ IDS = datasets.List(datasets.Value("int32"))
 # what is known of each row beside its ids: see `data.tokens`
 ABOUT = {
     "labelled": datasets.Value("int32"),
+    "off": datasets.Value("bool"),
     "truncated": datasets.Value("bool"),
     "max_token_id": datasets.Value("int32"),
     "end": datasets.Value("int32"),
@@ -42,16 +43,41 @@ class _Ids:
         self.tokenizer, self.longest = tokenizer, context_length
 
     def __call__(self, texts: list, pairs: list | None = None) -> tuple[dict, list[bool]]:
-        """The columns of each text, cut to the longest, and which were."""
-        given = [texts] if pairs is None else [texts, pairs]
-        whole = self.tokenizer(*given)
+        """The columns of each text, cut to the longest as the tokenizer would cut, and which were.
+
+        Its own truncation of a text is quadratic in its length: it also makes all that is cut away into rows.
+        """
+        whole = self.tokenizer(*([texts] if pairs is None else [texts, pairs]), return_special_tokens_mask=True)
+        special = whole.pop("special_tokens_mask")
         cut = [len(ids) > self.longest for ids in whole["input_ids"]]
         columns = {name: list(values) for name, values in whole.items()}
-        for i in np.flatnonzero(cut):  # the end of sequence stays
-            one = [text[i : i + 1] for text in given]
-            for name, values in self.tokenizer(*one, truncation=True, max_length=self.longest).items():
-                columns[name][i] = values[0]
+        for i in np.flatnonzero(cut):
+            own = np.array(special[i], dtype=bool)
+            alone = self.tokenizer(texts[i], add_special_tokens=False)["input_ids"]
+            stays = staying(own, len(alone), longest=self.longest, left=self.tokenizer.truncation_side == "left")
+            for values in columns.values():
+                values[i] = np.array(values[i])[stays].tolist()
         return columns, cut
+
+
+def staying(special: np.ndarray, first: int, *, longest: int, left: bool) -> np.ndarray:
+    """Which tokens of a row stay when it is cut, bool `[tokens]`: the special ones that the tokenizer has added, and of
+    the longer of its two texts as much as is left, until both are as long (transformers' `longest_first`).
+
+    Args:
+        special: which the tokenizer has added, bool `[tokens]`.
+        first: tokens of the first text.
+        longest: tokens of a row.
+        left: whether a text loses its beginning, not its end.
+    """
+    place = np.cumsum(~special) - 1  # of a token among those of both texts
+    second = len(special) - special.sum() - first
+    room = max(longest - special.sum(), 0)
+    shorter = min(first, second, room // 2)
+    shares = (room - shorter, shorter) if first > second else (shorter, room - shorter)
+    in_first = place < first
+    within, size = np.where(in_first, place, place - first), np.where(in_first, first, second)
+    return special | ((size - 1 - within if left else within) < np.where(in_first, *shares))
 
 
 class _Coder:
@@ -81,13 +107,15 @@ class _Coder:
         """The columns of `features`."""
         read, about = [], []
         for row, form in rows:
-            told = dict(labelled=0, truncated=False, max_token_id=NONE, end=NONE, refused="", unread="", noted="")
+            told = dict(labelled=0, off=False, truncated=False, max_token_id=NONE, end=NONE)
+            told |= dict(refused="", unread="", noted="")
             try:
                 if row.problem:
                     raise BadRow(row.problem)
                 told["unread"] = "\n".join(map(one_line, form.unread(row.value)))
                 values = self.read(row.value, form)
-                told["labelled"] = int(is_learned(form.named(row.value)))
+                told["off"] = not is_learned(form.named(row.value))
+                told["labelled"] = int(not told["off"])
             except BadRow as error:
                 told["refused"], values = f"{row.where}: {error}", None
             read.append(values)
@@ -195,6 +223,19 @@ class LabelledRows(_Coder):
             return error if isinstance(error, UserError) else DataError(f"--dataset {self.source}: {error}")
         ((row, _),) = examples.read([int(rows[stored.index(label)])])
         return DataError(f"{row.where}: {error}; correct the row")
+
+
+class EndPooledRows(LabelledRows):
+    """Of a model that classifies by what it makes of the end-of-sequence token, of which transformers wants as many in
+    every row: BART, T5 and their like."""
+
+    def read(self, row, form):
+        text, pair, label = super().read(row, form)
+        end = self.tokenizer.eos_token
+        for name, given in dict(text=text, text_pair=pair).items():
+            if end and end in given:
+                raise BadRow(f"field {name!r} holds {end}, the token by which this model classifies")
+        return text, pair, label
 
 
 class SourceTargetRows(_Coder):

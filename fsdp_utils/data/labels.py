@@ -161,7 +161,7 @@ def find_labels(found: Iterable[str], *, scored: bool) -> Labels:
     """The labels of a data set, from the different ones of its rows as `written`.
 
     Raises:
-        BadLabel: names beside numbers, lists beside single ones, or a number below zero.
+        BadLabel: names beside numbers, lists beside single ones, names that are hardly two, or a number below zero.
         UserError: the same label, or list, in all rows.
     """
     if scored:
@@ -176,6 +176,7 @@ def find_labels(found: Iterable[str], *, scored: bool) -> Labels:
     if names and any(isinstance(c, int) for c in numbers):
         label = min((numbers, names), key=len).popitem()[1]
         raise BadLabel("labels are numbers in some rows and names in others", label)
+    _refuse_twins(names)
     if below := [c for c in numbers if not names and int(c) < 0]:
         said = f"label {below[0]}: in many sets it stands for a row without label; leave such rows out"
         raise BadLabel(said, numbers[below[0]])
@@ -184,3 +185,17 @@ def find_labels(found: Iterable[str], *, scored: bool) -> Labels:
         raise UserError(f"all rows have the label {next(iter(values.values()))!r}; there is nothing to tell apart")
     counted = not names and order == list(range(len(order)))
     return Labels(MULTI if lists else SINGLE, tuple(f"{PREFIX}{c}" if counted else str(c) for c in order))
+
+
+def _refuse_twins(names: dict[str, str]) -> None:
+    """Raises BadLabel for two names that differ in case or white space alone: they would be two classes.
+
+    Args:
+        names: of classes, with the label as `written` that each is in.
+    """
+    first: dict[str, str] = {}
+    for name, label in names.items():
+        other = first.setdefault(" ".join(name.casefold().split()), name)
+        if other != name:
+            said = f"label {name!r} is {other!r} in another row, and case or white space makes no other class"
+            raise BadLabel(f"{said} (if two are meant, rename one)", label)

@@ -17,7 +17,7 @@ def prepare_data(config, tokenizer, model_config, *, task, load=load_examples) -
         UserError: bad data, or token ids that the embedding has no row for.
     """
     known = task.labels or task.known_labels(model_config)
-    tokenized = prepare_dataset(config, tokenizer, load=load, coder=task.coder, labels=known)
+    tokenized = prepare_dataset(config, tokenizer, load=load, coder=task.coder_for(model_config), labels=known)
     rows = model_config.get_text_config().vocab_size
     if tokenized.report.max_token_id >= rows:
         raise UserError(

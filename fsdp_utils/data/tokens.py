@@ -47,6 +47,7 @@ class DataReport:
     Args:
         samples: rows to train on.
         dropped: rows left out because no token of theirs has a label.
+        off: rows left out because their `weight` or `train` says so.
         truncated: how many of `samples` were cut to `context_length`.
         tokens: of all samples; `label_tokens` of them count in the loss.
         max_token_id: the largest id, which the embedding must hold.
@@ -61,6 +62,7 @@ class DataReport:
 
     samples: int
     dropped: int
+    off: int
     truncated: int
     tokens: int
     label_tokens: int
@@ -79,6 +81,8 @@ class DataReport:
             f"{self.samples:,} samples, {self.tokens:,} tokens, {self.label_tokens:,} of them in the loss; "
             f"{self.truncated:,} truncated to {self.context_length:,} tokens, {self.dropped:,} dropped without labels"
         ]
+        if self.off:
+            lines[0] += f", {self.off:,} left out by their weight or train"
         if not self.has_eos:
             lines[0] += "; the tokenizer has no end-of-sequence token, so no end is learned"
         if self.refused:
@@ -168,6 +172,7 @@ class Encoded:
     Args:
         parts: its ids; none for a row that is refused.
         end: id of the special token that ends its last answer, or NONE.
+        off: whether its `weight` or `train` leaves it unlearned.
         refused: why it cannot be trained on, with its place; "" if it can.
         unread: columns that nothing reads.
         noted: what else is to be known of it.
@@ -176,6 +181,7 @@ class Encoded:
 
     parts: Parts = ()
     end: int = NONE
+    off: bool = False
     refused: str = ""
     unread: Sequence[str] = ()
     noted: Sequence[str] = ()
@@ -246,8 +252,9 @@ class RowEncoder:
             return self._chat(row, form, encoded)
         encoded.unread = form.unread(row)
         prompt, completion = form.split(form.fields(row))
-        learned, has_end = is_learned(form.named(row)), bool(self.eos) and completion.rstrip().endswith(self.eos)
-        learned = learned and bool(prompt or completion)  # nothing at all teaches only to end
+        encoded.off = not is_learned(form.named(row))
+        has_end = bool(self.eos) and completion.rstrip().endswith(self.eos)
+        learned = not encoded.off and bool(prompt or completion)  # nothing at all teaches only to end
         return Text([Piece(prompt, False), Piece(completion, learned)], ended=learned and not has_end)
 
     def _chat(self, row: dict, form: Form, encoded: Encoded) -> Text:
@@ -256,7 +263,8 @@ class RowEncoder:
         encoded.unread = [*chat.unread(), *form.beside(row)]
         text, end = chat.text()
         encoded.end, encoded.noted = self.ids_of.get(end, NONE), chat.notes()
-        if not is_learned(form.named(row)):
+        encoded.off = not is_learned(form.named(row))
+        if encoded.off:
             return text._replace(pieces=[piece._replace(trained=False) for piece in text.pieces], ended=False)
         return text
 
@@ -282,6 +290,7 @@ def as_table(rows: list[Encoded], *, context_length: int) -> pa.Table:
         input_ids=lists(ids),
         labels=lists(np.where(trained, ids, IGNORED).astype(np.int32)),
         labelled=pa.array((sums[offsets[1:]] - sums[offsets[:-1]]).astype(np.int32)),
+        off=pa.array([row.off for row in rows]),
         truncated=pa.array(truncated),
         max_token_id=pa.array(largest),
         end=pa.array(np.where(truncated, NONE, [row.end for row in rows]).astype(np.int32)),
@@ -436,13 +445,18 @@ def _kept(tokenized: Dataset, encoder, config, *, has_eos: bool) -> tuple[np.nda
     """Which rows are samples: those that were not refused and have a label; and what became of all."""
     table = tokenized.data
     lengths = encoder.lengths(table)
-    names = ("labelled", "truncated", "max_token_id", "end")
-    labelled, truncated, largest, ends = (table.column(c).to_numpy() for c in names)
+    names = ("labelled", "off", "truncated", "max_token_id", "end")
+    labelled, off, truncated, largest, ends = (table.column(c).to_numpy() for c in names)
     good = pc.binary_length(table.column("refused")).to_numpy() == 0
     refused = _refused(table, np.flatnonzero(~good), config)
     keep = labelled > 0
     if not good.any():
         raise DataError(f"--dataset {config.dataset}: none of its {len(good):,} rows can be read; {refused[0]}")
+    if off.sum() == good.sum():
+        raise DataError(
+            f"--dataset {config.dataset}: all of its {good.sum():,} samples are left out by their weight or train; "
+            "write 1 where a row is to be learned"
+        )
     if not keep.any():
         raise DataError(
             f"--dataset {config.dataset}: no label is left in any of its {good.sum():,} samples with "
@@ -451,7 +465,8 @@ def _kept(tokenized: Dataset, encoder, config, *, has_eos: bool) -> tuple[np.nda
     unread, noted = _counted(table.column("unread")), _counted(table.column("noted"))
     report = DataReport(
         samples=int(keep.sum()),
-        dropped=int((good & ~keep).sum()),
+        dropped=int((good & ~keep & ~off).sum()),
+        off=int(off.sum()),
         truncated=int(truncated[keep].sum()),
         tokens=int(lengths[keep].sum()),
         label_tokens=int(labelled.sum()),

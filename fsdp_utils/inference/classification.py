@@ -1,7 +1,6 @@
 """Sequence classification: the outputs of a head for rows of text, and what they are worth."""
 
 import json
-import math
 import time
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ from fsdp_utils.core.devices import peak_memory_gib
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.data.labels import REGRESSION, SINGLE
 from fsdp_utils.inference.coded import read_coded
-from fsdp_utils.inference.exam import OF_PROMPTS, Exam, told
+from fsdp_utils.inference.exam import OF_PROMPTS, Exam, in_file, told
 from fsdp_utils.inference.generation import Batched
 from fsdp_utils.inference.load import load_for_inference
 from fsdp_utils.inference.questions import stored_dtype
@@ -116,8 +115,7 @@ class Rows(Exam):
     def result(self, rows):
         score = SCORES[self.labels.problem]
         predicted, wanted = (self._numbers([row[name] for row in rows]) for name in ("prediction", "answer"))
-        metrics = score.metrics(score.sums(predicted, wanted, outputs=self.labels.outputs))
-        metrics = {name.replace("_interval", "_interval_95"): known(value) for name, value in metrics.items()}
+        metrics = in_file(score.of_rows(predicted, wanted, outputs=self.labels.outputs))
         first = "pearson" if self.labels.problem == REGRESSION else "accuracy"
         found = dict(score=metrics.pop(first), interval_95=metrics.pop(f"{first}_interval_95", None))
         if self.labels.names:
@@ -137,8 +135,3 @@ class Rows(Exam):
             return "Pearson's correlation is not defined: one side is always the same" + told(result["metrics"])
         interval = "(95 % interval {:.3f} to {:.3f})".format(*result["interval_95"]) if result["interval_95"] else ""
         return f"Pearson's correlation {result['score']:.3f} {interval}".rstrip() + told(result["metrics"])
-
-
-def known(value):
-    """What JSON can hold: None for a number that is not defined."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -39,8 +39,9 @@ def read_coded(config, run: Run, tokenizer, *, task) -> Coded:
     if config.columns:
         check_columns_found([examples], reading)
     longest = context_length(run, tokenizer, task=task)
-    how = dict(coder=task.coder, labels=task.labels, reading=reading, source=config.dataset, context_length=longest)
-    samples, cut = tokenize(examples, tokenizer, **how)
+    how = dict(labels=task.labels, reading=reading, source=config.dataset, context_length=longest)
+    model_config = read_raw_config(str(run.base), trust_remote_code=run.trust_remote_code)
+    samples, cut = tokenize(examples, tokenizer, coder=task.coder_for(model_config), **how)
     if cut:
         say(f"note: {cut} of the {len(examples)} rows are cut to {longest} tokens")
     return Coded(examples, samples)

@@ -1,5 +1,6 @@
 """What of an evaluation depends on the task: what is asked, what answers, how answers are scored."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
@@ -13,7 +14,7 @@ from fsdp_utils.core.ranks import say
 from fsdp_utils.folders.describe import Run, task_of
 from fsdp_utils.inference.config import EvalConfig
 from fsdp_utils.inference.scoring import compare, cut_at
-from fsdp_utils.training.scores import wilson_interval
+from fsdp_utils.training.scores import Metrics, wilson_interval
 
 # a row for each of `options.TASKS`
 EXAMS = {
@@ -76,6 +77,12 @@ class Exam(ABC):
 def told(metrics: dict) -> str:
     """Scores in one line; their intervals and settings are in the file."""
     return "".join(f", {name} {value:.4g}" for name, value in metrics.items() if isinstance(value, float))
+
+
+def in_file(metrics: Metrics) -> dict:
+    """Metrics as the output file names them, null where one is not defined."""
+    known = lambda value: None if isinstance(value, float) and not math.isfinite(value) else value
+    return {name.replace("_interval", "_interval_95"): known(value) for name, value in metrics.items()}
 
 
 class Written(Exam):

@@ -3,15 +3,17 @@
 from importlib.metadata import version
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.folders.describe import tokenizer_of
 from fsdp_utils.inference.coded import read_coded
-from fsdp_utils.inference.exam import OF_PROMPTS, Written
+from fsdp_utils.inference.exam import OF_PROMPTS, Written, in_file
 from fsdp_utils.inference.generation import HFGenerator
 from fsdp_utils.inference.load import load_for_inference
 from fsdp_utils.inference.questions import stored_dtype
+from fsdp_utils.training.scores import bootstrap
 
 ROUGES = ("rouge1", "rouge2", "rougeL")
 # how a family's decoder begins and ends; the rest of a checkpoint's generation_config.json (beams, penalties) is left
@@ -73,23 +75,29 @@ class Sources(Written):
 
     def result(self, rows):
         predictions, targets = ([row[name] for row in rows] for name in ("prediction", "answer"))
-        return super().result(rows) | dict(metrics=rouge(predictions, targets) | bleu(predictions, targets))
+        return super().result(rows) | dict(metrics=in_file(rouge(predictions, targets) | bleu(predictions, targets)))
 
 
 def rouge(predictions: list[str], targets: list[str]) -> dict:
-    """The mean F of rouge-score's ROUGE-1, -2 and -L (Lin 2004), 0 to 1, without stemming; and which version."""
+    """The mean F of rouge-score's ROUGE-1, -2 and -L (Lin 2004), 0 to 1, without stemming, with intervals; and which
+    version."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(ROUGES)
     found = [scorer.score(target, prediction) for target, prediction in zip(targets, predictions, strict=True)]
-    means = {name: sum(each[name].fmeasure for each in found) / len(found) for name in ROUGES}
+    rows = np.array([[each[name].fmeasure for name in ROUGES] for each in found])
+    means = bootstrap(lambda sums: dict(zip(ROUGES, sums.T / len(rows), strict=True)), rows)
     return means | dict(rouge=f"rouge-score {version('rouge-score')}, F, without stemming")
 
 
 def bleu(predictions: list[str], targets: list[str]) -> dict:
-    """sacrebleu's BLEU of all rows together (Post 2018), 0 to 100, and its signature."""
+    """sacrebleu's BLEU of all rows together (Post 2018), 0 to 100, with its interval, and its signature."""
     from sacrebleu.metrics import BLEU
 
-    scorer = BLEU()
+    scorer, counter = BLEU(), BLEU(effective_order=True)  # without which sacrebleu warns of each row
     score = scorer.corpus_score(predictions, [targets]).score
-    return dict(bleu=score, bleu_signature=str(scorer.get_signature()))
+    found = [counter.sentence_score(one, [target]) for one, target in zip(predictions, targets, strict=True)]
+    rows = np.array([[*each.counts, *each.totals, each.sys_len, each.ref_len] for each in found])  # [rows, 4 + 4 + 2]
+    whole = lambda sums: BLEU.compute_bleu(sums[:4], sums[4:8], *sums[8:], smooth_method=scorer.smooth_method).score
+    interval = bootstrap(lambda tables: dict(bleu=np.array([whole(sums) for sums in tables])), rows)
+    return interval | dict(bleu=score, bleu_signature=str(scorer.get_signature()))

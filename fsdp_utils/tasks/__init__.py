@@ -10,9 +10,7 @@ from fsdp_utils.data.labels import Labels
 from fsdp_utils.data.sources import first_columns
 from fsdp_utils.model.build import read_raw_config
 from fsdp_utils.options import TASKS
-from fsdp_utils.tasks.base import Task, is_encoder
-
-GENERATORS = ("CausalLM", "LMHeadModel", "ForConditionalGeneration")  # how architectures that write are called
+from fsdp_utils.tasks.base import Task, goes_on, is_encoder
 
 
 def named_task(name: str, labels: Labels | None = None) -> Task:
@@ -38,10 +36,9 @@ def task_of_model(model_config) -> str:
         return "sequence_classification"
     if getattr(model_config, "is_encoder_decoder", False):
         return "seq2seq_lm"
-    writes = any(name.endswith(GENERATORS) for name in architectures)
     classifies = named_task("sequence_classification")
     reads = classifies.takes(model_config) and is_encoder(model_config)
-    return classifies.name if reads and not writes else "causal_lm"
+    return classifies.name if reads and not goes_on(model_config) else "causal_lm"
 
 
 def task_for(config) -> tuple[Task, str]:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForMaskedLM
 
 from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.ranks import say
 from fsdp_utils.data.batches import IGNORED
 from fsdp_utils.data.labels import Labels
 
@@ -19,6 +20,11 @@ def is_encoder(model_config) -> bool:
     """Whether a model of this configuration sees its whole text at once."""
     decodes = getattr(model_config, "is_decoder", False)
     return type(model_config) in AutoModelForMaskedLM._model_mapping and not decodes
+
+
+def goes_on(model_config) -> bool:
+    """Whether the architecture of a configuration is one that writes on where a text ends."""
+    return any("CausalLM" in name or "LMHead" in name for name in model_config.architectures or [])
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class Task(ABC):
         causal: every token sees those before it and no padding, so that attention needs no mask.
         writes: whether a model of it generates text.
         forbidden: flags that must be off, and what to say of each.
+        idle: flags without effect, and why.
     """
 
     labels: Labels | None = None
@@ -53,9 +60,10 @@ class Task(ABC):
     causal: ClassVar[bool] = False
     writes: ClassVar[bool] = True
     forbidden: ClassVar[dict[str, str]] = {}
+    idle: ClassVar[dict[str, str]] = {}
 
     def check(self, config, model_config) -> None:
-        """Raises UserError for flags that mean nothing here."""
+        """Says which flags have no effect here. Raises UserError for those that mean nothing."""
         if config.method == "llama_pro" and not self.can_expand(model_config):
             raise UserError(
                 f"--train_type {config.train_type}: new blocks are added to decoders, and {model_config.model_type} "
@@ -64,6 +72,13 @@ class Task(ABC):
         for flag, why in self.forbidden.items():
             if getattr(config, flag):
                 raise UserError(f"--{flag} {str(getattr(config, flag)).lower()}: {why}")
+        for flag, why in self.idle.items():
+            if flag in config.explicit_flags:
+                say(f"note: --{flag} has no effect: {why}")
+
+    def coder_for(self, model_config) -> type:
+        """`coder`, or that of a model which takes not all rows."""
+        return self.coder
 
     def can_expand(self, model_config) -> bool:
         """Whether a model of this configuration can have new blocks (Llama-Pro)."""
@@ -83,6 +98,10 @@ class Task(ABC):
 
     def adapt(self, model_config) -> None:
         """Writes into the configuration what the task decides."""
+
+    def assumed(self, model_config) -> list[str]:
+        """What a plan without data takes for granted of a model, in lines."""
+        return []
 
     def described(self, model_config) -> dict:
         """What config.json of a result says besides what its base's says."""

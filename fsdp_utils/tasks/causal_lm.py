@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.data.batches import IGNORED, collate, packed_inputs
 from fsdp_utils.data.tokens import RowEncoder
-from fsdp_utils.tasks.base import Task, is_encoder
+from fsdp_utils.tasks.base import Task, goes_on, is_encoder
 from fsdp_utils.training.loss import CausalLMLoss
 
 
@@ -23,8 +23,7 @@ class CausalLM(Task):
 
     def check(self, config, model_config):
         super().check(config, model_config)
-        writes = any("CausalLM" in name or "LMHead" in name for name in model_config.architectures or [])
-        if is_encoder(model_config) and not writes:
+        if is_encoder(model_config) and not goes_on(model_config):
             raise UserError(
                 f"--task causal_lm: {model_config.model_type} models see their whole text, also what they would have "
                 "to predict; pass --task sequence_classification, or choose a decoder"

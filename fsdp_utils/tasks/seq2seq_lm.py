@@ -34,6 +34,7 @@ class Seq2SeqLM(Task):
     forbidden: ClassVar = dict(
         packing="an encoder sees all samples of a row; pass --packing false",
     )
+    idle: ClassVar = dict(train_on="--task seq2seq_lm has no turns")
 
     def can_expand(self, model_config):
         return False

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.data.batches import IGNORED, pad_rows, width_of
-from fsdp_utils.data.coded import LabelledRows
+from fsdp_utils.data.coded import EndPooledRows, LabelledRows
 from fsdp_utils.data.labels import REGRESSION, SINGLE, Labels
 from fsdp_utils.tasks.base import Task, is_encoder
 from fsdp_utils.training.scores import SCORES
@@ -69,9 +69,16 @@ class SequenceClassification(Task):
         packing="--task sequence_classification has one label for each row; pass --packing false",
         eval_generate="--task sequence_classification generates no text; its validation counts what is right anyway",
     )
+    idle: ClassVar = dict(
+        train_on="--task sequence_classification has no turns",
+        fused_loss="--task sequence_classification has few logits",
+    )
 
     def can_expand(self, model_config):
         return not is_encoder(model_config)
+
+    def coder_for(self, model_config):
+        return EndPooledRows if model_config.is_encoder_decoder else self.coder
 
     def shown(self, row):
         ids, label = np.asarray(row["input_ids"]), self.labels.named(np.asarray(row["labels"]))
@@ -87,6 +94,11 @@ class SequenceClassification(Task):
             setattr(model_config, name, value)
         if model_config.pad_token_id is None:
             model_config.pad_token_id = self.pad
+
+    def assumed(self, model_config):
+        named = "id2label" in model_config.to_diff_dict()
+        by = "by config.json" if named else "as config.json names no labels"
+        return [f"note: a head of {model_config.num_labels} outputs, {by}; a run has one for each label of its rows"]
 
     def described(self, model_config):
         names = ("num_labels", "id2label", "label2id", "problem_type", "pad_token_id")

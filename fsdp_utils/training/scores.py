@@ -4,6 +4,7 @@ Intervals are of 95 %. Definitions, also of what is 0/0, are those of scikit-lea
 """
 
 import math
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -15,6 +16,38 @@ Z = 1.959964  # standard deviations of a normal distribution that hold 95 % of i
 RESAMPLED, SEED = 1000, 0  # of bootstraps
 
 Metrics = dict[str, float | tuple[float, float]]
+
+
+def drawn(counts: np.ndarray) -> Iterator[np.ndarray]:
+    """How often each kind of row is in a bootstrap's draw of as many rows with replacement, int64 `[kinds]`; RESAMPLED
+    times, the same ones each time.
+
+    Args:
+        counts: rows of each kind, int64 `[kinds]`.
+    """
+    kinds, draw = np.repeat(np.arange(len(counts)), counts), np.random.default_rng(SEED)
+    for _ in range(RESAMPLED):
+        yield np.bincount(kinds[draw.integers(0, len(kinds), len(kinds))], minlength=len(counts))
+
+
+def with_intervals(scores: dict[str, np.ndarray]) -> Metrics:
+    """The first of each score's values `[1 + RESAMPLED]`, and where 95 % of the others lie, which are of draws."""
+    found = {}
+    for name, (value, *others) in scores.items():
+        low, high = np.quantile(others, [0.025, 0.975])
+        found |= {name: float(value), f"{name}_interval": (float(low), float(high))}
+    return found
+
+
+def bootstrap(scores: Callable[[np.ndarray], dict[str, np.ndarray]], rows: np.ndarray) -> Metrics:
+    """The scores of all rows together, each with its interval: percentiles over draws of the rows (Efron 1979).
+
+    Args:
+        scores: from the sums of several draws, `[draws, k]`, to scores by name, `[draws]`.
+        rows: what is summed, `[rows, k]`.
+    """
+    ones = np.ones(len(rows), dtype=np.int64)
+    return with_intervals(scores(np.stack([times @ rows for times in (ones, *drawn(ones))])))
 
 
 class SingleLabel:
@@ -41,19 +74,19 @@ class SingleLabel:
         counts = sums.cpu().numpy()
         total, outputs = round(counts.sum()), math.isqrt(len(counts))
         cells = counts.nonzero()[0]
-        draws = np.random.default_rng(SEED).multinomial(total, counts[cells] / total, size=RESAMPLED)
-        tables = np.vstack([counts[cells], draws])  # [1 + RESAMPLED, cells]
+        found = counts[cells].astype(np.int64)
+        tables = np.stack([found, *drawn(found)])  # [1 + RESAMPLED, cells]
         rows, columns = cells // outputs, cells % outputs
         wanted, given = (_summed(tables, by=by, outputs=outputs) for by in (rows, columns))
         right = _summed(tables * (rows == columns), by=columns, outputs=outputs)
         count = round(right[0].sum())
-        found = dict(accuracy=count / total, accuracy_interval=wilson_interval(count, total))
-        for name, values in dict(
-            macro_f1=macro_f1(wanted, given, right), matthews=matthews(wanted, given, right)
-        ).items():
-            low, high = np.quantile(values[1:], [0.025, 0.975])
-            found |= {name: float(values[0]), f"{name}_interval": (float(low), float(high))}
-        return found
+        sides = (wanted, given, right)
+        drawn_too = with_intervals(dict(macro_f1=macro_f1(*sides), matthews=matthews(*sides)))
+        return dict(accuracy=count / total, accuracy_interval=wilson_interval(count, total)) | drawn_too
+
+    def of_rows(self, predicted: torch.Tensor, targets: torch.Tensor, *, outputs: int) -> Metrics:
+        """`metrics` of all rows, int64 `[rows]`: to these scores a row is its cell."""
+        return self.metrics(self.sums(predicted, targets, outputs=outputs))
 
 
 def _summed(tables: np.ndarray, *, by: np.ndarray, outputs: int) -> np.ndarray:
@@ -80,67 +113,88 @@ def matthews(wanted: np.ndarray, given: np.ndarray, right: np.ndarray) -> np.nda
     return np.divide(together, np.sqrt(square), out=np.zeros_like(together), where=square > 0)
 
 
-class MultiLabel:
-    """Any of several labels. The sums are, of each label, how often it was right, given and wanted; the rows of which
-    all labels are right, and all rows."""
+class _Summed:
+    """Scores that follow from sums over rows. Subclasses say of what, and which have no interval of their own: they are
+    bootstrapped where all rows are at hand."""
+
+    def rows(self, predicted: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """fp64 `[rows that are asked for, k]`.
+
+        Args:
+            targets: `[rows, outputs]`, NaN where none is asked for.
+        """
+        raise NotImplementedError
+
+    def scores(self, tables: np.ndarray) -> dict[str, np.ndarray]:
+        """Those without an interval of their own, `[n]`, of several sums `[n, k]`."""
+        raise NotImplementedError
+
+    def points(self, sums: torch.Tensor) -> Metrics:
+        """`scores` of one sum."""
+        return {name: float(value) for name, (value,) in self.scores(sums.cpu().numpy()[None]).items()}
+
+    def sums(self, predicted: torch.Tensor, targets: torch.Tensor, *, outputs: int) -> torch.Tensor:
+        """fp64 `[k]`; arguments as of `rows`."""
+        return self.rows(predicted, targets).sum(0)
+
+    def of_rows(self, predicted: torch.Tensor, targets: torch.Tensor, *, outputs: int) -> Metrics:
+        """`metrics` of all rows, `[rows, outputs]`, each with an interval."""
+        rows = self.rows(predicted, targets)
+        return self.metrics(rows.sum(0)) | bootstrap(self.scores, rows.numpy())
+
+
+class MultiLabel(_Summed):
+    """Any of several labels. Summed are, of each label, whether it is right, given and wanted; whether all labels of
+    the row are right, and 1."""
 
     def predicted(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits `[rows, outputs]` to 1.0 or 0.0 each: whether a label's probability is above 1/2."""
         return (logits > 0).float()
 
-    def sums(self, predicted: torch.Tensor, targets: torch.Tensor, *, outputs: int) -> torch.Tensor:
-        """fp64 `[3 * outputs + 2]`.
-
-        Args:
-            targets: `[rows, outputs]`, NaN where none is asked for.
-        """
+    def rows(self, predicted, targets):
         asked = ~targets.isnan().any(1)
         given, wanted = predicted[asked].double(), targets[asked].double()
-        exact = (given == wanted).all(1).double().sum()
-        rows = torch.full_like(exact, len(wanted))
-        return torch.cat([(given * wanted).sum(0), given.sum(0), wanted.sum(0), torch.stack([exact, rows])])
+        exact = (given == wanted).all(1, keepdim=True).double()
+        return torch.cat([given * wanted, given, wanted, exact, torch.ones_like(exact)], dim=1)
 
-    def metrics(self, sums: torch.Tensor) -> Metrics:
-        """`accuracy` (all labels of a row) with Wilson's interval, `micro_f1` and `macro_f1`."""
-        *counts, exact, total = sums.tolist()
-        right, given, wanted = np.array(counts).reshape(3, -1)
+    def scores(self, tables):
+        """`micro_f1` and `macro_f1`, of all labels."""
+        right, given, wanted = np.split(tables[:, :-2], 3, axis=1)  # [n, outputs] each
         either = given + wanted
         f1 = np.divide(2 * right, either, out=np.zeros_like(either), where=either > 0)
-        return dict(
-            accuracy=exact / total,
-            accuracy_interval=wilson_interval(round(exact), round(total)),
-            micro_f1=float(2 * right.sum() / max(either.sum(), 1)),
-            macro_f1=float(f1.mean()),
-        )
+        return dict(micro_f1=2 * right.sum(1) / np.maximum(either.sum(1), 1), macro_f1=f1.mean(1))
+
+    def metrics(self, sums):
+        """`accuracy` (all labels of a row) with Wilson's interval, and `scores`."""
+        exact, total = (round(value) for value in sums[-2:].tolist())
+        return dict(accuracy=exact / total, accuracy_interval=wilson_interval(exact, total)) | self.points(sums)
 
 
-class Regression:
-    """A score. The sums are the number of rows, and of predictions p and scores t those of p, t, p², t², p t and
-    (p - t)²."""
+class Regression(_Summed):
+    """A score. Summed are 1, and of prediction p and score t: p, t, p², t², p t and (p - t)²."""
 
     def predicted(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits `[rows, 1]` as they are, fp32."""
         return logits.float()
 
-    def sums(self, predicted: torch.Tensor, targets: torch.Tensor, *, outputs: int) -> torch.Tensor:
-        """fp64 `[7]`.
-
-        Args:
-            targets: `[rows, 1]`, NaN where none is asked for.
-        """
+    def rows(self, predicted, targets):
         asked = ~targets.isnan()
         p, t = predicted[asked].double(), targets[asked].double()
-        return torch.stack([torch.ones_like(p), p, t, p * p, t * t, p * t, (p - t) ** 2]).sum(1)
+        return torch.stack([torch.ones_like(p), p, t, p * p, t * t, p * t, (p - t) ** 2], dim=1)
 
-    def metrics(self, sums: torch.Tensor) -> Metrics:
+    def scores(self, tables):
+        """`rmse`."""
+        return dict(rmse=np.sqrt(tables[:, 6] / tables[:, 0]))
+
+    def metrics(self, sums):
         """`pearson` with the interval of Fisher's transformation, and `rmse`; NaN where they are not defined."""
-        n, p, t, pp, tt, pt, squares = sums.tolist()
+        n, p, t, pp, tt, pt, _ = sums.tolist()
         spread = (pp - p * p / n, tt - t * t / n)
         defined = all(value > 1e-12 * square for value, square in zip(spread, (pp, tt), strict=True))
         pearson = (pt - p * t / n) / math.sqrt(spread[0] * spread[1]) if defined else math.nan
         pearson = max(-1.0, min(1.0, pearson)) if defined else pearson
-        found = dict(pearson=pearson, rmse=math.sqrt(squares / n))
-        return found | (dict(pearson_interval=fisher_interval(pearson, n)) if defined and n > 3 else {})
+        interval = dict(pearson_interval=fisher_interval(pearson, n)) if defined and n > 3 else {}
+        return dict(pearson=pearson) | interval | self.points(sums)
 
 
 SCORES = {SINGLE: SingleLabel(), MULTI: MultiLabel(), REGRESSION: Regression()}
