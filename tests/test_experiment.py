@@ -4,12 +4,14 @@ import json
 import re
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from itertools import islice
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from experiments import runs
 from experiments.orca_math_mini import pretrain, problems, report, run
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.flags import ConfigError, parse
@@ -240,7 +242,8 @@ def test_budget_starts_nothing_after_its_end(finished, monkeypatch):
     config, _ = finished
     monkeypatch.setattr(run, "execute", lambda job, config: pytest.fail("started"))
     jobs = [run.Job("zero_shot"), run.Job("five_shot")]
-    assert list(run.run_jobs(lambda: jobs, config, run.Here(), deadline=0.0)) == []
+    how = dict(processes=1, deadline=0.0)
+    assert list(runs.run_jobs(lambda: jobs, partial(run.execute, config=config), runs.Here(), **how)) == []
 
 
 def test_a_failing_run_stops_no_other(finished, monkeypatch, capsys):
@@ -254,7 +257,8 @@ def test_a_failing_run_stops_no_other(finished, monkeypatch, capsys):
 
     monkeypatch.setattr(run, "execute", execute)
     jobs = [run.Job(name) for name in ("five_shot", "zero_shot", "full")]
-    found = list(run.run_jobs(lambda: jobs, config, run.Here(), deadline=float("inf")))
+    how = dict(processes=1, deadline=float("inf"))
+    found = list(runs.run_jobs(lambda: jobs, partial(run.execute, config=config), runs.Here(), **how))
     assert [row["method"] for (row,) in found] == ["zero_shot", "full"]
     assert capsys.readouterr().out == f"{jobs[0]}: failed (no room)\n"
 

@@ -5,7 +5,6 @@
 The plot, accuracy.png, needs matplotlib.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -14,14 +13,15 @@ from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from experiments.runs import read_rows
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.flags import flag, parse
 from fsdp_utils.core.ranks import fail
 
 COLUMNS = {
-    "accuracy": ("eval_accuracy", "eval_macro_f1", "eval_matthews", "eval_loss", "peak_gib", "seconds"),
-    "shape": ("peak_gib", "tokens_per_s", "seconds"),
-    "t5": ("peak_gib", "tokens_per_s", "mean_norm", "largest_norm"),
+    "accuracy": ("eval_accuracy", "eval_macro_f1", "eval_matthews", "eval_loss", "train_peak_gib", "train_seconds"),
+    "shape": ("train_peak_gib", "tokens_per_s", "train_seconds"),
+    "t5": ("train_peak_gib", "tokens_per_s", "grad_norm_mean", "largest_norm"),
 }
 
 
@@ -38,8 +38,8 @@ def by_row(rows: list[dict]) -> dict[str, list[dict]]:
     """The runs of each row, of all seeds, with what follows from their gradient norms."""
     found: dict[str, list[dict]] = {}
     for row in rows:
-        norms = row["grad_norms"]
-        found.setdefault(row["row"], []).append(row | dict(mean_norm=mean(norms), largest_norm=max(norms)))
+        largest = max(norm for _, norm in row["grad_norm"])
+        found.setdefault(row["row"], []).append(row | dict(largest_norm=largest))
     return found
 
 
@@ -66,7 +66,7 @@ def plot(rows: list[dict], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(8, 5))
     for name, runs in by_row(rows).items():
-        at = mean(run["peak_gib"] for run in runs), mean(run["eval_accuracy"] for run in runs)
+        at = mean(run["train_peak_gib"] for run in runs), mean(run["eval_accuracy"] for run in runs)
         axes.errorbar(*at, yerr=stdev(r["eval_accuracy"] for r in runs) if len(runs) > 1 else 0, fmt="o")
         axes.annotate(name, at, textcoords="offset points", xytext=(6, 4))
     axes.set(xlabel="peak GiB", ylabel="accuracy on held-out rows")
@@ -74,7 +74,7 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 def main(config: Report) -> None:
-    rows = [json.loads(line) for line in Path(config.results).read_text().splitlines()]
+    rows = read_rows(Path(config.results))
     studies = {study: [row for row in rows if row["study"] == study] for study in COLUMNS}
     text = "\n".join(f"## {study}\n\n{table(study, found)}" for study, found in studies.items() if found)
     folder = Path(config.output_dir)
@@ -86,6 +86,6 @@ def main(config: Report) -> None:
 
 if __name__ == "__main__":
     try:
-        main(parse(Report, sys.argv[1:], prog="report.py", description=__doc__))
+        main(parse(Report, prog="report.py", description=__doc__))
     except UserError as error:
         fail(error)

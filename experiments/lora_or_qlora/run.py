@@ -9,29 +9,28 @@ shape     every method on RoBERTa-base with random weights, one at a time: memor
 t5        flan-t5-small with random weights: memory of full fine-tuning and LoRA at batch 32, and gradient norms of
           rank 8 at alpha 4, 8, 16 and 32
 
-Every run is a `train.py` of its own; its figures are a line of results.jsonl, and a run that has its line is not made
-again. report.py makes the tables. RoBERTa and T5 take the tokenizer of --model: their own need a network.
+The figures of a run are a line of results.jsonl, and a run that has its line is not made again. report.py makes the
+tables. RoBERTa and T5 take the tokenizer of --model: their own need a network.
 """
 
-import json
 import shutil
-import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from transformers import AutoTokenizer, RobertaConfig, T5Config
 
+from experiments.runs import RESULTS, carry_out, logged, read_rows, train_flags, train_once
+from fsdp_utils.core.devices import pick_device
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.flags import flag, parse
 from fsdp_utils.core.ranks import fail
 
-ROOT = Path(__file__).resolve().parents[2]
-COMMON = dict(use_cpu_offload="false", lora_dropout=0, wd=0.01, lr_scheduler="linear", log_to="stdout")
+COMMON = dict(use_cpu_offload=False, lora_dropout=0, wd=0.01, lr_scheduler="linear", context_length=256)
 ALL = "all_linear"
 
 
@@ -53,13 +52,15 @@ T5_ROWS = {
     "LoRA 8-16, batch 32": adapted("lora", batch_size=32, lora_target_modules="q,v"),
     **{
         f"LoRA 8-{alpha}": adapted("lora", 8, alpha, batch_size=32, lora_target_modules="q,v", lr=1e-4)
-        for alpha in (4, 8, 32)
+        for alpha in (4, 8, 16, 32)
     },
 }
 
 
 @dataclass
 class Study:
+    """What to run."""
+
     study: str = flag("accuracy", "which", choices=("accuracy", "shape", "t5"))
     model: str = flag("", "folder of the real model, or of the tokenizer")
     train: str = flag("", "file to train on")
@@ -70,16 +71,39 @@ class Study:
     steps: int = flag(-1, "optimizer steps of a run; -1: an epoch", minimum=-1)
     batch_size: int = flag(16, "rows of a step", minimum=1)
     processes: int = flag(1, "runs at a time (accuracy)", minimum=1)
+    compile: bool = flag(False, "compile blocks; short runs are over before it pays")
     device: str = flag("auto", "where to compute", choices=("auto", "cuda", "cpu"))
 
     def errors(self) -> list[str]:
         needed = ("model", "train", "eval") if self.study == "accuracy" else ("model", "train")
         return [f"--{name}: name it; see --help" for name in needed if not getattr(self, name)]
 
+    @property
+    def table(self) -> dict[str, dict]:
+        return T5_ROWS if self.study == "t5" else METHODS
 
-def write_shape(study: Study) -> Path:
+    @property
+    def at_once(self) -> int:
+        """Time and memory are of a run that has the GPU for itself."""
+        return self.processes if self.study == "accuracy" else 1
+
+    @property
+    def shape(self) -> Path:
+        return Path(self.output_dir) / f"shape_{self.study}"
+
+
+class Job(NamedTuple):
+    study: str
+    row: str
+    seed: int
+
+    def __str__(self) -> str:
+        return "".join(c if c.isalnum() else "_" for c in f"{self.study} {self.row} {self.seed}")
+
+
+def write_shape(study: Study) -> None:
     """A folder with the configuration of RoBERTa-base or flan-t5-small, and the tokenizer of --model."""
-    folder, tokenizer = Path(study.output_dir) / f"shape_{study.study}", AutoTokenizer.from_pretrained(study.model)
+    tokenizer = AutoTokenizer.from_pretrained(study.model)
     rows = -(-len(tokenizer) // 64) * 64
     end = tokenizer.eos_token_id
     if study.study == "shape":
@@ -93,74 +117,60 @@ def write_shape(study: Study) -> Path:
             decoder_start_token_id=0, eos_token_id=end, dropout_rate=0.0,
         )  # fmt: skip
         config.architectures = ["T5ForConditionalGeneration"]
-    shutil.rmtree(folder, ignore_errors=True)
-    config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    config.save_pretrained(study.shape)
+    tokenizer.save_pretrained(study.shape)
 
 
-def runs_of(study: Study) -> list[dict]:
-    """What identifies each run, and its flags."""
-    wanted = [name.strip() for name in study.only.split(",") if name.strip()]
-    table = T5_ROWS if study.study == "t5" else METHODS
-    if unknown := [name for name in wanted if name not in table]:
-        raise UserError(f"--only {unknown[0]}: no such row; there are {', '.join(table)}")
-    flags = dict(dataset=study.train, model_name=study.model, device=study.device, batch_size=study.batch_size)
-    flags |= dict(task="seq2seq_lm" if study.study == "t5" else "sequence_classification", max_steps=study.steps)
-    flags |= dict(context_length=256, **COMMON)
-    if study.study == "accuracy":
-        flags |= dict(eval_dataset=study.eval)
-    else:
-        flags |= dict(model_name=write_shape(study), load_format="dummy")
-        flags |= {} if study.steps > 0 else dict(max_steps=100)
+def jobs_of(study: Study) -> list[Job]:
+    wanted = [name.strip() for name in study.only.split(",") if name.strip()] or list(study.table)
+    if unknown := [name for name in wanted if name not in study.table]:
+        raise UserError(f"--only {unknown[0]}: no such row; there are {', '.join(study.table)}")
     seeds = range(study.seeds if study.study == "accuracy" else 1)
-    return [
-        dict(study=study.study, row=name, seed=seed, flags=flags | dict(seed=seed) | table[name])
-        for seed in seeds
-        for name in table
-        if not wanted or name in wanted
-    ]
+    return [Job(study.study, name, seed) for seed in seeds for name in study.table if name in wanted]
 
 
-def carry_out(run: dict, folder: Path) -> dict:
-    """One `train.py`: the last validation, seconds, peak memory, and every gradient norm."""
-    output = folder / "".join(c if c.isalnum() else "_" for c in f"{run['study']} {run['row']} {run['seed']}")
-    words = [f"--{name}={value}" for name, value in dict(run["flags"], output_dir=output, overwrite="true").items()]
-    begun = time.perf_counter()
-    done = subprocess.run([sys.executable, ROOT / "train.py", *words], capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"{run['row']}: train.py ended with {done.returncode}: {done.stderr.strip().splitlines()[-1]}")
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    steps, said = [row for row in rows if "loss" in row], [row for row in rows if "eval_loss" in row]
-    return dict(
-        **{name: run[name] for name in ("study", "row", "seed")},
-        **(said[-1] if said else {}),
-        last_loss=sum(row["loss"] for row in steps[-20:]) / len(steps[-20:]),
-        grad_norms=[row["grad_norm"] for row in steps],
-        tokens_per_s=sorted(row["tokens_per_s"] for row in steps)[len(steps) // 2],
-        peak_gib=max(row["memory_gib"] for row in steps),
-        seconds=time.perf_counter() - begun,
-        steps=len(steps),
-    )
+def flags_of(job: Job, study: Study) -> dict:
+    """The flags of train.py."""
+    flags = dict(dataset=study.train, model_name=study.model, device=study.device, batch_size=study.batch_size)
+    flags |= dict(task="seq2seq_lm" if job.study == "t5" else "sequence_classification", max_steps=study.steps)
+    flags |= dict(output_dir=Path(study.output_dir) / "work" / str(job), overwrite=True, compile=study.compile)
+    if job.study == "accuracy":
+        flags |= dict(eval_dataset=study.eval, use_gradient_checkpointing=False)
+    else:
+        flags |= dict(model_name=study.shape, load_format="dummy")
+        flags |= {} if study.steps > 0 else dict(max_steps=100)
+    return flags | COMMON | dict(seed=job.seed) | study.table[job.row]
+
+
+def execute(job: Job, study: Study) -> list[dict]:
+    """The row of one job."""
+    flags = flags_of(job, study)
+    try:
+        with logged(Path(study.output_dir) / "logs" / f"{job}.log"):
+            return [job._asdict() | train_once(train_flags(flags), pick_device(study.device))]
+    finally:
+        shutil.rmtree(flags["output_dir"], ignore_errors=True)
+
+
+def announce(row: dict) -> None:
+    shown = {name: round(value, 4) for name, value in row.items() if isinstance(value, float)}
+    print(row["row"], row["seed"], shown, flush=True)
 
 
 def main(study: Study) -> None:
-    folder = Path(study.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    results = folder / "results.jsonl"
-    made = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    done = {(row["study"], row["row"], row["seed"]) for row in made}
-    left = [run for run in runs_of(study) if (run["study"], run["row"], run["seed"]) not in done]
-    with ThreadPoolExecutor(study.processes if study.study == "accuracy" else 1) as pool, results.open("a") as file:
-        for found in pool.map(lambda run: carry_out(run, folder), left):
-            file.write(json.dumps(found) + "\n")
-            file.flush()
-            shown = {name: round(value, 4) for name, value in found.items() if isinstance(value, float)}
-            print(found["row"], found["seed"], shown, flush=True)
+    path, jobs = Path(study.output_dir) / RESULTS, jobs_of(study)
+    done = lambda: {Job(row["study"], row["row"], row["seed"]) for row in read_rows(path)}
+    left = lambda: [job for job in jobs if job not in done()]
+    if study.study != "accuracy":
+        write_shape(study)
+    how = dict(processes=study.at_once, announce=announce, deadline=float("inf"))
+    carry_out(left, partial(execute, study=study), path, **how)
+    if missing := left():
+        raise UserError(f"{len(missing)} runs failed; {path.parent / 'logs'} says why, the same command tries again")
 
 
 if __name__ == "__main__":
     try:
-        main(parse(Study, sys.argv[1:], prog="run.py", description=__doc__))
+        main(parse(Study, prog="run.py", description=__doc__))
     except UserError as error:
         fail(error)

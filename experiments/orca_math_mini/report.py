@@ -14,7 +14,8 @@ from pathlib import Path
 from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from experiments.orca_math_mini.run import ALPHA, METHODS, OWNERS, RANK, RANKED_METHODS, RANKS, best_rate, read_rows
+from experiments.orca_math_mini.run import ALPHA, METHODS, OWNERS, RANK, RANKED_METHODS, RANKS, best_rate
+from experiments.runs import read_rows
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.flags import flag, parse
 from fsdp_utils.core.ranks import fail

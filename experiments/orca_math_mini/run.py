@@ -8,29 +8,24 @@ be carried to another machine. Stages: `rates` tries each method's learning rate
 on the validation problems, `ranks` varies LoRA's rank and alpha; both begin for a method when its rates are done.
 """
 
-import gc
 import json
 import shutil
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
-from multiprocessing import get_context
 from pathlib import Path
-from statistics import mean
 from typing import NamedTuple
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import evaluate
-import train
+from experiments.runs import RESULTS, carry_out, forget, logged, read_rows, train_flags, train_once
 from fsdp_utils.config import TrainConfig
-from fsdp_utils.core.devices import peak_memory_gib, pick_device
+from fsdp_utils.core.devices import pick_device
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.flags import flag, parse
 from fsdp_utils.core.ranks import fail
@@ -50,8 +45,6 @@ SHOTS = 5
 RANK, ALPHA = 64, 16
 RANKS = ((2, 4), (4, 8), (8, 16), (64, 16))
 RANKED_METHODS = ("qlora", "qdora")
-CURVE_POINTS = 60
-RESULTS = "results.jsonl"
 PRETRAIN = "experiments/orca_math_mini/pretrain.py"
 SPLITS = ("test", "validation", "train")
 
@@ -229,19 +222,6 @@ def rank_jobs(config: RunConfig, rows: list[dict]) -> Iterator[Job]:
 STAGES = {"rates": rate_jobs, "seeds": seed_jobs, "ranks": rank_jobs}
 
 
-def read_rows(path: Path) -> list[dict]:
-    """Every complete line of a JSON-lines file; a line that was cut short is run again."""
-    if not path.exists():
-        return []
-    found = []
-    for line in path.read_text().splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
-
-
 def remaining(jobs: Iterable[Job], rows: list[dict]) -> list[Job]:
     """The jobs without a result, each once."""
     done = {Job(*(row[name] for name in Job._fields)) for row in rows}
@@ -286,16 +266,7 @@ def train_config(job: Job, config: RunConfig) -> TrainConfig:
         flags.update(lora_rank=job.rank, lora_alpha=job.alpha)
     if method.new_blocks:
         flags.update(llama_pro_path=config.expanded(method))
-    return parse(TrainConfig, [f"--{name}={value}" for name, value in flags.items()], prog="train.py")
-
-
-def forget(device: torch.device) -> None:
-    """Gives back what the last run held, so that the next one's peak is its own."""
-    torch._dynamo.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+    return train_flags(flags)
 
 
 def trained_parameters(flags: TrainConfig) -> dict:
@@ -304,35 +275,6 @@ def trained_parameters(flags: TrainConfig) -> dict:
     trained = sum(p.numel() for p in planned.model.parameters() if p.requires_grad)
     base = sum(prod(planned.weights.shape(name)) for name in planned.weights.names())
     return dict(trained=trained, trained_share=trained / base)
-
-
-def thinned(values: list[float]) -> list[tuple[int, float]]:
-    """`(step, mean since the point before)` of a curve, at most CURVE_POINTS of them."""
-    every = -(-len(values) // CURVE_POINTS)
-    starts = range(0, len(values), every)
-    return [(min(i + every, len(values)), round(mean(values[i : i + every]), 5)) for i in starts]
-
-
-def train_once(flags: TrainConfig, device: torch.device) -> dict:
-    """Trains; returns time (loading included), peak memory, and the curves of metrics.jsonl.
-
-    Raises:
-        FloatingPointError: it diverged.
-    """
-    forget(device)
-    begun = time.perf_counter()
-    train.main(flags)
-    seconds = time.perf_counter() - begun
-    steps = read_rows(Path(flags.output_dir) / "metrics.jsonl")
-    norms = [step["grad_norm"] for step in steps]
-    return dict(
-        train_seconds=round(seconds, 2),
-        train_peak_gib=round(peak_memory_gib(device), 4),
-        steps=len(steps),
-        loss=thinned([step["loss"] for step in steps]),
-        grad_norm=thinned(norms),
-        grad_norm_mean=mean(norms),
-    )
 
 
 def magnitude_change(folder: Path, device: torch.device) -> dict:
@@ -435,7 +377,7 @@ def execute(job: Job, config: RunConfig) -> list[dict]:
     """`outcome`, with what train.py and evaluate.py say in the job's log; leaves no weights behind."""
     out = Path(config.output_dir)
     try:
-        with open(out / "logs" / f"{job}.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
+        with logged(out / "logs" / f"{job}.log"):
             return outcome(job, config)
     finally:
         shutil.rmtree(out / "work" / str(job), ignore_errors=True)
@@ -446,57 +388,12 @@ def execute(job: Job, config: RunConfig) -> list[dict]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Here:
-    """The executor of one process: a job is done when `submit` returns."""
-
-    def submit(self, function, *args) -> Future:
-        future = Future()
-        try:
-            future.set_result(function(*args))
-        except Exception as error:
-            # all that a job may raise, as every executor does: run_jobs reads it from the future, so that one that
-            # fails does not end the others
-            future.set_exception(error)
-        return future
-
-
-def executor(config: RunConfig):
-    """Where jobs run; spawned, because CUDA does not survive a fork."""
-    if config.processes == 1:
-        return nullcontext(Here())
-    return ProcessPoolExecutor(config.processes, mp_context=get_context("spawn"))
-
-
 def pending(config: RunConfig, rows: list[dict]) -> list[Job]:
     """The jobs of all stages that have no result and need none that is missing: readings of the base, then the longest
     first, so that those that end last are short and the other processes wait least."""
     jobs = remaining((job for stage in config.stages.split(",") for job in STAGES[stage](config, rows)), rows)
     length = lambda job: job.samples * config.epochs_of(job.samples) if job.samples else float("inf")
     return sorted(jobs, key=length, reverse=True)
-
-
-def run_jobs(jobs: Callable[[], list[Job]], config: RunConfig, pool, *, deadline: float) -> Iterator[list[dict]]:
-    """The rows of each job as it ends; none of one that fails, which is said and stops no other. After the deadline no
-    further one is started.
-
-    Args:
-        jobs: those to do, asked again whenever one has ended, since results make further ones. None is run twice.
-    """
-    running, begun = {}, set()
-    while True:
-        waiting = deque(job for job in jobs() if job not in begun) if time.monotonic() <= deadline else ()
-        while waiting and len(running) < config.processes:
-            job = waiting.popleft()
-            begun.add(job)
-            running[pool.submit(execute, job, config)] = job
-        if not running:
-            return
-        for future in wait(running, return_when=FIRST_COMPLETED).done:
-            job, error = running.pop(future), future.exception()
-            if error:
-                print(f"{job}: failed ({str(error).splitlines()[0] if str(error) else repr(error)})", flush=True)
-            else:
-                yield future.result()
 
 
 def prepare(config: RunConfig) -> None:
@@ -514,10 +411,9 @@ def prepare(config: RunConfig) -> None:
     test, validation, train_rows = (read_rows(base / f"{split}.jsonl") for split in SPLITS)
     if max(config.numbers) > len(train_rows):
         raise UserError(f"--sizes {config.sizes}: {base} has {len(train_rows)} training problems")
-    for name in ("logs", "work"):
-        (out / name).mkdir(parents=True, exist_ok=True)
+    (out / "work").mkdir(parents=True, exist_ok=True)
     write_jsonl(config.heldout, test + validation + train_rows[:SHOTS])  # shots are what is not asked
-    with open(out / "logs" / "expansion.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
+    with logged(out / "logs" / "expansion.log"):
         for method in filter(lambda method: method.new_blocks, config.methods.values()):
             source, target = str(base / "model"), str(config.expanded(method))
             expand(Expansion(source, target, num_new_blocks=method.new_blocks, overwrite=True))
@@ -543,15 +439,10 @@ def main(config: RunConfig) -> None:
     if others:
         print(f"note: {path} has results of other bases ({', '.join(sorted(others))}); they are kept and not run again")
     deadline = time.monotonic() + 60 * config.budget_minutes if config.budget_minutes else float("inf")
-    with executor(config) as pool, open(path, "a", buffering=1) as file:
-        if path.stat().st_size and not path.read_text().endswith("\n"):
-            file.write("\n")  # a line that was cut short must not swallow the next
-        left = lambda: pending(config, read_rows(path))
-        print(f"{len(left())} runs to do; those at the best learning rates follow", flush=True)
-        for found in run_jobs(left, config, pool, deadline=deadline):
-            file.write("".join(json.dumps(row) + "\n" for row in found))  # one write: all rows of a run or none
-            for row in found:
-                announce(row)
+    left = lambda: pending(config, read_rows(path))
+    print(f"{len(left())} runs to do; those at the best learning rates follow", flush=True)
+    how = dict(processes=config.processes, announce=announce, deadline=deadline)
+    carry_out(left, partial(execute, config=config), path, **how)
     missing = len(left())
     if missing and time.monotonic() > deadline:
         print(f"{missing} runs left when the time was over; start the same command again", flush=True)
