@@ -3,10 +3,11 @@
 from argparse import ArgumentTypeError
 from contextlib import suppress
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 
 from fsdp_utils.core.flags import boolean, flag, section
 from fsdp_utils.core.folders import repository_errors
-from fsdp_utils.options import OPTIMIZERS, POLICIES, PRECISIONS, SCHEDULES, STRATEGIES, TASKS
+from fsdp_utils.options import OPTIMIZERS, POLICIES, PRECISIONS, SCHEDULES, SINKS, STRATEGIES, TASKS
 from methods import METHODS, QUANTIZERS, SCALINGS, STARTS, TRAIN_TYPES
 
 # Adam moves a weight by about the rate, and a bf16 number of 0.02 by 6e-5 or not at all: at 1e-5, weights of that size
@@ -22,6 +23,13 @@ PROFILING = ("profiling_output", "export_trace", "export_memory_timeline", "with
 @dataclass
 class TrainConfig:
     """The settings of one run; see `python train.py --help`."""
+
+    _files: str = section("flags from a file", may_change=True)
+    config: str | None = flag(
+        None, "YAML file of flags, as those in recipes/, or the run.json of a run; the command line wins",
+        belongs="command",
+    )  # fmt: skip
+    save_config: str | None = flag(None, "write a file by which --config makes this run, and go on", belongs="command")
 
     _method: str = section("what is trained")
     train_type: str = flag("qlora", "how the model is adapted, and on which base", choices=tuple(TRAIN_TYPES))
@@ -44,6 +52,7 @@ class TrainConfig:
     lora_target_modules: str = flag(
         "all",
         "`all` (q,k,v,gate,up,down or their like), `all_linear`, `default` (PEFT's choice), or names: q_proj,v_proj",
+        several=True,
     )
     lora_init: str = flag(
         "default",
@@ -69,11 +78,15 @@ class TrainConfig:
         "name (see docs/data.md), local file, glob or folder, set of the hub (org/name), or several with weights: "
         "a.jsonl:0.7,org/b:0.3",
         may_change=True,  # the content may not
+        several=True,
     )
     dataset_split: str = flag("train", "split of a hub set or folder that has several", may_change=True)
     dataset_config: str | None = flag(None, "configuration of a hub set that has several", may_change=True)
     columns: str | None = flag(
-        None, "what columns are called in the data: question=prompt,answer=choices.0.text", may_change=True
+        None,
+        "what columns are called in the data: question=prompt,answer=choices.0.text",
+        may_change=True,
+        several=True,
     )
     prompt_template: str | None = flag(
         None, "file with the prompt of question and answer rows, columns in braces: {question}", may_change=True
@@ -83,8 +96,12 @@ class TrainConfig:
     )
     train_on: str = flag("all", "which of the assistant's turns are learned", choices=("all", "last"))
     skip_bad_rows: bool = flag(False, "leave out rows that cannot be read, and count them; false: end at the first")
-    plan: bool = flag(False, "print what would train, from config.json alone, and end", may_change=True)
-    show_rows: int = flag(0, "print so many rows as the model sees them, and end", minimum=0, may_change=True)
+    plan: bool = flag(
+        False, "print what would train, from config.json alone, and end", may_change=True, belongs="command"
+    )
+    show_rows: int = flag(
+        0, "print so many rows as the model sees them, and end", minimum=0, may_change=True, belongs="command"
+    )
     dataset_samples: int = flag(
         512, "samples used of alpaca_sample, dummy, orca_math; of others only when passed", minimum=1
     )
@@ -133,11 +150,15 @@ class TrainConfig:
     save_every_minutes: float = flag(0.0, "and every so many minutes; 0: none", minimum=0.0)
     keep_checkpoints: int = flag(2, "how many of the newest to keep", minimum=1)
     resume: str = flag(
-        "false", "auto: the newest valid checkpoint in output_dir, or a new run; or a checkpoint's folder"
+        "false",
+        "auto: the newest valid checkpoint in output_dir, or a new run; or a checkpoint's folder",
+        belongs="place",
     )
     init_adapter: str | None = flag(None, "folder of a saved adapter to go on training, on new data")
-    stop_at_step: int = flag(0, "write a checkpoint after this step and end; 0: no", minimum=0)
-    stop_after_minutes: float = flag(0.0, "write a checkpoint after so many minutes and end; 0: no", minimum=0.0)
+    stop_at_step: int = flag(0, "write a checkpoint after this step and end; 0: no", minimum=0, belongs="place")
+    stop_after_minutes: float = flag(
+        0.0, "write a checkpoint after so many minutes and end; 0: no", minimum=0.0, belongs="place"
+    )
 
     _validation: str = section("validation, at the end and on the way", may_change=True)
     eval_dataset: str | None = flag(None, "name or file, as of --dataset, that is not trained on")
@@ -151,8 +172,10 @@ class TrainConfig:
     )
 
     _sharding: str = section("sharding and memory", may_change=True)
-    world_size: int = flag(-1, "processes when started by plain `python`; -1: one per visible GPU", minimum=-1)
-    device: str = flag("auto", "where to compute", choices=("auto", "cuda", "cpu"))
+    world_size: int = flag(
+        -1, "processes when started by plain `python`; -1: one per visible GPU", minimum=-1, belongs="place"
+    )
+    device: str = flag("auto", "where to compute", choices=("auto", "cuda", "cpu"), belongs="place")
     sharding_strategy: str = flag("full_shard", "what is sharded, over whom", choices=tuple(STRATEGIES))
     peer_gather: bool | str = flag(
         "auto",
@@ -186,31 +209,35 @@ class TrainConfig:
     fused_kernels: bool = flag(True, "base product and adapter in one operator; false: the plain definition")
     fused_loss: bool = flag(True, "never build the full logits; false: the plain definition")
     load_format: str = flag("safetensors", "dummy: random weights, no files", choices=("safetensors", "dummy"))
-    quantized_cache: str | None = flag(None, "folder that keeps the packed base, so that later runs only read it")
+    quantized_cache: str | None = flag(
+        None, "folder that keeps the packed base, so that later runs only read it", belongs="place"
+    )
     attn_implementation: str = flag("auto", "attention of transformers: sdpa, eager, flash_attention_2, …")
     low_memory: bool = flag(True, "accepted for old commands; loading is always sharded")
     loading_workers: int = flag(-1, "accepted for old commands; every process streams its own rows")
 
     _output: str = section("output and logging", may_change=True)
     save_model: bool = flag(False, "write adapters or the model to output_dir")
-    output_dir: str = flag("output", "where the result, metrics.jsonl and run.json go")
-    overwrite: bool = flag(False, "replace a non-empty output_dir")
-    push_to_hub: str | None = flag(None, "upload the saved result to this private repository of the hub (org/name)")
-    log_to: str = flag("tqdm", "where metrics are shown", choices=("tqdm", "stdout", "wandb"))
-    project_name: str = flag("fsdp_qlora", "wandb project")
-    name: str | None = flag(None, "wandb run name")
-    group: str | None = flag(None, "wandb group")
+    output_dir: str = flag("output", "where the result, metrics.jsonl and run.json go", belongs="place")
+    overwrite: bool = flag(False, "replace a non-empty output_dir, and a file of --save_config", belongs="command")
+    push_to_hub: str | None = flag(
+        None, "upload the saved result to this private repository of the hub (org/name)", belongs="place"
+    )
+    log_to: str = flag("tqdm", f"where metrics are shown, several by comma: {', '.join(SINKS)}", several=True)
+    project_name: str = flag("fsdp_qlora", "project (wandb, trackio), experiment (mlflow)")
+    name: str | None = flag(None, "name of the run (wandb, trackio, mlflow)")
+    group: str | None = flag(None, "group of runs (wandb, trackio)")
     entity: str | None = flag(None, "wandb entity")
     verbose: bool = flag(False, "print every flag and the sharded model")
 
     _launch: str = section("launch without torchrun", may_change=True)
-    master_addr: str = flag("localhost", "address of process 0")
-    master_port: str = flag("12355", "port of process 0")
+    master_addr: str = flag("localhost", "address of process 0", belongs="place")
+    master_port: str = flag("12355", "port of process 0", belongs="place")
 
     _profiling: str = section("profiling", may_change=True)
     profile_memory: bool = flag(False, "log allocated and reserved memory at every step, and into the profile")
     profile: bool = flag(False, "run torch.profiler")
-    profiling_output: str = flag("profiles", "folder of the profiles")
+    profiling_output: str = flag("profiles", "folder of the profiles", belongs="place")
     with_stack: bool = flag(False, "record Python stacks")
     with_shapes: bool = flag(False, "record tensor shapes")
     export_trace: bool = flag(True, "write a Chrome trace")
@@ -250,6 +277,11 @@ class TrainConfig:
     def rounds_stochastically(self) -> bool:
         row = OPTIMIZERS[self.optimizer]
         return self.stores_bf16 and row.rounds and (self.stochastic_rounding or bool(row.own))
+
+    @property
+    def sinks(self) -> list[str]:
+        """The names in --log_to, each once."""
+        return list(dict.fromkeys(name.strip() for name in self.log_to.split(",")))
 
     @property
     def validates(self) -> bool:
@@ -392,7 +424,7 @@ class TrainConfig:
             ),
             (self.lr_scheduler == "constant", "--lr_scheduler is constant", ("lr_warmup_ratio",)),
             (self.max_steps > 0, "--max_steps says how long the run is", ("num_epochs",)),
-            (self.log_to != "wandb", f"--log_to is {self.log_to}", ("project_name", "name", "group", "entity")),
+            (True, f"--log_to is {self.log_to}", self._unread_names()),
             (not self.profile, "--profile is false", PROFILING),
             (
                 STRATEGIES[self.sharding_strategy].copies != "nodes",
@@ -401,6 +433,11 @@ class TrainConfig:
             ),
         )
         return [(name, why) for holds, why, names in table if holds for name in names]
+
+    def _unread_names(self) -> tuple[str, ...]:
+        """Flags that name a run, of which none of --log_to takes notice."""
+        read = {name for sink in self.sinks for name in SINKS[sink].naming}
+        return tuple(name for name in ("project_name", "name", "group", "entity") if name not in read)
 
     def notes(self) -> list[str]:
         """What the user asked for that has no effect here, or that was changed, said once at start."""

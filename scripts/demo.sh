@@ -10,9 +10,7 @@ evaluate() {
 
 begun=$(date +%s)
 mkdir -p "$(dirname "$out")" && mkdir "$out"
-torchrun --nproc_per_node 2 train.py --model_name demo --dataset demo --train_type bnb_dora --precision fp32 \
-    --use_cpu_offload false --use_gradient_checkpointing false --lora_alpha 64 --lora_dropout 0 --lr 2e-3 --wd 0 \
-    --lr_scheduler linear --batch_size 8 --context_length 128 --save_model true --output_dir "$out/run"
+torchrun --nproc_per_node 2 train.py --config recipes/demo.yaml --output_dir "$out/run"
 evaluate demo base
 evaluate "$out/run" run
 for type in merged bnb_nf4 bnb_dora w4a16; do

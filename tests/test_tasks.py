@@ -10,6 +10,7 @@ import torch
 from closeness import assert_close, assert_close_norm, assert_learns
 from commands import REPOSITORY, error_lines, start
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from published import FLAN_T5_SMALL
 from real_run import batches_of, first_step, make_config, off_zero, plan, prepared, save_trained, task_in
 from safetensors.torch import save_file
 from test_checkpoints import bytes_of, interrupted, refused, rows_of, run_train
@@ -536,12 +537,6 @@ def test_blocks_are_found_by_structure(task_flags, family):
     """Every layer of encoder and decoder, and nothing else."""
     model = plan(make_config(**task_flags(family))).model
     assert len(decoder_blocks(model)) == (4 if family in SEQ2SEQ else 2)
-
-
-FLAN_T5_SMALL = dict(
-    vocab_size=32128, d_model=512, d_kv=64, d_ff=1024, num_layers=8, num_decoder_layers=8, num_heads=6,
-    feed_forward_proj="gated-gelu", decoder_start_token_id=0, tie_word_embeddings=False,
-)  # fmt: skip
 
 
 PUBLISHED = {  # rank -> with the head tied, with a head of its own

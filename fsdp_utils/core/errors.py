@@ -22,6 +22,10 @@ def refuse_code(error: Exception, *, named: str) -> None:
         ) from None
 
 
+class ConfigError(UserError):
+    """Wrong flags, one line for each."""
+
+
 class Diverged(UserError, FloatingPointError):
     """Loss or gradient is no number any more: the flags do not fit the data."""
 

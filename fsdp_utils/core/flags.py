@@ -3,25 +3,33 @@
 import argparse
 import difflib
 import math
+import re
 import sys
 from dataclasses import field, fields
+from typing import NamedTuple
 
-from fsdp_utils.core.errors import UserError
-from fsdp_utils.core.ranks import fail
+from fsdp_utils.core import config_files
+from fsdp_utils.core.errors import ConfigError, UserError
+from fsdp_utils.core.ranks import fail, is_main, local_rank, say
+
+NAMING_FILES = ("config", "save_config")  # flags that no file of flags holds
 
 
-class ConfigError(UserError):
-    """One line for each wrong flag."""
-
-
-def flag(default, help, *, choices=None, minimum=None, above=None, maximum=None, may_change=False):
+def flag(
+    default, help, *, choices=None, minimum=None, above=None, maximum=None, may_change=False, several=False,
+    belongs="run",
+):  # fmt: skip
     """A dataclass field that is also a flag; choices and bounds are checked by `parse`.
 
     Args:
         may_change: a run that is resumed may have another value.
+        several: the value is a list with commas; a file may have one of YAML instead.
+        belongs: to the "run"; to the "place" of a run, a machine or folder, which its run.json does not hand on; to
+            the "command", which --save_config does not write, either.
     """
     metadata = dict(help=help, choices=choices, minimum=minimum, above=above, maximum=maximum, may_change=may_change)
-    return field(default=default, metadata=metadata)
+    metadata |= dict(several=several, belongs=belongs)
+    return field(default=default, metadata=metadata, compare=belongs != "command")  # which makes no other run
 
 
 def section(title, *, may_change=False):
@@ -90,14 +98,19 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(message.replace("argument ", ""))
 
 
+def _help(f) -> str:
+    """What a flag does, and its default."""
+    default = str(f.default).lower() if f.type is bool else f.default
+    return f.metadata["help"] + ("" if f.default is None else f" (default: {default})")
+
+
 def _add(parser, f):
     """One dataclass field as one argparse flag."""
     kind = {bool: boolean, int: int, float: float}.get(f.type, str)
-    default = "" if f.default is None else f" (default: {str(f.default).lower() if kind is boolean else f.default})"
     metavar = "true|false" if kind is boolean else kind.__name__.upper()
     if f.metadata["choices"]:
         metavar = "|".join(str(c) for c in f.metadata["choices"])
-    help_text = (f.metadata["help"] + default).replace("%", "%%")
+    help_text = _help(f).replace("%", "%%")
     extra = dict(nargs="?", const=True) if isinstance(f.default, bool) else {}  # a bare --packing means true
     parser.add_argument(f"--{f.name}", type=kind, default=argparse.SUPPRESS, metavar=metavar, help=help_text, **extra)
 
@@ -120,42 +133,123 @@ def build_parser(config, *, prog: str, description: str | None = None) -> argpar
     return parser
 
 
+def _unknown(word: str, known: list[str], *, dashes: str) -> str:
+    """The line of a flag that there is not, with the nearest one."""
+    near = difflib.get_close_matches(word.split("=")[0].lstrip("-").replace("-", "_"), known, n=1)
+    return f"{word}: unknown flag" + (f"; did you mean {dashes}{near[0]}?" if near else "; see --help")
+
+
 def _reject_unknown(unknown: list[str], known: list[str]) -> None:
     """Raises ConfigError naming each unknown flag and the nearest known one."""
-    lines = []
-    for word in unknown:
-        name = word.split("=")[0].lstrip("-").replace("-", "_")
-        if word.startswith("--"):
-            near = difflib.get_close_matches(name, known, n=1)
-            lines.append(f"{word}: unknown flag" + (f"; did you mean --{near[0]}?" if near else "; see --help"))
+    lines = [_unknown(word, known, dashes="--") for word in unknown if word.startswith("--")]
     if unknown:
         raise ConfigError("\n".join(lines) or f"{unknown[0]}: a value without a flag; see --help")
 
 
-def parse(config, argv: list[str] | None = None, *, prog: str, description: str | None = None):
-    """An instance of the dataclass `config` from a command line.
+class _Filed(NamedTuple):
+    """What a file gives: values by name, where each stands, and the flags that count as given."""
 
-    Its `explicit_flags` holds the names the user gave. Its `errors()` lists what is wrong beyond choices and bounds.
+    values: dict
+    places: dict[str, str]
+    explicit: frozenset[str]
+
+
+def _read_file(parser, config, path: str) -> _Filed:
+    """The flags of a file, read by the parser of the command line.
+
+    Raises:
+        ConfigError: with a line for everything that is wrong, which names file and line.
+    """
+    known, file = {f.name: f for f in flags(config)}, config_files.read(path)
+    handed_on = lambda name: name not in known or known[name].metadata["belongs"] == "run"
+    settings = [setting for setting in file.settings if not file.of_run or handed_on(setting.name)]
+    errors = list(_wrong_settings(settings, known))
+    if errors:
+        raise ConfigError("\n".join(errors))
+    places = {setting.name: setting.place for setting in settings}
+    texts = {s.name: ",".join(s.value) if isinstance(s.value, list) else s.value for s in settings}
+    try:
+        values = vars(parser.parse_args([f"--{name}={text}" for name, text in texts.items() if text is not None]))
+    except ConfigError as error:
+        raise ConfigError(_placed(str(error), places)) from None
+    explicit = [name for name, value in values.items() if value != known[name].default]
+    return _Filed(values, places, frozenset(values).intersection(explicit if file.explicit is None else file.explicit))
+
+
+def _wrong_settings(settings, known: dict):
+    """A line for each that can be no flag, whatever its value."""
+    for number, (name, value, place) in enumerate(settings):
+        if name not in known:
+            yield f"{place}: {_unknown(name, list(known), dashes='')}"
+            continue
+        table = (
+            (name in [s.name for s in settings[:number]], "stands there twice; keep one of them"),
+            (name in NAMING_FILES, "is for command lines; a file names no other"),
+            (isinstance(value, dict), "holds flags or lists of its own; all stand side by side"),
+            (isinstance(value, list) and not known[name].metadata["several"], "takes one value, not a list"),
+            (value is None and known[name].default is not None, "has no value; leave the line away for the default"),
+        )
+        yield from [f"{place}: {name}: {words}" for holds, words in table if holds][:1]
+
+
+def _placed(line: str, places: dict[str, str]) -> str:
+    """An error behind the place where its flag stands, if that is in a file."""
+    named = re.match(r"--(\w+)", line)
+    return f"{places[named[1]]}: {line}" if named and named[1] in places else line
+
+
+def parse(config, argv: list[str] | None = None, *, prog: str, description: str | None = None):
+    """An instance of the dataclass `config` from a command line, and from the file that its --config names.
+
+    Its `explicit_flags` holds the names that the user gave in either, its `errors()` lists what is wrong beyond choices
+    and bounds.
 
     Raises:
         ConfigError: with one line for every flag that is unknown or cannot work.
     """
-    known, unknown = build_parser(config, prog=prog, description=description).parse_known_args(
-        sys.argv[1:] if argv is None else argv
-    )
+    parser = build_parser(config, prog=prog, description=description)
+    known, unknown = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     _reject_unknown(unknown, [f.name for f in flags(config)])
-    parsed = config(**vars(known))
-    parsed.explicit_flags = frozenset(vars(known))
+    typed = vars(known)
+    path = typed.get("config")
+    filed = _Filed({}, {}, frozenset()) if path is None else _read_file(parser, config, path)
+    parsed = config(**(filed.values | typed))
+    parsed.explicit_flags = filed.explicit.union(typed).difference(NAMING_FILES)
     # errors() reads values that must be valid on their own
     errors = field_errors(parsed) or parsed.errors()
     if errors:
-        raise ConfigError("\n".join(errors))
+        places = {name: place for name, place in filed.places.items() if name not in typed}
+        raise ConfigError("\n".join(_placed(line, places) for line in errors))
     return parsed
 
 
+def save(config, path: str) -> None:
+    """Writes a file by which --config makes this run: the flags that were given, and those that are not as by default.
+
+    Raises:
+        ConfigError: there is nothing to write, or another file.
+    """
+    sections, title = {}, None
+    for f in fields(config):
+        if f.metadata.get("section"):
+            title = f.default
+        elif f.metadata and f.metadata["belongs"] != "command":
+            value = getattr(config, f.name)
+            if value != f.default or f.name in config.explicit_flags:
+                sections.setdefault(title, []).append((f.name, value, _help(f)))
+    if not sections:
+        raise ConfigError(f"--save_config {path}: all flags are as by default, so a file would say nothing; drop it")
+    config_files.write(path, config_files.as_text(sections), overwrite=config.overwrite)
+
+
 def parse_or_fail(config, **options):
-    """`core.flags.parse`, where a wrong flag ends every process with one line and exit code 2."""
+    """`core.flags.parse`, where a wrong flag ends every process with one line and exit code 2. Writes --save_config."""
     try:
-        return parse(config, **options)
+        parsed = parse(config, **options)
+        path = getattr(parsed, "save_config", None)
+        if path is not None and is_main() and local_rank() == 0:  # of srun's processes too, one of a node
+            save(parsed, path)
+            say(f"--save_config {path}: written")
+        return parsed
     except UserError as error:
         fail(error)

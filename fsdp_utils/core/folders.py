@@ -1,11 +1,11 @@
-"""Folders: names of models, what may be replaced, sizes, and a new folder that appears when it is complete."""
+"""Folders: names of models, what may be replaced, sizes, rows, and a new folder that appears when it is complete."""
 
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fsdp_utils.core.errors import CheckpointError, UserError, first_line
@@ -13,6 +13,7 @@ from fsdp_utils.core.locks import exclusively
 
 OF_A_MODEL = ("safetensors", "json", "model", "txt", "jinja", "tiktoken", "py")  # suffixes of what is downloaded
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+RUN_FILE, METRICS_FILE, REPORT_FILE = "run.json", "metrics.jsonl", "report.html"  # of a run
 TEMPLATES = "additional_chat_templates"  # folder in which transformers keeps all chat templates but the default one
 
 
@@ -146,3 +147,12 @@ def new_folder(output_dir, *, overwrite=False, mark="config.json", sources=()):
 def write_json(path: str | Path, content) -> None:
     """Writes readable JSON with a final newline."""
     Path(path).write_text(json.dumps(content, indent=2, default=str) + "\n")
+
+
+def read_rows(path: str | Path) -> list[dict]:
+    """The whole lines of a file of JSON lines; none where there is no file."""
+    found = []
+    for line in Path(path).read_text().splitlines() if Path(path).exists() else ():
+        with suppress(ValueError):  # the process was killed while it wrote this line
+            found.append(json.loads(line))
+    return found

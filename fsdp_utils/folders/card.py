@@ -27,7 +27,7 @@ HUB_SETS = {
 LICENSE_KEYS = ("license", "license_name", "license_link")
 NO_LICENSE = "license: other: the base names none. Fill in `license:` above before you share this model."
 # sections of flags that say how a run was started, not what it learned, or name places and accounts
-NOT_TOLD = ("_sharding", "_checkpoints", "_output", "_launch", "_profiling")
+NOT_TOLD = ("_files", "_sharding", "_checkpoints", "_output", "_launch", "_profiling")
 NEITHER = {"model_name", "llama_pro_path", "dataset", "prompt_template", "chat_template", "trust_remote_code"}
 
 
