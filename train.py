@@ -20,21 +20,27 @@ import torch
 from fsdp_utils.core import devices, processes
 from fsdp_utils.core.errors import Diverged, naming
 from fsdp_utils.core.ranks import rank, say, world_size
-from fsdp_utils.data.batches import accumulation_for, tokens_in
+from fsdp_utils.data.batches import accumulation_for
 from fsdp_utils.data.chats import give_template
 from fsdp_utils.data.layouts import Reading
-from fsdp_utils.data.prepare import batch_arithmetic, hold_out, make_batches, prepare_data
+from fsdp_utils.data.prepare import hold_out, make_batches, prepare_data
 from fsdp_utils.data.show import in_colour, shown
 from fsdp_utils.folders import checkpoints, saving
 from fsdp_utils.folders.describe import going_on
+from fsdp_utils.folders.opening import closing, opening
 from fsdp_utils.folders.session import Session
 from fsdp_utils.folders.upload import check_upload, upload
 from fsdp_utils.memory.budget import out_of_memory
-from fsdp_utils.model.assemble import cannot_compile, compiler, load, plan, plan_only, size_report, trainable_report
-from fsdp_utils.model.build import read_model_config, read_raw_config, read_tokenizer
+from fsdp_utils.model.assemble import cannot_compile, compiler, load, plan
+from fsdp_utils.model.build import read_model_config, read_tokenizer
+from fsdp_utils.planning import report as planning
+from fsdp_utils.planning.machines import machine_of
+from fsdp_utils.report import page as report
 from fsdp_utils.sharding.mesh import mesh_for
-from fsdp_utils.tasks import named_task, task_for, task_of_model
+from fsdp_utils.tasks import task_for
 from fsdp_utils.training import metrics
+from fsdp_utils.training.clock import Clock
+from fsdp_utils.training.flops import meter_of
 from fsdp_utils.training.loss import check_packing
 from fsdp_utils.training.optim import schedule_factor
 from fsdp_utils.training.step import TrainStep
@@ -80,7 +86,7 @@ def tell(config: TrainConfig, stopping: Stopping) -> None:
     begins = dict(stopping=stopping, checkpoint=checkpoint, validation=validation)
     session = Session(config, planned, tokenizer, batches, **begins)
     mesh = mesh_for(config, device)
-    with session.begun():
+    with session.begun(), report.at_end(config):
         carry_out(session, mesh=mesh, device=device)
     upload(Path(config.output_dir), config.push_to_hub)
 
@@ -113,19 +119,14 @@ def show(config: TrainConfig) -> None:
 
 
 def show_plan(config: TrainConfig, device) -> None:
-    """--plan: what would train, from the configuration alone."""
-    name = config.task if config.task != "auto" else task_of_model(read_raw_config(config.source))
-    planned = plan_only(config, task=named_task(name), device=device)
-    say(*planned.task.assumed(planned.model.config), trainable_report(planned.model), sep="\n")
+    """--plan: what a run would take, from the configuration alone."""
+    say(*planning.lines(config, machine_of(config.plan_gpus, device=device)), sep="\n")
 
 
 def carry_out(session: Session, *, mesh, device) -> None:
     """Loads what was planned, trains and saves it."""
     config, planned = session.config, session.planned
     prepared = load(planned, config, mesh=mesh, device=device, compile_block=compiler(config, device))
-    say(*size_report(prepared.model, planned.quantizer), sep="\n")
-    if prepared.host_activations:
-        say(f"activations: about {prepared.host_activations / devices.GIB:.1f} GiB of host memory in each process")
     if config.verbose:
         say(prepared.model)
     try:
@@ -144,34 +145,25 @@ def carry_out(session: Session, *, mesh, device) -> None:
 
 def train(prepared, session: Session) -> None:
     """The loop: one optimizer step after another, metrics after each."""
-    config = session.config
-    total = session.total_steps
-    say(batch_arithmetic(session.batches, steps=total))
-    step = TrainStep(prepared, config, task=session.planned.task)
+    config, task, total = session.config, session.planned.task, session.total_steps
+    say(*opening(session, prepared), sep="\n")
+    step = TrainStep(prepared, config, task=task)
     start = session.begin(step)
-    logger = metrics.make_logger(config, total=total, start=start, run_id=session.run_id)
-    session.run_id = logger.run_id
-    clock = metrics.Clock(prepared.device)
+    logger = metrics.make_logger(config, total=total, start=start, run_ids=session.run_ids)
+    session.run_ids = logger.run_ids
+    clock = Clock(prepared.device, steps=total - start, meter=meter_of(prepared, config, task=task))
+    logged = dict(device=prepared.device, profile_memory=config.profile_memory)
     stepped = start > 0
     with metrics.make_profiler(config, prepared.device) or nullcontext() as profiler:
-        for number, micro_batches in enumerate(step.batches(session.batches).first(total, start=start), start + 1):
-            clock.begin()
+        batches = step.batches(session.batches).first(total, start=start)
+        for number, micro_batches in enumerate(clock.timed(batches), start + 1):
             factor = schedule_factor(config.lr_scheduler, number - 1, total=total, warmup_ratio=config.lr_warmup_ratio)
-            with session.explaining(number, lr=config.lr * factor):
-                result = step(micro_batches, lr=config.lr * factor, votes=session.votes())
+            lr = config.lr * factor
+            with session.explaining(number, lr=lr):
+                result = step(micro_batches, lr=lr, votes=session.votes())
             stepped = stepped or result.stepped
-            logger.log(
-                dict(
-                    step=number,
-                    loss=result.loss,
-                    lr=config.lr * factor,
-                    grad_norm=result.grad_norm,
-                    tokens=result.tokens,
-                    tokens_per_s=clock.step(sum(map(tokens_in, micro_batches)) * world_size()),
-                    memory_gib=devices.peak_memory_gib(prepared.device),
-                    **(devices.memory_now(prepared.device) if config.profile_memory else {}),
-                )
-            )
+            timed = clock.step(micro_batches, compiled=result.compiled)
+            logger.log(metrics.row_of(number, result, lr=lr, timed=timed, **logged))
             if profiler:
                 profiler.step()
             if session.after(number, result.votes, logger=logger):
@@ -181,8 +173,7 @@ def train(prepared, session: Session) -> None:
     session.end()
     if not stepped:
         raise Diverged(f"all {total} steps overflowed in fp16 and were skipped; use --precision bf16 or fp32")
-    mean, peak = clock.mean(), devices.peak_memory_gib(prepared.device)
-    say(f"tokens/s: {mean:.0f} ({mean / world_size():.0f} per process), peak {peak:.2f} GiB")
+    say(*closing(prepared, clock), sep="\n")
 
 
 def split_global_batch(config, checkpoint) -> None:

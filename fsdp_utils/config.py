@@ -97,8 +97,12 @@ class TrainConfig:
     train_on: str = flag("all", "which of the assistant's turns are learned", choices=("all", "last"))
     skip_bad_rows: bool = flag(False, "leave out rows that cannot be read, and count them; false: end at the first")
     plan: bool = flag(
-        False, "print what would train, from config.json alone, and end", may_change=True, belongs="command"
+        False, "print what a run would take, from config.json alone, and end", may_change=True, belongs="command"
     )
+    plan_gpus: str | None = flag(
+        None, "with --plan true: for these cards, as 2x24 (GiB) or 4xH100, not those that are here",
+        may_change=True, belongs="command",
+    )  # fmt: skip
     show_rows: int = flag(
         0, "print so many rows as the model sees them, and end", minimum=0, may_change=True, belongs="command"
     )
@@ -328,7 +332,13 @@ class TrainConfig:
             found.append(
                 "--use_activation_cpu_offload true: offloads checkpointed inputs; add --use_gradient_checkpointing true"
             )
-        return found + self._optimizer_errors() + self.in_backward_errors()
+        return found + self._optimizer_errors() + self.in_backward_errors() + self._sink_errors()
+
+    def _sink_errors(self) -> list[str]:
+        """One line for each name in --log_to that means nothing."""
+        near = {name: get_close_matches(name, SINKS, n=1) for name in self.sinks if name not in SINKS}
+        hints = {name: f"did you mean {found[0]}? " if found else "" for name, found in near.items()}
+        return [f"--log_to {name}: {hint}choose from {', '.join(SINKS)}" for name, hint in hints.items()]
 
     def _optimizer_errors(self) -> list[str]:
         """One line for each flag that the optimizer cannot work beside."""

@@ -52,14 +52,18 @@ STRATEGIES = {
 class Optimizer(NamedTuple):
     """`target`: the library's class; `effect`: what --help says; `settings`: besides rate and decay; `state_bytes`:
     that it keeps per trained element, None for two numbers in the parameter's dtype; `scale_bytes`: per block of 256
-    elements of a row, besides; `rounds`: can round bf16 weights at random; `own`: `module:function` of ours that makes
-    it; `needs_cuda`, `needs_fp32`: a GPU, weights that are stored so; `schedules`: that it can follow, None for any."""
+    elements of a row, besides; `of_matrices`: numbers kept of an element of a block's matrix, where that is not 2;
+    `copies`: of all that trains, which a step makes and drops where it rounds to the nearest; `rounds`: can round bf16
+    weights at random; `own`: `module:function` of ours that makes it; `needs_cuda`, `needs_fp32`: a GPU, weights that
+    are stored so; `schedules`: that it can follow, None for any."""
 
     target: str
     effect: str
     settings: dict | None = None
     state_bytes: int | None = None
     scale_bytes: int = 0
+    of_matrices: int = 2
+    copies: int = 0
     rounds: bool = False
     own: str | None = None
     needs_cuda: bool = False
@@ -68,10 +72,10 @@ class Optimizer(NamedTuple):
 
 
 OPTIMIZERS = {
-    "adamw": Optimizer("torch.optim:AdamW", "rounds bf16 weights at random", rounds=True),
-    "adam": Optimizer("torch.optim:Adam", "decays weights through the gradient"),
+    "adamw": Optimizer("torch.optim:AdamW", "rounds bf16 weights at random", copies=1, rounds=True),
+    "adam": Optimizer("torch.optim:Adam", "decays weights through the gradient", copies=1),
     "sgd": Optimizer("torch.optim:SGD", "keeps no state", state_bytes=0),
-    "adadelta": Optimizer("torch.optim:Adadelta", "scales its rate by past steps"),
+    "adadelta": Optimizer("torch.optim:Adadelta", "scales its rate by past steps", copies=3),
     "fused_adamw": Optimizer(
         "torch.optim:AdamW", "adamw, of fp32 weights in fewer kernels", {"fused": True}, rounds=True
     ),
@@ -99,12 +103,14 @@ OPTIMIZERS = {
     "muon": Optimizer(
         "torch.optim:Muon",
         "steps of matrices are made orthogonal, at rates of AdamW, which the rest gets (arXiv:2502.16982)",
+        of_matrices=1,
         rounds=True,
         own="fsdp_utils.training.muon:make",
     ),
     "schedule_free_adamw": Optimizer(
         "schedulefree:AdamWScheduleFree",
         "the result is an average of all steps, which needs no falling rate (arXiv:2405.15682)",
+        copies=1,
         needs_fp32=True,
         schedules=("constant", "constant_with_warmup"),
     ),
@@ -137,6 +143,27 @@ POLICIES: dict[str, Callable[[Product], bool]] = {
     "adapters": lambda p: (p.factor and p.out < p.width) if p.adapted else 8 * p.out <= p.width,
     "narrow": lambda p: p.out <= p.width,
     "products": lambda p: True,
+}
+
+
+class Sink(NamedTuple):
+    """Where metrics are shown. `target`: its class; `package`: the library that it needs; `naming`: the flags that name
+    a run there; `terminal`: it is read where the run was started."""
+
+    target: str
+    package: str | None = None
+    naming: tuple[str, ...] = ()
+    terminal: bool = False
+
+
+# --log_to
+SINKS = {
+    "tqdm": Sink("fsdp_utils.training.sinks:Tqdm", terminal=True),
+    "stdout": Sink("fsdp_utils.training.sinks:Stdout", terminal=True),
+    "wandb": Sink("fsdp_utils.training.sinks:Wandb", "wandb", naming=("project_name", "name", "group", "entity")),
+    "tensorboard": Sink("fsdp_utils.training.sinks:TensorBoard", "tensorboard"),
+    "trackio": Sink("fsdp_utils.training.sinks:Trackio", "trackio", naming=("project_name", "name", "group")),
+    "mlflow": Sink("fsdp_utils.training.sinks:MLflow", "mlflow", naming=("project_name", "name")),
 }
 
 # --eval_type: how the base is stored, and what is on it

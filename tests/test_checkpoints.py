@@ -45,7 +45,8 @@ def refused(**flags) -> str | None:
 def rows_of(folder: Path) -> list[dict]:
     """What was logged; speed and memory differ from run to run."""
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("tokens_per_s", "memory_gib")} for line in lines]
+    measured = ("tokens_per_s", "seconds_left", "memory_gib")
+    return [{k: v for k, v in line.items() if k not in measured} for line in lines]
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
@@ -419,7 +420,7 @@ def test_wandb_goes_on_in_the_same_run(flags, tmp_path, offline_wandb):
     """By the id in the checkpoint."""
     given = flags(train_type="custom_lora") | dict(output_dir=tmp_path / "run", batch_size=4, log_to="wandb")
     run_train(stop_at_step=2, **given)
-    known = checkpoints.read_state(tmp_path / "run/checkpoints/step-000002")["run_id"]
+    known = checkpoints.read_state(tmp_path / "run/checkpoints/step-000002")["run_ids"]["wandb"]
     run_train(resume="auto", **given | dict(max_steps=4))
     runs = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
     assert known and len(runs) == 2 and all(name.endswith(f"-{known}") for name in runs)

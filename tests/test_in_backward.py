@@ -200,7 +200,8 @@ def test_budget_counts_the_largest_group(tiny):
         folder = tiny("llama", num_hidden_layers=8)
         config = make_config(model_name=folder, train_type="full", optimizer_in_backward=in_backward)
         model = plan(config).model
-        held[in_backward] = resident(model, decoder_blocks(model), config, mesh=None, on_host={}).learned
+        placed = dict(mesh=None, on_host={}, device=torch.device("cpu"))
+        held[in_backward] = resident(model, decoder_blocks(model), config, **placed).learned
     nbytes = lambda module: sum(p.nbytes for p in module.parameters())
     largest = max(map(nbytes, [*decoder_blocks(model).values(), model.get_input_embeddings()]))
     assert held[False] == 2 * nbytes(model) and held[True] == nbytes(model) + largest

@@ -251,16 +251,18 @@ def test_where_it_has_no_place(tiny):
 
 def estimates(flags: dict) -> tuple[list[int], int]:
     """`recompute.resident` before and after the frozen weights are sharded here, and with adapters whole; and what
-    adapters of the blocks take whole: themselves, gradients, and the fp32 buffer these are reduced in."""
+    adapters of the blocks take whole: themselves and gradients, less the rows of gradients, which come when backward
+    is over."""
     config = make_config(**flags)
     planned = plan(config)
     mesh, blocks = mesh_for(config, CPU), decoder_blocks(planned.model)
-    total = lambda **more: sum(resident(planned.model, blocks, config, mesh=mesh, on_host={}, **more))
+    placed = dict(mesh=mesh, on_host={}, device=CPU)
+    total = lambda **more: resident(planned.model, blocks, config, **placed, **more).total
     found = [total()]
     shards = peer_gather.PeerShards(blocks, mesh=mesh, resharded=True)
     found += [total(gathered_with_root=on, slot_bytes=sum(shards.slot_sizes)) for on in (False, True)]
     trained = [p for block in blocks.values() for p in block.parameters() if p.requires_grad]
-    return found, sum(p.numel() * (2 * p.element_size() + 4) for p in trained)
+    return found, sum(2 * p.nbytes - p.nbytes // 2 for p in trained)
 
 
 def test_estimate_for_auto(pair, flags):

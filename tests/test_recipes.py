@@ -73,15 +73,20 @@ def test_all_recipes_are_there():
 
 @each_recipe
 def test_a_recipe_is_planned(recipe, tmp_path, capsys):
-    """From the public shape of its model, as `train.py --config RECIPE --plan true` does."""
+    """From the public shape of its model, as `train.py --config RECIPE --plan true` does; it fits the cards that it is
+    named after, or one of 24 GiB."""
     config = read("--config", recipe)
     argv = ["--config", recipe, "--plan", "true", "--device", "cpu"]
     if config.model_name in PUBLISHED:
         argv += ["--model_name", published(config.model_name, tmp_path)]
     if config.llama_pro_path:
         argv += ["--llama_pro_path", expanded(tmp_path, new=[10, 21, 33])]  # as scripts/block_expansion.py does by 0.1
+    cards = re.search(r"(?:(\d+)x)?(\d+)gb$", recipe.stem)
+    argv += ["--plan_gpus", f"{cards[1] or 1}x{cards[2]}" if cards else "1x24"]
     train.main(read(*argv))
-    assert re.search(r"^trainable params: [1-9][\d,]+ \|\| all params: ", capsys.readouterr().out, re.MULTILINE)
+    said = capsys.readouterr().out
+    assert re.search(r"^trainable params: [1-9][\d,]+ \|\| all params: ", said, re.MULTILINE)
+    assert "it fits" in said and "TOO MUCH" not in said
 
 
 def test_the_setting_of_2024():

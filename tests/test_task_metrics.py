@@ -33,7 +33,7 @@ from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.flags import parse
 from fsdp_utils.data.labels import MULTI, REGRESSION, SINGLE
 from fsdp_utils.inference import seq2seq
-from fsdp_utils.training import metrics
+from fsdp_utils.training import sinks
 from fsdp_utils.training.scores import SCORES
 
 CPU = torch.device("cpu")
@@ -310,8 +310,8 @@ def test_seq2seq_validation(pair, model_of, tmp_path):
 def test_intervals_are_logged():
     """Lines say both ends; what draws curves is given them by themselves."""
     row = dict(step=3, eval_accuracy=0.5, eval_accuracy_interval=(0.25, 0.75))
-    assert metrics.shown(row) == "step=3 eval_accuracy=0.5 eval_accuracy_interval=0.25:0.75"
-    assert metrics.apart(row) == dict(
+    assert sinks.shown(row) == "step=3 eval_accuracy=0.5 eval_accuracy_interval=0.25:0.75"
+    assert sinks.apart(row) == dict(
         step=3, eval_accuracy=0.5, eval_accuracy_interval_low=0.25, eval_accuracy_interval_high=0.75
     )
 

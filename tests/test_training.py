@@ -21,6 +21,7 @@ from tiny import FAMILIES, byte_tokenizer
 import train
 from fsdp_utils.core import processes
 from fsdp_utils.core.errors import Diverged, UserError
+from fsdp_utils.core.ranks import rank
 from fsdp_utils.core.rows import gather, local
 from fsdp_utils.core.safetensors_io import StreamingWriter
 from fsdp_utils.data.batches import IGNORED, collate_packed, epoch_rows, with_targets
@@ -28,7 +29,7 @@ from fsdp_utils.model.build import read_tokenizer
 from fsdp_utils.options import OPTIMIZERS, SCHEDULES
 from fsdp_utils.sharding.mesh import shard_group
 from fsdp_utils.tasks.causal_lm import CAUSAL_LM
-from fsdp_utils.training import metrics
+from fsdp_utils.training import metrics, sinks
 from fsdp_utils.training import step as training_step
 from fsdp_utils.training.loss import CausalLMLoss
 from fsdp_utils.training.optim import LocalParameters, LossScaler, global_norm, schedule_factor, stock_optimizer
@@ -61,6 +62,19 @@ def run(flags: dict, *, ends=None, **patches) -> tuple[list[dict], dict[str, tor
     processes.barrier()  # process 0 has written its last line
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines], found
+
+
+def run_compiled(flags: dict, *, here: bool = True) -> list[dict]:
+    """A run whose blocks are compiled, without the code generator, in this process or not: its rows."""
+    torch._dynamo.reset()
+    compiled = partial(torch.compile, backend="eager", dynamic=False) if here else None
+    with patch.object(train, "compiler", lambda config, device: compiled):
+        return run(flags)[0]
+
+
+def run_compiled_on_one(flags: dict) -> list[dict]:
+    """Only process 1 compiles."""
+    return run_compiled(flags, here=rank() == 1)
 
 
 @pytest.fixture
@@ -101,8 +115,9 @@ def test_steps_of_packed_epochs(flags, tiny_data):
 def test_metrics(flags):
     """Every row has the fields, and an epoch's tokens are the labels of the data."""
     rows, _ = run(flags(profile_memory=True, log_to="stdout"))
-    fields = ["step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "memory_gib", "resident_gib"]
-    assert [list(row) for row in rows] == [fields] * 4
+    begun = ["step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "memory_gib", "resident_gib"]
+    assert list(rows[0]) == begun
+    assert [list(row) for row in rows[1:]] == [[*begun[:6], "seconds_left", *begun[6:]]] * 3
     assert all(isinstance(v, (int, float)) and math.isfinite(v) for row in rows for v in row.values())
     config = make_config(**flags())
     assert sum(column(rows, "tokens")) == tokenized(config).report.label_tokens
@@ -305,6 +320,12 @@ def test_schedule_in_the_loop(pair, flags, schedule):
     assert column(rows, "lr") == pytest.approx(want)
 
 
+def test_another_process_compiles(pair, flags):
+    """A step is as slow for all: process 0 marks it too."""
+    rows = pair.run(run_compiled_on_one, flags(batch_size=7, max_steps=2))[0]
+    assert column(rows, "compiled") == [True, True]  # 7 samples, then none
+
+
 def test_wandb_without_a_key(monkeypatch):
     """Said before anything is loaded, not asked for in the middle; offline runs need none."""
     import wandb
@@ -332,8 +353,8 @@ def test_profiles_need_a_folder(tmp_path):
 
 def test_wandb_offline(flags, tmp_path, monkeypatch, offline_wandb):
     """--log_to wandb writes an offline run without a network, with the flags and the same numbers as metrics.jsonl."""
-    logged, original = [], metrics.Wandb.log
-    monkeypatch.setattr(metrics.Wandb, "log", lambda self, row: (logged.append(row), original(self, row))[1])
+    logged, original = [], sinks.Wandb.log
+    monkeypatch.setattr(sinks.Wandb, "log", lambda self, row: (logged.append(row), original(self, row))[1])
     rows, _ = run(flags(log_to="wandb", project_name="trial", name="first", max_steps=2))
     (recorded,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     words, deadline = (b"trial", b"first", b"custom_qlora", b"grad_norm"), time.monotonic() + 60

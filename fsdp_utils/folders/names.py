@@ -1,11 +1,10 @@
 """The names of what lies in a saved folder."""
 
-from fsdp_utils.core.folders import TEMPLATES
+from fsdp_utils.core.folders import METRICS_FILE, REPORT_FILE, RUN_FILE, TEMPLATES
+from fsdp_utils.training.sinks import TENSORBOARD
 from methods.adapter import ADAPTER_CONFIG
 from methods.llama_pro import EXPANDED_LAYERS_FILE
 
-RUN_FILE = "run.json"
-METRICS_FILE = "metrics.jsonl"
 CARD = "README.md"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_FOLDER = "adapter"  # where an exported model folder keeps the adapter that belongs to it
@@ -20,7 +19,8 @@ TOKENIZER_FILES = (  # patterns
     *("chat_template.json", "*.model", "vocab.*", "merges.txt", "*.tiktoken", "tekken.json", "tokenization_*.py"),
 )
 DIVERGED_FILE = "diverged.json"  # at which step, on which samples
-OWN_FILES = {RUN_FILE, METRICS_FILE, DIVERGED_FILE}  # what a run without --save_model leaves behind
+# what a run without --save_model leaves behind
+OWN_FILES = {RUN_FILE, METRICS_FILE, DIVERGED_FILE, REPORT_FILE, TENSORBOARD}
 MARKS = {RUN_FILE, ADAPTER_CONFIG, "config.json"}  # of a folder that may be overwritten
 FOLDERS = (ADAPTER_FOLDER, TEMPLATES)  # of an older result
 CHECKPOINTS = "checkpoints"

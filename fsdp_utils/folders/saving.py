@@ -44,6 +44,7 @@ from fsdp_utils.folders.names import (
     OF_AN_EXPORT,
     OWN_FILES,
     PACKAGES,
+    REPORT_FILE,
     RUN_FILE,
 )
 from fsdp_utils.model.build import resolve_model
@@ -92,7 +93,7 @@ def check_output(config, *, resumes: bool = False) -> None:
 
 def _left_behind(folder: Path, held: set[str]) -> bool:
     """Whether a folder holds only what a run leaves that was killed before its first checkpoint was whole."""
-    unfinished = {SAVING, f".{RUN_FILE}", f".{METRICS_FILE}"}
+    unfinished = {SAVING, *(f".{name}" for name in (RUN_FILE, METRICS_FILE, REPORT_FILE))}
     return bool(held) and held <= OWN_FILES | {CHECKPOINTS} | unfinished and not is_finished(folder)
 
 
@@ -119,7 +120,7 @@ def begun(planned, config, *, resumes: bool = False, data: dict | None = None):
     """Claims the output folder for a run, which is unfinished until the block ends well.
 
     Args:
-        data: what it trains on: how many `samples`, and whether they are `chats`.
+        data: what it trains on: how many `samples`, and whether they are `chats`; it may grow until the block ends.
 
     Raises:
         UserError: another run got there first, or the result will not fit on the disk.
@@ -139,7 +140,8 @@ def _claimed(planned, config, *, resumes: bool):
         if config.save_model:
             end_tokens(source_folder(config))  # finds a document that is damaged
             refuse_full_disk(folder, _SAVERS[planned.method.saves].specs(planned.model, planned, config))
-        (folder / DIVERGED_FILE).unlink(missing_ok=True)
+        for name in (DIVERGED_FILE, REPORT_FILE):  # of what was there before
+            (folder / name).unlink(missing_ok=True)
         yield
 
 

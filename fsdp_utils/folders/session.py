@@ -13,7 +13,9 @@ from fsdp_utils.core.safetensors_io import CheckpointReader
 from fsdp_utils.folders import checkpoints, saving
 from fsdp_utils.folders.describe import adapter_tensors, check_adapter, describe
 from fsdp_utils.folders.names import DIVERGED_FILE
+from fsdp_utils.model.assemble import parameter_counts
 from fsdp_utils.model.weights import fingerprint
+from fsdp_utils.training.flops import device_name
 from fsdp_utils.training.stopping import announce
 from methods.adapter import flags_of, scaling_factor
 
@@ -39,7 +41,7 @@ class Session:
         epochs = range(config.num_epochs)
         self.total_steps = config.max_steps if config.max_steps > 0 else sum(map(batches.count, epochs))
         self.state = checkpoints.read_state(checkpoint) if checkpoint else None
-        self.run_id = self.state["run_id"] if checkpoint else None
+        self.run_ids = self.state["run_ids"] if checkpoint else {}
         if checkpoint:
             self._go_on_validating()
             self._check_same()
@@ -111,8 +113,8 @@ class Session:
     def begun(self):
         """Holds the output folder, which is unfinished until the block ends well."""
         goes_on = checkpoints.is_own(self.checkpoint, self.config)
-        data = dict(samples=len(self.batches.data), chats=self.batches.data.report.chats)
-        with saving.begun(self.planned, self.config, resumes=goes_on, data=data):
+        self.told = dict(samples=len(self.batches.data), chats=self.batches.data.report.chats, steps=self.total_steps)
+        with saving.begun(self.planned, self.config, resumes=goes_on, data=self.told):
             if goes_on and is_main():
                 checkpoints.remove_after(self.root, self.state["step"])
             keeps = checkpoints.keeps_checkpoints(self.config)
@@ -128,6 +130,7 @@ class Session:
     def begin(self, step) -> int:
         """Gives a new TrainStep the state that the run begins or goes on with; the steps that are done."""
         self.step = step
+        self._tell_plan(step.prepared)
         if is_main() and not checkpoints.is_own(self.checkpoint, self.config):
             checkpoints.remove_after(self.root, -1)  # of an older run: only now does this one have something to train
         if self.checkpoint:
@@ -137,6 +140,13 @@ class Session:
             self.planned.method.fill(step.model, self.adapter, device=step.device)
         self.adapter = None
         return step.taken
+
+    def _tell_plan(self, prepared) -> None:
+        """Writes into run.json what the report holds against what is measured."""
+        trained, total = parameter_counts(prepared.model)
+        counts = dict(trained_parameters=trained, parameters=total)
+        self.told |= counts | dict(device=device_name(prepared.device), memory_plan=prepared.sizes)
+        saving.write_run(self.config, self.planned, finished=False, data=self.told)
 
     def votes(self) -> list[float]:
         """What this process adds to the sums of the next step."""
@@ -212,7 +222,7 @@ class Session:
             epoch=epoch,
             step_of_epoch=done,
             total_steps=self.total_steps,
-            run_id=self.run_id,
+            run_ids=self.run_ids,
             validation=self.validation.state_dict() if self.validation else None,
             validation_data=self.validation_data,
         )

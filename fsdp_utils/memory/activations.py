@@ -1,8 +1,8 @@
 """What a micro-batch keeps for backward, measured without memory.
 
 It is not worked out from the layers: one forward pass of the model on fake tensors (shapes without memory) tells it for
-every family, adapter, dropout, attention and precision, where a formula would have to repeat them all. It is what eager
-code keeps; compiled blocks keep less.
+every family, adapter, dropout, attention and precision, where a formula would have to repeat them all. `block` is what
+eager code keeps; compiled blocks keep what backward reads of `outputs`, and work the rest out again.
 """
 
 import logging
@@ -22,35 +22,71 @@ from fsdp_utils.core.errors import UserError
 from fsdp_utils.options import POLICIES
 from fsdp_utils.sharding.offload import InputOffloader
 from fsdp_utils.sharding.wrapping import product_of
+from methods import METHODS
+
+
+class Outputs(NamedTuple):
+    """Bytes of the results of a block's matrix products and attention."""
+
+    all: int
+    by_policy: int  # what --checkpoint_policy keeps of a block that recomputes
+    states: int  # of these, what is as large as the hidden states, and can be offloaded
+    idle: int  # of the last product, where it is only added to the hidden states: backward does not ask for it
+    idle_by_policy: int
+    idle_states: int
+    fed: int  # the largest input of a product
 
 
 class Kept(NamedTuple):
-    """Bytes kept for backward."""
+    """Bytes kept for backward; the largest of all blocks."""
 
-    block: int  # by the block that keeps most
+    block: int  # by a block, in eager code
     input: int  # of a block
-    by_policy: int  # outputs that --checkpoint_policy keeps of a block that recomputes
-    states_by_policy: int  # of these, what is as large as the hidden states, and can be offloaded
+    outputs: Outputs  # of its products
     outside: int  # by what is not in a block
     fused_loss: bool  # whether the head can compute the loss: some families change its logits
+    fused_adapters: bool  # whether base product and adapter are one operator, or there is no adapter
 
 
-class _KeptByPolicy(TorchDispatchMode):
-    """Sums the outputs that a checkpoint policy keeps, and those as large as the hidden states."""
+# what may come after a block's last product so that backward does not ask for its result: hidden states are added to it
+ADDING = ("add", "view", "_unsafe_view", "reshape", "clone", "detach", "alias", "_to_copy", "device")
 
-    def __init__(self, name: str, *, elements: int, dtype: torch.dtype):
+
+class _Outputs(TorchDispatchMode):
+    """Sums the results of products, of the block that runs."""
+
+    def __init__(self, policy: str, *, elements: int, dtype: torch.dtype):
         super().__init__()
-        self.rule, self.bytes, self.states = POLICIES[name], 0, 0
-        self.state = dict(elements=elements, dtype=dtype)
+        self.rule, self.state, self.adapted = POLICIES[policy], dict(elements=elements, dtype=dtype), False
+        self.begin()
+
+    def begin(self) -> None:
+        """A block begins."""
+        self.sums, self.last, self.fed, self.only_added = Counter(), Counter(), 0, False
+
+    def end(self) -> Outputs:
+        """Those of the block that has run."""
+        sums, idle = self.sums, self.last if self.only_added else Counter()
+        kept = (sums["all"], sums["by_policy"], sums["states"], idle["all"], idle["by_policy"], idle["states"])
+        return Outputs(*kept, self.fed)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         product = product_of(func, args)
-        if product is not None and self.rule(product):
-            kept = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-            self.bytes += sum(t.nbytes for t in kept)
-            self.states += sum(t.nbytes for t in kept if InputOffloader.is_state(t, **self.state))
+        if product is None:
+            self.only_added &= func.__name__.partition(".")[0] in ADDING
+            return out
+        made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        found = [self._bytes(t, kept=self.rule(product)) for t in made]
+        self.adapted |= product.adapted and args[1] is not None
+        self.last, self.only_added = found[0], not product.factor  # whose gradient reads the result
+        self.fed = max(self.fed, made[0].nbytes // product.out * product.width)
+        self.sums.update(sum(found, Counter()))
         return out
+
+    def _bytes(self, tensor: torch.Tensor, *, kept: bool) -> Counter:
+        state = kept and InputOffloader.is_state(tensor, **self.state)
+        return Counter(all=tensor.nbytes, by_policy=tensor.nbytes * kept, states=tensor.nbytes * state)
 
 
 class _Ledger:
@@ -74,44 +110,68 @@ class _Ledger:
         return tensor
 
 
-def _fake_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A fake tensor for each parameter. They are on the CPU, whose attention keeps what the GPU's kernels do (query,
-    key, value, output and a number per row), so that the answer depends on no device."""
+def _fake_state(model: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+    """A fake tensor for each parameter that is run with: of blocks, one of each kind. They are on the CPU, whose
+    attention keeps what the GPU's kernels do (query, key, value, output and a number per row), so that the answer
+    depends on no device."""
+    first = dict(reversed([*zip(kinds_of(blocks), blocks, strict=True)])).values()
+    others = [block for path, block in blocks.items() if path not in first]
+    idle = {id(p) for block in others for p in block.parameters()}
     return {
-        name: torch.empty(p.shape, dtype=p.dtype, requires_grad=p.requires_grad) for name, p in model.named_parameters()
+        name: torch.empty(p.shape, dtype=p.dtype, requires_grad=p.requires_grad)
+        for name, p in model.named_parameters()
+        if id(p) not in idle
     }
 
 
+def kinds_of(blocks: dict[str, nn.Module]) -> list[tuple]:
+    """What makes a block keep what it keeps: its class, its parameters, and which kind of layer it says it is."""
+    kinds = []
+    for block in blocks.values():
+        parameters = [(n, p.shape, p.dtype, p.requires_grad) for n, p in block.named_parameters()]
+        said = [
+            getattr(m, name, None)
+            for m in block.modules()
+            for name in ("layer_type", "attention_type", "sliding_window")
+        ]
+        kinds.append((type(block), tuple(parameters), tuple(map(str, said))))
+    return kinds
+
+
 @contextmanager
-def _watched(blocks: dict[str, nn.Module], ledger: _Ledger, *, fake: FakeTensorMode, policy: _KeptByPolicy):
-    """Runs each block on fake tensors while the context lasts; yields the bytes of each block's input, and of what the
-    policy keeps of it: pairs of all and of states.
+def _watched(blocks: dict[str, nn.Module], ledger: _Ledger, *, fake: FakeTensorMode, products: _Outputs):
+    """Runs one block of each kind on fake tensors while the context lasts, which answers for the others; yields the
+    bytes of each such block's input, and its `Outputs`.
 
     Only what meets a weight is fake. Positions and masks outside of blocks are real, because transformers looks at
     their values: so attention takes the way that it takes in training.
     """
-    inputs, by_policy = [], []
+    inputs, outputs, known = [], [], {}
 
-    def watching(path, forward):
+    def watching(path, forward, kind):
         def run(*args, **kwargs):
+            if kind in known:
+                return known[kind]
             as_fake = lambda t: t if isinstance(t, FakeTensor) else fake.from_tensor(t)
             args, kwargs = tree_map_only(torch.Tensor, as_fake, (args, kwargs))
             tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
             ledger.ignore(t for t in tensors if not t.requires_grad)
             inputs.append(sum(t.nbytes for t in tensors if t.requires_grad))
-            ledger.inside, before = path, (policy.bytes, policy.states)
-            with fake, policy:
+            ledger.inside = path
+            products.begin()
+            with fake, products:
                 out = forward(*args, **kwargs)
             ledger.inside = None
-            by_policy.append((policy.bytes - before[0], policy.states - before[1]))
+            outputs.append(products.end())
+            known[kind] = out
             return out
 
         return run
 
-    for path, block in blocks.items():
-        block.forward = watching(path, block.forward)
+    for (path, block), kind in zip(blocks.items(), kinds_of(blocks), strict=True):
+        block.forward = watching(path, block.forward, kind)
     try:
-        yield inputs, by_policy
+        yield inputs, outputs
     finally:
         for block in blocks.values():
             del block.forward
@@ -142,17 +202,17 @@ def measure(model: nn.Module, blocks: dict[str, nn.Module], config, *, task, dty
     fake, ledger, logits = FakeTensorMode(allow_non_fake_inputs=True), _Ledger(), []
     shape = (config.batch_size, config.context_length, model.config.get_text_config().hidden_size)
     with fake:
-        state = _fake_state(model)
+        state = _fake_state(model, blocks)
         embedded = torch.empty(shape, dtype=dtype, requires_grad=True)
     ledger.ignore(state.values())
-    policy = _KeptByPolicy(config.checkpoint_policy, elements=embedded.numel(), dtype=dtype)
+    products = _Outputs(config.checkpoint_policy, elements=embedded.numel(), dtype=dtype)
     arguments = task.measured(embedded, packing=config.packing)
     compute = torch.autocast("cpu", autocast) if autocast else nullcontext()
     ends = [head for head in (model.get_output_embeddings(),) if head is not None]
     hooks = [head.register_forward_hook(lambda module, args, out: logits.append(out)) for head in ends]
     try:
         with (
-            _watched(blocks, ledger, fake=fake, policy=policy) as (inputs, by_policy),
+            _watched(blocks, ledger, fake=fake, products=products) as (inputs, outputs),
             saved_tensors_hooks(ledger.pack, lambda packed: packed),
             compute,
             _in_silence("transformers.modeling_layers"),  # embeddings do not show padding, it says: there is none
@@ -163,6 +223,6 @@ def measure(model: nn.Module, blocks: dict[str, nn.Module], config, *, task, dty
     finally:
         for hook in hooks:
             hook.remove()
-    most, states = max(by_policy)
     fused = config.fused_loss and bool(logits) and out.logits is logits[0]
-    return Kept(max(ledger.of_block.values()), max(inputs), most, states, ledger.outside, fused)
+    one_operator = products.adapted or not METHODS[config.method].adapts
+    return Kept(max(ledger.of_block.values()), max(inputs), max(outputs), ledger.outside, fused, one_operator)

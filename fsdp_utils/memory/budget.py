@@ -14,7 +14,9 @@ from fsdp_utils.core.devices import GIB
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.ranks import world_size
 from fsdp_utils.memory.activations import Kept
+from fsdp_utils.memory.graphs import graph_tokens
 from fsdp_utils.options import OPTIMIZERS, STRATEGIES
+from fsdp_utils.sharding.offload import is_shared
 from fsdp_utils.sharding.peer_gather import unread_parameters
 from fsdp_utils.sharding.prepared import Prepared
 from methods.kernels.cross_entropy import LOGITS_BYTES
@@ -31,12 +33,26 @@ class Resident(NamedTuple):
     learned: int  # trained rows and their gradients; whole ones too where they are whole during a step
     optimizer: int
     gathered: int  # what FSDP2 makes whole, and the buffers that gradients are reduced in
+    gradients: int = 0  # of `learned`, those that come into being during backward
+    head: int = 0  # of head or embedding, whole while it runs
+    stepping: int = 0  # when backward is over: what gradients are reduced in, what the optimizer makes and drops
+
+    @property
+    def total(self) -> int:
+        return self.base + self.learned + self.optimizer + self.gathered
 
 
-def optimizer_bytes(optimizer: str, elements: int, element_size: int, *, columns: int = 256) -> int:
-    """Bytes that an optimizer keeps for trained elements of so many bytes each, in rows of `columns`."""
+def optimizer_bytes(
+    optimizer: str, elements: int, element_size: int, *, columns: int = 256, in_block: bool = False
+) -> int:
+    """Bytes that an optimizer keeps for trained elements of so many bytes each, in rows of `columns`.
+
+    Args:
+        in_block: whether they are of a matrix of a decoder block.
+    """
     row = OPTIMIZERS[optimizer]
-    own = elements * (2 * element_size if row.state_bytes is None else row.state_bytes)
+    numbers = row.of_matrices if in_block else 2
+    own = elements * (numbers * element_size if row.state_bytes is None else row.state_bytes)
     return own + elements // columns * -(-columns // 256) * row.scale_bytes
 
 
@@ -60,6 +76,13 @@ def _row_bytes(parameter: torch.Tensor, shards: int) -> tuple[int, int]:
     return elements, elements * parameter.element_size()
 
 
+def keeps_gradients(model: nn.Module, config, *, mesh, device: torch.device) -> bool:
+    """Whether the memory of gradients stays from step to step: where CUDA graphs found it, or where several backwards
+    add to it."""
+    graphs = graph_tokens(model, config, mesh=mesh, device=device) > 0
+    return graphs or config.gradient_accumulation_steps > 1
+
+
 def resident(
     model: nn.Module,
     blocks: dict[str, nn.Module],
@@ -69,42 +92,67 @@ def resident(
     on_host: dict[str, nn.Parameter],
     gathered_with_root: bool = False,
     slot_bytes: int = 0,
+    device: torch.device,
+    offloaded: bool | None = None,
 ) -> Resident:
     """From the model on meta, before FSDP2 shards it over `mesh`.
 
     Args:
+        device: of the run; it need not be here.
+        offloaded: whether its rows are in host memory; None: as the flags say.
         on_host: parameters of the embedding that stay in host memory, whole.
         gathered_with_root: as `fsdp.shard` takes it.
         slot_bytes: of peer gathering.
     """
     shards = 1 if mesh is None else mesh.size(mesh.ndim - 1)  # the last dimension of a mesh is the one that shards
-    offloaded = mesh is not None and config.use_cpu_offload
+    if offloaded is None:
+        offloaded = mesh is not None and config.use_cpu_offload
     away = {id(p) for p in on_host.values()}
+    inside = {id(p) for block in blocks.values() for p in block.parameters() if p.dim() == 2}
     frozen = trained = states = 0
     for p in model.parameters() if not offloaded else ():
         elements, nbytes = _row_bytes(p, shards)
         if p.requires_grad:
             trained += nbytes
-            columns = p.shape[1:].numel()
-            states += optimizer_bytes(config.optimizer, elements, p.element_size(), columns=columns)
+            shape = dict(columns=p.shape[1:].numel(), in_block=id(p) in inside)
+            states += optimizer_bytes(config.optimizer, elements, p.element_size(), **shape)
         elif id(p) not in away:
             frozen += nbytes
     gradients = 0 if offloaded else _gradient_bytes(model, blocks, config, shards=shards)
-    learned, whole, buffers = trained + gradients, 0, 0
+    learned, gathered, extra = trained + gradients, Gathered(0, 0, 0), 0
     if mesh is not None:
-        whole, buffers = _gathered(model, blocks, config, away=away, gathered_with_root=gathered_with_root)
+        groups = dict(away=away, shards=shards, gathered_with_root=gathered_with_root)
+        gathered = _gathered(model, blocks, config, **groups)
     if gathered_with_root:  # a step holds weights and gradients whole, and at its end the rows of gradients
         extra = 2 * sum(p.nbytes for block in blocks.values() for p in block.parameters() if p.requires_grad)
-        learned, whole, buffers = trained + extra, whole - extra, buffers + trained
-    return Resident(frozen + slot_bytes, learned, states, max(whole - slot_bytes, 0) + buffers)
+        learned, gradients = trained + extra, extra // 2
+    copies = 0 if config.rounds_stochastically or config.optimizer_in_backward else OPTIMIZERS[config.optimizer].copies
+    return Resident(
+        base=frozen + slot_bytes,
+        learned=learned,
+        optimizer=states,
+        gathered=max(gathered.blocks - extra - slot_bytes, 0),
+        gradients=0 if keeps_gradients(model, config, mesh=mesh, device=device) else gradients,
+        head=gathered.ends,
+        stepping=max(copies * trained, gathered.at_end + (trained if gathered_with_root else 0)),
+    )
 
 
-def _gathered(model: nn.Module, blocks: dict, config, *, away: set[int], gathered_with_root: bool) -> tuple[int, int]:
-    """Bytes of what FSDP2 makes whole at the worst moment, gradients of it included, and of the fp32 buffers that
-    gradients are reduced in."""
+class Gathered(NamedTuple):
+    """Bytes of what FSDP2 makes whole, gradients of it and the fp32 buffers that these are reduced in included."""
+
+    blocks: int  # while blocks run
+    ends: int  # while head or embedding does
+    at_end: int  # when backward is over: buffers of what is whole during a step
+
+
+def _gathered(
+    model: nn.Module, blocks: dict, config, *, away: set[int], shards: int, gathered_with_root: bool
+) -> Gathered:
     away = away | {id(p) for p in unread_parameters(model)}
     in_blocks = [[p for p in block.parameters() if id(p) not in away] for block in blocks.values()]
-    inside = {id(p) for parameters in in_blocks for p in parameters} | away
+    ends = _ends(model, away=away)
+    inside = {id(p) for parameters in in_blocks for p in parameters} | away | {id(p) for p in ends}
     root = [p for p in model.parameters() if id(p) not in inside or (gathered_with_root and p.requires_grad)]
     whole = lambda parameters: sum(p.nbytes for p in parameters)
     gradients = lambda parameters: sum(p.nbytes for p in parameters if p.requires_grad)
@@ -114,77 +162,143 @@ def _gathered(model: nn.Module, blocks: dict, config, *, away: set[int], gathere
         gathered = 3 * whole(largest)  # the block that runs, the next one, and the buffer that it arrives in
     else:
         gathered = sum(map(whole, in_blocks)) + whole(largest)
-    reduced = buffers(root) + 2 * buffers(largest)
+    gathered += whole(root) + gradients(root) + 2 * gradients(largest) + 2 * buffers(largest)
     if config.no_sync and config.gradient_accumulation_steps > 1:
-        reduced += buffers(model.parameters())
-    return gathered + whole(root) + gradients(root) + 2 * gradients(largest), reduced
+        gathered += buffers(model.parameters())
+    # what arrives from others does so in a buffer; meanwhile the last block comes, for backward
+    arriving, next_one = 2 if shards > 1 else 1, 0 if gathered_with_root else 2 * whole(largest)
+    of_ends = max((arriving * p.nbytes + buffers([p]) for p in ends), default=0) + next_one
+    return Gathered(gathered, of_ends, buffers(root))
+
+
+def _ends(model: nn.Module, *, away: set[int]) -> list[nn.Parameter]:
+    """Parameters of head and embedding where they are groups of their own: see `fsdp.shard`."""
+    ends = [m for m in (model.get_output_embeddings(), model.get_input_embeddings()) if m is not None]
+    return [p for m in ends if not is_shared(model, m) for p in m.parameters() if id(p) not in away]
 
 
 def at_loss(model: nn.Module, config, kept: Kept, *, dtype, autocast) -> int:
-    """Bytes besides `kept.outside` while head and loss run."""
+    """Bytes besides those of the blocks while head and loss run."""
     shape = model.config.get_text_config()
     tokens, width = config.batch_size * config.context_length, dtype.itemsize
     head = model.get_output_embeddings()
     if head is None:  # a few numbers a row
         return 0
-    if not kept.fused_loss:  # whole logits, their fp32 copy, probabilities, and the gradients of these
-        return tokens * shape.vocab_size * (2 * width + 12)
+    if not kept.fused_loss:  # whole logits, in fp32 too, their probabilities, and the gradient of one of these
+        return kept.outside + tokens * shape.vocab_size * (2 * width + 8)
     size = shape.vocab_size * shape.hidden_size
     trains = any(p.requires_grad for p in head.parameters())
-    # a packed or autocast head as a matrix; hidden states of the predicting tokens and their gradient
-    dense = 0 if isinstance(head, nn.Linear) and not autocast else size * (autocast or dtype).itemsize
-    return LOGITS_BYTES + dense + size * (4 + width) * trains + 2 * tokens * shape.hidden_size * width
+    compute = (autocast or dtype).itemsize
+    # a packed head as a matrix, and in fp32 its gradient, in which products are summed
+    packed = 0 if isinstance(head, nn.Linear) else size * compute
+    of_weight = packed + size * (4 + compute) * trains
+    # hidden states of the predicting tokens and their gradient
+    return kept.outside + LOGITS_BYTES + of_weight + 2 * tokens * shape.hidden_size * width
 
 
-def per_recomputed(config, kept: Kept, *, compiled: bool) -> int:
-    """Bytes that a block that recomputes keeps on the GPU. In eager code only its input can be offloaded."""
+class Block(NamedTuple):
+    """Bytes of a decoder block on the GPU besides its weights."""
+
+    whole: int  # kept for backward where it does not recompute
+    recomputing: int  # where it does
+    again: int  # what it then makes again in backward
+    within: int  # in backward: gradients, a weight dequantized and its copy, copies from and to the host
+    leaving: int  # of several blocks, what is on its way to the host when the loss begins
+
+
+def of_head(model: nn.Module, held: Resident) -> int:
+    """Bytes of `held.gradients` that the loss makes: those of the head."""
+    head = model.get_output_embeddings()
+    return min(held.gradients, sum(p.nbytes for p in head.parameters() if p.requires_grad) if head is not None else 0)
+
+
+def _away(config, kept: Kept, *, compiled: bool) -> int:
+    """Bytes of a block that recomputes which wait in host memory. In eager code only its input can."""
     if not config.use_activation_cpu_offload:
-        return kept.input + kept.by_policy
-    return kept.by_policy - (kept.states_by_policy if compiled else 0)
+        return 0
+    return kept.input + (kept.outputs.states - kept.outputs.idle_states if compiled else 0)
 
 
-def in_backward(blocks: dict[str, nn.Module], kept: Kept, *, dtype: torch.dtype) -> int:
-    """Bytes inside a block in backward: gradients, and a base weight dequantized and its copy."""
+def block_bytes(blocks: dict[str, nn.Module], kept: Kept, config, *, dtype: torch.dtype, compiled: bool) -> Block:
+    """Compiled, a block keeps results of products and works the rest out again; its gradients take the room of what it
+    no longer needs, so that beside it are two of the hidden states and two of the widest input (docs/planning.md)."""
+    outputs = kept.outputs
+    if compiled:
+        by_policy, needed = outputs.by_policy - outputs.idle_by_policy, outputs.all - outputs.idle
+        within = 2 * (kept.input + outputs.fed) if kept.fused_adapters else needed
+    else:
+        by_policy, needed = outputs.by_policy, kept.block
+        within = kept.input + outputs.fed if kept.fused_adapters else kept.block
+    away = _away(config, kept, compiled=compiled)
     linears = [m for block in blocks.values() for m in block.modules() if hasattr(m, "in_features")]
     weight = max((m.in_features * m.out_features * dtype.itemsize for m in linears), default=0)
-    return kept.block + 2 * weight
+    whole = kept.input + needed if compiled else needed
+    inside = within + 2 * weight + 2 * away
+    return Block(whole, kept.input + by_policy - away, max(needed - by_policy, 0), inside, leaving=3 * away)
+
+
+class Peak(NamedTuple):
+    """Bytes of activations at the two worst moments of a step, less those of gradients that are not there yet."""
+
+    loss: int  # while the loss is computed, before backward
+    backward: int  # while a block is in backward
 
 
 def peak_activations(
-    recomputed: int, *, blocks: int, per_block: int, per_recomputed: int, in_backward: int, at_loss: int
-) -> int:
-    """Bytes of activations at the worst moment when the first `recomputed` of `blocks` recompute.
+    recomputed: int, *, blocks: int, block: Block, at_loss: int, gradients: int = 0, of_head: int = 0
+) -> Peak:
+    """When the first `recomputed` of `blocks` recompute.
 
-    Either the others hold everything, while the loss is computed or the last block is in backward; or they are done,
-    and one block holds what it has recomputed.
+    In backward it is the last block; or the others are done, and one block holds what it has recomputed; or the first
+    block, when all gradients are there.
+
+    Args:
+        gradients: bytes that come into being during backward; `of_head`: of these, what the loss has made.
     """
-    held = (blocks - recomputed) * per_block + max(at_loss, in_backward)
-    return recomputed * per_recomputed + max(held, per_block + in_backward if recomputed else 0)
+
+    def in_backward(number: int) -> int:
+        again, left = number < recomputed, number + 1
+        held = min(left, recomputed) * block.recomputing + max(left - recomputed, 0) * block.whole
+        to_come = (gradients - of_head) * number // blocks
+        return held + block.within + block.again * again - to_come
+
+    begun = recomputed * block.recomputing + (blocks - recomputed) * block.whole + block.leaving + at_loss - gradients
+    return Peak(begun, max(map(in_backward, {blocks - 1, max(recomputed - 1, 0), 0})))
 
 
-def sizes(config, held: Resident, kept: Kept | None, **activations) -> dict[str, int]:
-    """Bytes in this process by purpose.
+SHOWN = ("base", "optimizer", "activations", "logits")  # also where they are nothing
+
+
+def sizes(config, held: Resident, kept: Kept | None, *, workspace: int = 0, **activations) -> dict[str, int]:
+    """Bytes in this process by purpose, at the worst moment of a step.
 
     Args:
         kept: None where it could not be measured.
+        workspace: of libraries.
         activations: arguments of `peak_activations`, with `recomputed`.
     """
     learned = "weights and gradients" if config.method == "full" else "adapters and gradients"
-    found = {"base": held.base, learned: held.learned, "optimizer": held.optimizer}
-    if held.gathered:
-        found["gathered"] = held.gathered
+    found = {"base": held.base, learned: held.learned, "optimizer": held.optimizer, "gathered": held.gathered}
     if kept is not None:
-        found["activations"] = kept.outside + peak_activations(**activations | dict(at_loss=0))
-        found["logits"] = activations["at_loss"]
-    return found
+        peak = peak_activations(**activations, gradients=held.gradients)
+        loss, backward = peak.loss + held.head, peak.backward + held.gathered
+        found["gathered"] = held.head if loss > backward else held.gathered
+        found["activations"] = peak.loss - activations["at_loss"] if loss > backward else peak.backward
+        found["logits"] = activations["at_loss"] if loss > backward else 0
+        if found["activations"] < 0:  # gradients that are not there yet are more
+            found[learned] += found["activations"]
+            found["activations"] = 0
+        found["optimizer"] += max(held.stepping - max(loss, backward), 0)
+    found["workspace"] = workspace
+    return {purpose: size for purpose, size in found.items() if size or purpose in SHOWN}
 
 
 def host_activations(config, kept: Kept | None, recomputed: int, *, compiled: bool) -> int:
     """Bytes of page-locked host memory that `--use_activation_cpu_offload` takes in this process. The last block that
     recomputes keeps what it saves."""
-    if kept is None or not config.use_activation_cpu_offload:
+    if kept is None:
         return 0
-    return max(recomputed - 1, 0) * (kept.input + (kept.states_by_policy if compiled else 0))
+    return max(recomputed - 1, 0) * _away(config, kept, compiled=compiled)
 
 
 def _can_step_in_backward(config) -> bool:

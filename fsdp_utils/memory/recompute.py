@@ -10,24 +10,25 @@ from fsdp_utils.core.devices import GIB
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.processes import all_reduce
 from fsdp_utils.core.ranks import say
-from fsdp_utils.memory.activations import Kept, measure
+from fsdp_utils.memory.activations import measure
 from fsdp_utils.memory.budget import (
     Resident,
     at_loss,
+    block_bytes,
     host_activations,
-    in_backward,
+    of_head,
     peak_activations,
-    per_recomputed,
     sizes,
 )
 from fsdp_utils.memory.graphs import graph_tokens
 
+WORKSPACE = dict(cuda=64 * 2**20, cpu=0)  # of cuBLAS
 RESERVE = 0.1  # of the free memory: fragmentation, libraries' workspaces, communication buffers
 
 
 def blocks_to_recompute(*, free: int, blocks: int, **of_blocks) -> int:
     """The fewest blocks that must recompute for `peak_activations` to fit into `free` bytes; all, if nothing does."""
-    fits = lambda recomputed: peak_activations(recomputed, blocks=blocks, **of_blocks) <= free
+    fits = lambda recomputed: max(peak_activations(recomputed, blocks=blocks, **of_blocks)) <= free
     return next(filter(fits, range(blocks + 1)), blocks)
 
 
@@ -72,6 +73,7 @@ def lay_out(
     dtype: torch.dtype,
     autocast: torch.dtype | None,
     compiled: bool,
+    available: int | None,
 ) -> Layout:
     """Decides how many blocks recompute, the same in every process; with `auto` it says why. Collective.
 
@@ -83,16 +85,16 @@ def lay_out(
         task: knows how the model is called.
         dtype, autocast: of hidden states and of the products.
         compiled: blocks will be compiled.
+        available: bytes that are free on this process's GPU; None on a CPU.
 
     Raises:
         UserError: the model cannot be measured, and `auto` would have to know.
     """
     auto = config.use_gradient_checkpointing == "auto"
-    available = free_memory(device) if auto else None
     try:
         kept = measure(model, blocks, config, task=task, dtype=dtype, autocast=autocast)
     except UserError as error:
-        if available is not None:
+        if auto and available is not None:
             raise UserError(f"--use_gradient_checkpointing auto: {error}; pass true or false") from error
         say(f"note: {error}: its memory is not estimated, and the loss is computed from whole logits")
         kept = None
@@ -101,24 +103,25 @@ def lay_out(
         return Layout(recomputed, False, sizes(config, held, None), 0)
     activations = dict(
         blocks=len(blocks),
-        per_block=kept.block,
-        per_recomputed=per_recomputed(config, kept, compiled=compiled),
-        in_backward=in_backward(blocks, kept, dtype=dtype),
+        block=block_bytes(blocks, kept, config, dtype=autocast or dtype, compiled=compiled),
+        of_head=of_head(model, held),
         at_loss=at_loss(model, config, kept, dtype=dtype, autocast=autocast),
     )
     if auto and available is None:
         say(f"activation checkpointing: {recomputed} of {len(blocks)} blocks recompute (auto on a CPU: all)")
     elif auto:
-        free = all_reduce(int(available * (1 - RESERVE)) - sum(held) - kept.outside, device, op=ReduceOp.MIN)
+        free = all_reduce(int(available * (1 - RESERVE)) - held.total, device, op=ReduceOp.MIN)
         free = int(free / (1 + graphs_share(model, config, mesh=mesh, device=device)))
         recomputed = blocks_to_recompute(free=free, **activations)
-        say(_decision(recomputed, config, kept, blocks=len(blocks), free=free))
+        whole = activations["block"].whole
+        say(_decision(recomputed, config, whole, blocks=len(blocks), free=free))
     on_host = host_activations(config, kept, recomputed, compiled=compiled)
-    return Layout(recomputed, kept.fused_loss, sizes(config, held, kept, recomputed=recomputed, **activations), on_host)
+    by_purpose = sizes(config, held, kept, recomputed=recomputed, workspace=WORKSPACE[device.type], **activations)
+    return Layout(recomputed, kept.fused_loss, by_purpose, on_host)
 
 
-def _decision(recomputed: int, config, kept: Kept, *, blocks: int, free: int) -> str:
+def _decision(recomputed: int, config, whole: int, *, blocks: int, free: int) -> str:
     return (
-        f"activation checkpointing: {recomputed} of {blocks} blocks recompute ({kept.block / GIB:.2f} GiB a block "
+        f"activation checkpointing: {recomputed} of {blocks} blocks recompute ({whole / GIB:.2f} GiB a block "
         f"at {config.batch_size} x {config.context_length} tokens, {free / GIB:.1f} GiB free for activations)"
     )

@@ -89,6 +89,11 @@ def plan(config, *, task, device: torch.device) -> Plan:
         UserError: anything about model, checkpoint, targets or group size that cannot work.
     """
     check_hardware(config, device=device)
+    return plan_anywhere(config, task=task, device=device)
+
+
+def plan_anywhere(config, *, task, device: torch.device) -> Plan:
+    """`plan` for a device that may not be here."""
     check_optimizer(config, device=device)
     built = build(config, task=task, device=device)
     weights = built.weights
@@ -221,10 +226,11 @@ def load(planned: Plan, config, *, mesh, device: torch.device, compile_block: Ca
     on_host = offload.whole_embedding(model, config, device=device)
     slot_bytes = sum(shards.slot_sizes) if shards else 0
     groups = dict(gathered_with_root=with_root)
-    held = budget.resident(model, blocks, config, mesh=mesh, on_host=on_host, slot_bytes=slot_bytes, **groups)
+    placed = dict(mesh=mesh, device=device, on_host=on_host, slot_bytes=slot_bytes)
+    held = budget.resident(model, blocks, config, **placed, **groups)
     types = dict(dtype=dtypes.stored, autocast=dtypes.autocast)
     compiled = compile_block is not None
-    here = dict(mesh=mesh, device=device, compiled=compiled)
+    here = dict(mesh=mesh, device=device, compiled=compiled, available=recompute.free_memory(device))
     layout = recompute.lay_out(model, blocks, config, held, task=planned.task, **here, **types)
     offloader = offload.InputOffloader() if offloads(config, device) else None
     wrap = dict(recomputed=layout.recomputed, compiled=compile_block, offloader=offloader)
@@ -266,10 +272,15 @@ def _fill(planned: Plan, config, *, on_host: dict, rows_on_host: bool, device: t
     check_loaded(model)
 
 
+def is_local(config) -> bool:
+    """Whether the weights lie in a local folder."""
+    return any(Path(resolve_model(config.source)).glob("*.safetensors"))
+
+
 def plan_only(config, *, task, device: torch.device) -> Plan:
     """A plan from the configuration, and from the weights where they lie in a local folder: nothing is downloaded."""
-    stored = any(Path(resolve_model(config.source)).glob("*.safetensors"))
-    return plan(config if stored else replace(config, load_format="dummy"), task=task, device=device)
+    stored = config if is_local(config) else replace(config, load_format="dummy")
+    return plan_anywhere(stored, task=task, device=device)
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:

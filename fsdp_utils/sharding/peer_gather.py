@@ -46,6 +46,25 @@ def unread_parameters(module: nn.Module) -> list[nn.Parameter]:
     return [m._parameters[name] for m, name in unread(module)]
 
 
+def trains_little(blocks: list[nn.Module]) -> bool:
+    """Whether what is in each block beside its frozen weights is little."""
+
+    def little(block: nn.Module) -> bool:
+        frozen = sum(module._parameters[name].nbytes for module, name in frozen_weights(block))
+        left = sum(p.nbytes for p in unread_parameters(block))
+        return sum(p.nbytes for p in block.parameters()) - frozen - left <= LITTLE * frozen
+
+    return all(map(little, blocks))
+
+
+def slot_sizes(blocks: list[nn.Module], *, resharded: bool) -> list[int]:
+    """Bytes of the memory that whole frozen weights take: two slots that take turns, or one for each block."""
+    count = min(2, len(blocks)) if resharded else len(blocks)
+    nbytes = lambda block: sum(HostMemory.aligned(m._parameters[name].nbytes) for m, name in frozen_weights(block))
+    sizes = [nbytes(block) for block in blocks]
+    return [max(sizes[i::count]) for i in range(count)]
+
+
 def sharded(parameter: nn.Parameter, mesh) -> nn.Parameter:
     """A parameter on meta as FSDP2 would shard it: dim 0 over the last dimension of the mesh."""
     last = mesh.ndim - 1
@@ -170,20 +189,10 @@ class PeerShards:
     def __init__(self, blocks: dict[str, nn.Module], *, mesh, resharded: bool):
         self.blocks, self.mesh = list(blocks.values()), mesh
         self.weights = [frozen_weights(block) for block in self.blocks]
-        self.trains_little = all(map(self._trains_little, self.blocks, self.weights))
-        count = min(2, len(self.blocks)) if resharded else len(self.blocks)
-        sizes = [
-            sum(HostMemory.aligned(m._parameters[name].nbytes) for m, name in of_block) for of_block in self.weights
-        ]
-        self.slot_sizes = [max(sizes[i::count]) for i in range(count)]
+        self.trains_little = trains_little(self.blocks)
+        self.slot_sizes = slot_sizes(self.blocks, resharded=resharded)
         for module, name in chain.from_iterable(self.weights):
             module._parameters[name] = sharded(module._parameters[name], mesh)
-
-    @staticmethod
-    def _trains_little(block: nn.Module, weights: list[tuple[nn.Module, str]]) -> bool:
-        frozen = sum(module._parameters[name].nbytes for module, name in weights)
-        left = sum(p.nbytes for p in unread_parameters(block))
-        return sum(p.nbytes for p in block.parameters()) - frozen - left <= LITTLE * frozen
 
     @property
     def parameters(self) -> set[nn.Parameter]:
@@ -315,15 +324,19 @@ class PeerGather:
                 local(p).untyped_storage().resize_(0)
 
 
+def wanted(blocks: dict[str, nn.Module], config, *, shards: int, device: torch.device) -> bool:
+    """Whether `--peer_gather` asks for it, of so many processes that share a copy of the model."""
+    asked = config.peer_gather is True or (config.peer_gather == "auto" and device.type == "cuda")
+    return asked and shards > 1 and not config.use_cpu_offload and any(map(frozen_weights, blocks.values()))
+
+
 def choose(blocks: dict[str, nn.Module], config, *, mesh, device: torch.device) -> PeerShards | None:
     """What `--peer_gather` takes away from FSDP2; None where that does it all. Collective.
 
     Raises:
         UserError: it was asked for, and the processes do not reach each other's memory.
     """
-    wanted = config.peer_gather is True or (config.peer_gather == "auto" and device.type == "cuda")
-    frozen = any(map(frozen_weights, blocks.values()))
-    if mesh is None or not wanted or not frozen or config.use_cpu_offload or shard_group(mesh).size() == 1:
+    if mesh is None or not wanted(blocks, config, shards=shard_group(mesh).size(), device=device):
         return None
     if why := unreachable(mesh, device):
         if config.peer_gather is True:

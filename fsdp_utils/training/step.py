@@ -20,6 +20,7 @@ from fsdp_utils.memory.graphs import graph_tokens
 from fsdp_utils.sharding import fsdp
 from fsdp_utils.sharding.mesh import shard_group
 from fsdp_utils.sharding.prepared import Prepared
+from fsdp_utils.training.clock import Compiling
 from fsdp_utils.training.in_backward import StepInBackward
 from fsdp_utils.training.optim import (
     LocalParameters,
@@ -149,6 +150,7 @@ class StepResult(NamedTuple):
     tokens: int  # of the global batch, in the loss
     stepped: bool  # false where fp16 overflowed, and the step was skipped
     votes: list[float]  # sums over all processes
+    compiled: bool  # some process compiled or captured, so that its time measures nothing else
 
 
 class LossSum(NamedTuple):
@@ -190,6 +192,7 @@ class TrainStep:
         self.group = None if prepared.mesh is None else shard_group(prepared.mesh)
         self.clip_to = config.grad_norm if config.apply_gradient_clipping else None
         self.no_sync, self.taken, self.votes, self.task = config.no_sync, 0, [], task
+        self.compiling = Compiling()
 
     def __call__(self, micro_batches: list[Batch], *, lr: float, votes: Sequence[float] = ()) -> StepResult:
         """One step. Collective.
@@ -241,7 +244,7 @@ class TrainStep:
         self.taken += 1
         self.scaler.update(finite)
         self.trained.zero_grad()
-        return StepResult(loss, value, tokens, finite, self.votes)
+        return StepResult(loss, value, tokens, finite, self.votes, self._has_compiled())
 
     def _step_in_backward(self, micro_batches: list[Batch], *, votes: Sequence[float]) -> StepResult:
         with self.in_backward.stepping():
@@ -251,7 +254,7 @@ class TrainStep:
         self._end()
         loss, value = self._checked(total, tokens, norm)
         self.taken += 1
-        return StepResult(loss, value, tokens, True, self.votes)
+        return StepResult(loss, value, tokens, True, self.votes, self._has_compiled())
 
     def _checked(self, total: torch.Tensor, tokens: int, norm: torch.Tensor) -> tuple[float, float]:
         """Loss per token and gradient norm; waits for the GPU.
@@ -278,6 +281,7 @@ class TrainStep:
     def backward(self, micro_batches: list[Batch], *, votes: Sequence[float] = ()) -> tuple[torch.Tensor, int]:
         """Adds the gradients of the mean loss of the global batch. Returns its summed loss, fp64 scalar on the device,
         and its tokens. Collective."""
+        self.made = self._made()
         tokens, *self.votes = all_reduce_each([sum(map(predicting_tokens, micro_batches)), *votes], self.device)
         tokens = int(tokens)
         total = torch.zeros((), device=self.device)
@@ -286,7 +290,18 @@ class TrainStep:
             self.dropout.draw()
             # gradient = d/dp (sum over ranks and micro-batches of loss_sum) / tokens; FSDP2 divides by world_size
             total += self.micro_step(batch, self.scaler.scale * world_size() / max(tokens, 1))
-        return sum_over_processes(total.double()), tokens
+        # filled, not copied from the host, which would wait for the GPU
+        made = total.new_full((), self._made() - self.made, dtype=torch.float64)
+        total, self.made_by_all = sum_over_processes(torch.stack([total.double(), made]))
+        return total, tokens
+
+    def _made(self) -> int:
+        """How much has been compiled and captured in this process."""
+        return self.compiling.count + len(self.micro_step.captured)
+
+    def _has_compiled(self) -> bool:
+        """Whether anything was in this step: in backward of any process, or since in this one. Waits for the GPU."""
+        return bool(self.made_by_all.item()) or self._made() > self.made
 
     def _set_rate(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -337,6 +352,7 @@ class TrainStep:
 
     def close(self) -> None:
         """Makes every parameter this process's rows again."""
+        self.compiling.close()
         fsdp.leave_sharded(self.prepared)
 
     def state_dict(self) -> dict:

@@ -95,14 +95,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
-        return (
-            None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
-            None if grad_weight is None else (grad_weight * grad).to(weight_dtype),
-            None if grad_bias is None else (grad_bias * grad).to(bias_dtype),
-            None,
-        )
+        # in place: of a head that trains, a scaled copy would be the largest tensor of a step
+        scaled = [None if kept is None else kept.mul_(grad.to(kept.dtype)) for kept in ctx.saved_tensors]
+        hidden, weight, bias = scaled
+        as_stored = lambda gradient, dtype: None if gradient is None else gradient.to(dtype)
+        return hidden, as_stored(weight, weight_dtype), as_stored(bias, bias_dtype), None
 
 
 def linear_cross_entropy(hidden, weight, bias, targets) -> torch.Tensor:

@@ -1,0 +1,92 @@
+"""What a run takes in each process, from the configuration of a model alone."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from fsdp_utils.core.devices import GIB
+from fsdp_utils.memory import budget, recompute
+from fsdp_utils.model.assemble import Plan, offloads
+from fsdp_utils.options import STRATEGIES
+from fsdp_utils.planning.machines import Machine
+from fsdp_utils.sharding import offload, peer_gather
+from methods.targets import decoder_blocks
+
+# what a process takes besides what torch allocates: CUDA's context and libraries, the allocator's own gaps
+CONTEXT = int(0.6 * GIB)
+HOST = int(1.6 * GIB)  # Python, torch, CUDA's libraries
+
+
+class Shards(NamedTuple):
+    """Stands for a device mesh of which only the shape is asked."""
+
+    replicas: int
+    shards: int
+    ndim: int = 2
+
+    def size(self, dim: int | None = None) -> int:
+        return self.replicas * self.shards if dim is None else self[dim]
+
+
+class Forecast(NamedTuple):
+    """Of the process that takes most.
+
+    Args:
+        sizes: bytes of GPU memory by purpose.
+        host: bytes of host memory of a process, by purpose.
+        recomputed: of `blocks`, how many run forward again in backward.
+    """
+
+    sizes: dict[str, int]
+    host: dict[str, int]
+    recomputed: int
+    blocks: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes that torch allocates at the worst moment."""
+        return sum(self.sizes.values())
+
+    def fits(self, machine: Machine) -> bool:
+        return machine.memory is None or self.peak + CONTEXT <= machine.memory
+
+
+def mesh_of(config, machine: Machine) -> Shards | None:
+    """As `sharding.mesh.mesh_for` of a run on this machine."""
+    total, copies = machine.gpus, STRATEGIES[config.sharding_strategy].copies
+    if total == 1 and not config.use_cpu_offload:
+        return None
+    whole = dict(one=total, processes=1, nodes=config.hybrid_shard_size if config.hybrid_shard_size > 0 else total)
+    return Shards(total // whole[copies], whole[copies])
+
+
+def forecast(planned: Plan, config, machine: Machine) -> Forecast:
+    """Of a planned model, on meta; as `model.assemble.load` decides it on the machine itself."""
+    model, device, blocks = planned.model, machine.device, decoder_blocks(planned.model)
+    mesh = mesh_of(config, machine)
+    with_peers = mesh is not None and peer_gather.wanted(blocks, config, shards=mesh.shards, device=device)
+    resharded = STRATEGIES[config.sharding_strategy].resharded
+    slots = peer_gather.slot_sizes(list(blocks.values()), resharded=resharded) if with_peers else []
+    groups = dict(gathered_with_root=with_peers and peer_gather.trains_little(list(blocks.values())))
+    on_host = offload.whole_embedding(model, config, device=device)
+    placed = dict(mesh=mesh, device=device, on_host=on_host, slot_bytes=sum(slots))
+    held = budget.resident(model, blocks, config, **placed, **groups)
+    available = None if machine.memory is None else machine.memory - CONTEXT
+    types = dict(dtype=planned.dtypes.stored, autocast=planned.dtypes.autocast)
+    here = dict(mesh=mesh, device=device, compiled=config.compile and device.type == "cuda", available=available)
+    layout = recompute.lay_out(model, blocks, config, held, task=planned.task, **here, **types)
+    host = dict(process=HOST, embedding=sum(p.nbytes for p in on_host.values()))
+    if offloads(config, device):
+        host["activations"] = layout.host_activations
+    if mesh is not None and config.use_cpu_offload:
+        host["parameters and states"] = offloaded_bytes(model, blocks, config, on_host=on_host, shards=mesh.shards)
+    return Forecast(layout.sizes, {k: v for k, v in host.items() if v}, layout.recomputed, len(blocks))
+
+
+def offloaded_bytes(model: nn.Module, blocks: dict[str, nn.Module], config, *, on_host: dict, shards: int) -> int:
+    """Host memory of a process's rows, the gradients of those that train and the optimizer's states."""
+    mesh, cpu = Shards(1, shards), torch.device("cpu")
+    flags = dict(mesh=mesh, on_host=on_host, device=cpu, offloaded=False)
+    held = budget.resident(model, blocks, config, **flags)
+    return held.base + held.learned + held.optimizer

@@ -1,0 +1,101 @@
+"""Flags that fit a machine: for each way to keep activations the largest batch, the fastest first."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cached_property
+from itertools import count, islice, takewhile
+from typing import NamedTuple
+
+from fsdp_utils.model.assemble import Plan
+from fsdp_utils.planning.forecast import Forecast, forecast
+from fsdp_utils.planning.machines import CARDS, Machine, machine_of
+from fsdp_utils.planning.report import planned_for
+from fsdp_utils.planning.seconds import seconds_a_step
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+# how activations are kept, the fastest first where there is room
+WAYS = (
+    dict(use_gradient_checkpointing=False),
+    dict(checkpoint_policy="products"),
+    dict(checkpoint_policy="narrow"),
+    dict(checkpoint_policy="narrow", use_activation_cpu_offload=True),
+    dict(),
+    dict(use_activation_cpu_offload=True),
+)
+# where weights are; the next one is tried where nothing fits
+SMALLER = dict(quantize_lm_head=True, quant_scales="double")
+PLACES = (dict(use_cpu_offload=False), dict(use_cpu_offload=False) | SMALLER, dict(use_cpu_offload=True) | SMALLER)
+MOST_GPUS, SHORTEST = 64, 128
+
+
+class Choice(NamedTuple):
+    """`flags`: besides those that were given; `tokens_per_s`: of the whole machine, None where it is not known."""
+
+    flags: dict
+    found: Forecast
+    tokens_per_s: float | None
+
+
+class Search:
+    """Of one model on one machine; each placement is planned once."""
+
+    def __init__(self, config, machine: Machine):
+        self.config, self.machine, self.plans = config, machine, {}
+
+    def _planned(self, flags: dict) -> Plan:
+        packing = tuple(sorted((name, value) for name, value in flags.items() if name in SMALLER))
+        if packing not in self.plans:
+            self.plans[packing] = planned_for(replace(self.config, **flags), self.machine)
+        return self.plans[packing]
+
+    def tried(self, flags: dict, machine: Machine | None = None) -> Choice | None:
+        """What these flags make of it, here or on another machine; None where it does not fit."""
+        machine = machine or self.machine
+        config, planned = replace(self.config, **flags), self._planned(flags)
+        found = forecast(planned, config, machine)
+        if not found.fits(machine):
+            return None
+        seconds = seconds_a_step(planned, config, machine, recomputed=found.recomputed)
+        tokens = config.batch_size * config.context_length * machine.gpus
+        return Choice(flags, found, seconds and tokens / seconds)
+
+    def _largest(self, flags: dict) -> Choice | None:
+        """With the largest batch that fits."""
+        best = None
+        for batch in BATCHES:
+            choice = self.tried(flags | dict(batch_size=batch))
+            if choice is None:
+                return best
+            best = choice
+        return best
+
+    @cached_property
+    def places(self) -> list[dict]:
+        """Those that mean something for this train type."""
+        quantizes = self.config.quantizer != "none"
+        double = self.config.quantizer == "bnb"
+        meant = lambda name: name not in SMALLER or (quantizes and (name != "quant_scales" or double))
+        found = [{name: value for name, value in place.items() if meant(name)} for place in PLACES]
+        return [place for number, place in enumerate(found) if place not in found[:number]]
+
+    def choices(self) -> list[Choice]:
+        """Those that fit, the fastest first; of placements the first with any."""
+        for place in self.places:
+            found = [choice for way in WAYS if (choice := self._largest(place | way))]
+            if found:
+                return sorted(found, key=lambda choice: (-(choice.tokens_per_s or 0), choice.found.peak))
+        return []
+
+    def ways_out(self) -> Iterator[str]:
+        """What would fit where nothing does: shorter rows, more of these cards, larger ones."""
+        smallest, machine = self.places[-1] | WAYS[-1] | dict(batch_size=1), self.machine
+        cards = (machine_of(f"{machine.gpus}x{card}", device=machine.device) for card in sorted(CARDS, key=CARDS.get))
+        lengths = takewhile(lambda n: n >= SHORTEST, (self.config.context_length // 2**k for k in count(1)))
+        several = takewhile(lambda n: n <= MOST_GPUS, (machine.gpus * 2**k for k in count(1)))
+        tries = (
+            [(f"--context_length {n}", dict(context_length=n), machine) for n in lengths],
+            [(str(machine._replace(gpus=n)), {}, machine._replace(gpus=n)) for n in several],
+            [(f"{m.gpus} x {m.card} ({CARDS[m.card]} GiB)", {}, m) for m in cards if m.memory > machine.memory],
+        )
+        for ways in tries:
+            yield from islice((words for words, flags, there in ways if self.tried(smallest | flags, there)), 1)

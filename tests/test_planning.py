@@ -1,0 +1,157 @@
+"""The planner: what was measured on GPUs, machines that are not here, what fits and what would."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from commands import REPOSITORY
+from real_run import make_config
+
+from benchmarks import planning
+from benchmarks.common import write_config
+from fsdp_utils.config import TrainConfig
+from fsdp_utils.core.devices import GIB
+from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.flags import parse
+from fsdp_utils.memory.activations import kinds_of
+from fsdp_utils.planning import report
+from fsdp_utils.planning.forecast import forecast
+from fsdp_utils.planning.machines import CARDS, machine_of
+from fsdp_utils.planning.search import Search
+from fsdp_utils.training.flops import peak_of
+from methods.targets import decoder_blocks
+from scripts import plan as plan_script
+
+CPU = torch.device("cpu")
+ROWS = planning.measured()
+# some rows of each kind in every run of the tests; `python benchmarks/planning.py` does all, docs/planning.md has them
+CHOSEN = [row for row in ROWS if row["shape"] == "8b" and row["gpus"] == 1][1:22:3]
+CHOSEN += [row for row in ROWS if row["shape"] == "8b" and row["gpus"] > 1][::4]
+
+
+@pytest.mark.parametrize("row", CHOSEN, ids=lambda row: f"{row['gpus']} {planning.shown(row['flags'])}")
+def test_predicted_is_what_was_measured(row):
+    """Within 5 % of the peak that torch counted on the GPU."""
+    assert planning.predicted(row) == pytest.approx(row["gib"], rel=0.05)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """Shapes without weights."""
+    return {shape: str(write_config(shape, tmp_path_factory.mktemp(shape))) for shape in ("1b", "8b", "70b")}
+
+
+def config_of(folder, **flags):
+    return make_config(model_name=folder, precision="bf16", device="auto", **flags)
+
+
+def test_a_plan_in_lines(large):
+    """Everything that a run takes, for cards that are not here, from config.json alone."""
+    flags = dict(train_type="bnb_dora", context_length=2048, batch_size=2, use_cpu_offload=True, save_model=True)
+    flags |= dict(save_every_steps=100, max_steps=1000, quantize_lm_head=True, quant_scales="double", lora_rank=64)
+    said = "\n".join(report.lines(config_of(large["70b"], **flags), machine_of("2x24", device=CPU)))
+    for words in ("trainable params: 750,551,040", "plan for 2 x 24 GiB", "it fits", "80 of 80 blocks recompute"):
+        assert words in said
+    for words in ("host memory: 21.", "in all", "disk: result 1.40, 2 checkpoints 8.39", "download: about 131 GiB"):
+        assert words in said
+    assert "4 rows, at most 8,192 tokens; 1,000 steps" in said and "s a full step on RTX 4090" in said
+
+
+def test_what_does_not_fit_says_what_helps(large):
+    """A full fine-tune of an 8B on one card of 24 GiB."""
+    config = config_of(large["8b"], train_type="full", context_length=2048)
+    (line,) = [x for x in report.lines(config, machine_of("1x24", device=CPU)) if "GPU memory" in x]
+    assert "TOO MUCH" in line and "--use_cpu_offload true" in line
+
+
+def test_a_plan_here_is_of_this_process(large):
+    """Without --plan_gpus on a CPU there is no card to fill."""
+    said = "\n".join(report.lines(config_of(large["8b"], train_type="bnb_dora"), machine_of(None, device=CPU)))
+    assert "plan for 1 process on a CPU" in said and "memory: " in said and "GPU" not in said and "time" not in said
+
+
+@pytest.mark.parametrize(
+    ("text", "gpus", "gib", "card"),
+    [("2x24", 2, 24, "RTX 4090"), ("4xh100", 4, 80, "H100"), ("1 x 4090", 1, 24, "RTX 4090"), ("8x141", 8, 141, "H200"),
+     ("1x13.5", 1, 13.5, "T4"), ("1x300", 1, 300, "B200")],
+)  # fmt: skip
+def test_machines(text, gpus, gib, card):
+    """By size or by name; of a size the fastest known card is taken for granted."""
+    machine = machine_of(text, device=CPU)
+    assert (machine.gpus, machine.memory, machine.card) == (gpus, int(gib * GIB), card)
+    assert machine.device.type == "cuda"
+
+
+@pytest.mark.parametrize("text", ["2", "x24", "0x24", "2x0", "2xnosuch", "two x 24", "-1x24"])
+def test_machines_that_are_none(text):
+    """One line says how to write it."""
+    with pytest.raises(UserError, match=r"--plan_gpus .*as 2x24.*4xH100"):
+        machine_of(text, device=CPU)
+
+
+def test_known_cards_have_a_peak():
+    """Time can be told for each."""
+    assert all(map(peak_of, CARDS))
+
+
+def test_found_flags_fit_and_are_sorted(large):
+    """Every set is a plan that fits, with the largest batch that does, the fastest first; a larger one does not fit."""
+    config = config_of(large["1b"], train_type="custom_qlora", context_length=2048)
+    machine = machine_of("1x8", device=CPU)
+    search = Search(config, machine)
+    choices = search.choices()
+    speeds = [choice.tokens_per_s for choice in choices]
+    assert len(choices) >= 3 and speeds == sorted(speeds, reverse=True)
+    for choice in choices:
+        whole = replace(config, **choice.flags)
+        assert forecast(report.planned_for(whole, machine), whole, machine) == choice.found
+        assert choice.found.fits(machine)
+    most = choices[0].flags
+    assert search.tried(most | dict(batch_size=2 * most["batch_size"])) is None
+
+
+def test_smaller_places_come_where_nothing_fits(large):
+    """A 1B on a card of 1.7 GiB needs host memory; on one of 1 GiB nothing helps but what is said."""
+    config = config_of(large["1b"], train_type="bnb_dora", context_length=1024)
+    choices = Search(config, machine_of("1x1.7", device=CPU)).choices()
+    assert choices and all(choice.flags["use_cpu_offload"] for choice in choices)
+    small = machine_of("1x1", device=CPU)
+    search = Search(config, small)
+    assert search.choices() == []
+    out = list(search.ways_out())
+    assert out and any(name in out[-1] for name in CARDS)
+
+
+def test_blocks_of_one_kind_answer_for_each_other(tiny):
+    """Kinds are told apart by parameters and by the layer's own words."""
+    planned = lambda name: report.planned_for(make_config(model_name=tiny(name)), machine_of(None, device=CPU)).model
+    assert len(set(kinds_of(decoder_blocks(planned("llama"))))) == 1
+    assert len(set(kinds_of(decoder_blocks(planned("gemma2"))))) == 2  # sliding and full attention
+
+
+def test_script_makes_commands_to_paste(large, capsys):
+    """Each command is a train.py that plans what the script says."""
+    plan_script.main(plan_script.PlanConfig(model=large["1b"], gpus="1x4", best=1, extra="lora_rank=16"))
+    told, command = capsys.readouterr().out.splitlines()
+    config = parse(TrainConfig, command.split("train.py ")[1].split(), prog="train.py")
+    assert config.lora_rank == 16
+    found = report.lines(config, machine_of("1x4", device=CPU))
+    peak = told.split(" of 4.00")[0].rsplit(" ", 1)[1]
+    assert any(f"GPU memory: {peak} GiB" in line and "it fits" in line for line in found)
+
+
+def test_script_says_what_would_fit(large):
+    """One line, and not zero."""
+    words = [sys.executable, "scripts/plan.py", "--model", large["1b"], "--gpus", "1x1"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode and len(done.stderr.splitlines()) == 1 and "would fit" in done.stderr
+
+
+def test_measured_rows_are_whole():
+    """Every line of peaks.jsonl says what it is of."""
+    assert len(ROWS) >= 20
+    assert all({"shape", "gpus", "flags", "gib", "card"} == row.keys() and row["card"] in CARDS for row in ROWS)
+    assert len({json.dumps(row) for row in ROWS}) == len(ROWS)
