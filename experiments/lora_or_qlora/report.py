@@ -25,6 +25,9 @@ COLUMNS = {
 }
 
 
+MARKERS = "osD^v<>PX*h"
+
+
 @dataclass
 class Report:
     results: str = flag("output/lora_or_qlora/results.jsonl", "what run.py wrote")
@@ -59,18 +62,21 @@ def table(study: str, rows: list[dict]) -> str:
 
 def plot(rows: list[dict], path: Path) -> None:
     """Accuracy of each row against its memory."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    for name, runs in by_row(rows).items():
-        at = mean(run["train_peak_gib"] for run in runs), mean(run["eval_accuracy"] for run in runs)
-        axes.errorbar(*at, yerr=stdev(r["eval_accuracy"] for r in runs) if len(runs) > 1 else 0, fmt="o")
-        axes.annotate(name, at, textcoords="offset points", xytext=(6, 4))
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes, runs_of = figure.subplots(), by_row(rows)
+    accuracy = lambda runs: mean(run["eval_accuracy"] for run in runs)
+    # the best first, as they stand in the legend: names beside points would lie on each other
+    for number, name in enumerate(sorted(runs_of, key=lambda name: -accuracy(runs_of[name]))):
+        runs = runs_of[name]
+        bar = stdev(run["eval_accuracy"] for run in runs) if len(runs) > 1 else None
+        at, label = mean(run["train_peak_gib"] for run in runs), f"{name}: {accuracy(runs):.3f}"
+        axes.errorbar(at, accuracy(runs), yerr=bar, fmt=MARKERS[number % len(MARKERS)], capsize=3, label=label)
     axes.set(xlabel="peak GiB", ylabel="accuracy on held-out rows")
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right center", fontsize="small")
+    figure.savefig(path, dpi=100)
 
 
 def main(config: Report) -> None:
@@ -78,6 +84,7 @@ def main(config: Report) -> None:
     studies = {study: [row for row in rows if row["study"] == study] for study in COLUMNS}
     text = "\n".join(f"## {study}\n\n{table(study, found)}" for study, found in studies.items() if found)
     folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.md").write_text(text)
     print(text)
     if studies["accuracy"] and find_spec("matplotlib"):

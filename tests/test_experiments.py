@@ -1,0 +1,112 @@
+"""The experiments on real models, reduced to the built-in one: what they train, choose, and write."""
+
+import json
+
+import pytest
+
+from experiments.gsm8k import report as gsm8k_report
+from experiments.gsm8k import run as gsm8k
+from experiments.lora_or_qlora import report as classes_report
+from experiments.lora_or_qlora import run as classes
+from experiments.runs import read_rows
+from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.flags import ConfigError, parse
+from scripts.make_demo import write_jsonl
+
+TOPICS = {
+    "sport": ("the team won the match", "a goal in the last minute", "the runner broke the record"),
+    "money": ("the bank raised its rates", "shares fell on the market", "the firm sold its stock"),
+}
+
+
+@pytest.fixture
+def topics(tmp_path):
+    """Texts of two kinds that words tell apart, to train on and to judge by."""
+    rows = [
+        dict(text=f"{text} {n}", label=label) for label, texts in TOPICS.items() for text in texts for n in range(60)
+    ]
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("train", "eval")}
+    write_jsonl(files["train"], rows[::2])
+    write_jsonl(files["eval"], rows[1::6])
+    return files
+
+
+def test_a_classifier_learns(topics, tmp_path, capsys, monkeypatch):
+    """QLoRA 8-16, the row of the published table, on two topics: nearly all held-out texts right. The report has it."""
+    monkeypatch.setitem(classes.COMMON, "precision", "fp32")  # CPUs are slow in bf16
+    out = tmp_path / "out"
+    words = ["--model=demo", f"--train={topics['train']}", f"--eval={topics['eval']}", f"--output_dir={out}"]
+    words += ["--only=QLoRA 8-16", "--seeds=1", "--steps=40", "--device=cpu"]
+    study = parse(classes.Study, words, prog="run.py")
+    classes.main(study)
+    (row,) = read_rows(out / "results.jsonl")
+    assert row["eval_accuracy"] > 0.85 > 0.5 and row["steps"] == 40
+    assert not list((out / "work").iterdir())
+    monkeypatch.setattr(classes, "execute", lambda job, study: pytest.fail("made again"))
+    classes.main(study)
+    classes_report.main(classes_report.Report(results=str(out / "results.jsonl"), output_dir=str(out)))
+    assert "| QLoRA 8-16 | 1 |" in capsys.readouterr().out
+
+
+def test_rows_of_classes_are_known():
+    """A row that is not in the table, and a file that is not named, end before anything runs."""
+    with pytest.raises(ConfigError, match="--eval: name it"):
+        parse(classes.Study, ["--model=demo", "--train=a.jsonl"], prog="run.py")
+    study = parse(classes.Study, ["--model=demo", "--train=a", "--eval=b", "--only=nosuch"], prog="run.py")
+    with pytest.raises(UserError, match="--only nosuch"):
+        classes.jobs_of(study)
+
+
+@pytest.fixture
+def sums(tmp_path):
+    rows = [dict(question=f"What is {a} + {b}?", answer=f"#### {a + b}") for a in range(5) for b in range(5)]
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("train", "test")}
+    write_jsonl(files["train"], rows[:20])
+    write_jsonl(files["test"], rows[20:])
+    return files
+
+
+def study_of(sums, out, **flags):
+    common = dict(
+        model="demo", train=sums["train"], test=sums["test"], output_dir=out, held_out=8, steps=2, batch_size=2
+    )
+    common |= dict(seeds=1, max_new_tokens=8, precision="fp32", device="cpu")
+    return parse(gsm8k.Study, [f"--{k}={v}" for k, v in (common | flags).items()], prog="run.py")
+
+
+def test_rates_are_chosen_before_they_are_reported(sums, tmp_path, capsys):
+    """Five rates at seed 0 choose by held-out rows; another seed alone is reported, by the test file, for `full` also
+    with NF4 after it."""
+    out = tmp_path / "out"
+    gsm8k.main(study_of(sums, out, only="base, NF4;full"))
+    rows = read_rows(out / "results.jsonl")
+    chose = [row for row in rows if row["seed"] == 0]
+    reported = {row["method"]: row for row in rows if row["seed"]}
+    assert [row["lr"] for row in chose] == list(gsm8k.FULL_RATES) and not any("exact_match" in row for row in chose)
+    assert list(reported) == ["base, NF4", "full", "full + NF4"]
+    best = min(chose, key=lambda row: row["eval_loss"])["lr"]
+    assert reported["full"]["lr"] == reported["full + NF4"]["lr"] == best
+    assert reported["full"]["eval_loss"] != reported["full + NF4"]["eval_loss"]
+    assert all(0 <= row["exact_match"] <= 1 and row["asked"] == 5 for row in reported.values())
+    gsm8k_report.main(gsm8k_report.Report(results=str(out / "results.jsonl")))
+    said = capsys.readouterr().out
+    assert f"**{best:g}: " in said and "| full + NF4 |" in said
+
+
+def test_seeds_wait_for_all_rates():
+    """A rate that diverged is not chosen; while one is missing, none is."""
+    rates = gsm8k.METHODS["LoRA"].rates
+    rows = [dict(method="LoRA", lr=lr, seed=0, eval_loss=2.0 - lr) for lr in rates]
+    assert gsm8k.best_rate(rows[:-1], "LoRA") is None
+    assert gsm8k.best_rate(rows, "LoRA") == rates[-1]
+    rows[-1]["eval_loss"] = None
+    assert gsm8k.best_rate(rows, "LoRA") == rates[-2]
+
+
+def test_every_method_is_a_run(sums, tmp_path):
+    """train.py takes the flags of each row."""
+    study = study_of(sums, tmp_path / "out")
+    gsm8k.prepare(study)
+    for job in gsm8k.jobs_of(study, []):
+        flags = gsm8k.train_flags(gsm8k.flags_of(job, study))
+        assert flags.lr == job.lr and json.loads(json.dumps(job)) == list(job)
