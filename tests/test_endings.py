@@ -21,6 +21,7 @@ pytest_plugins = ["faulty_runs"]  # its fixtures
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_thrice(begin, whole, tmp_path):
     """SIGKILL in a step, while a checkpoint is written, and before its manifest: the others end too, what is not whole
     counts as nothing, and the run comes to the bytes that it has without."""
@@ -53,7 +54,7 @@ def test_killed_before_the_first_checkpoint_while_saving(tmp_path):
     )
 
 
-@pytest.mark.parametrize("meeting", ["static", "standalone"])
+@pytest.mark.parametrize("meeting", ["static", pytest.param("standalone", marks=pytest.mark.slow)])
 def test_torchrun_restarts(begin, whole, tmp_path, meeting):
     """torchrun starts a run again of which a process was killed, and it goes on by itself, to the same bytes."""
     place = dict(static=f"--master_port={free_port()}", standalone="--standalone")[meeting]
@@ -106,7 +107,9 @@ def test_signal_while_loading(begin, tmp_path):
     assert not (tmp_path / "out" / "checkpoints").exists() or not steps_of(tmp_path / "out")
 
 
-@pytest.mark.parametrize("waiting", [False, True], ids=["in a step", "in a collective"])
+@pytest.mark.parametrize(
+    "waiting", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["in a step", "in a collective"]
+)
 def test_second_signal(begin, copy_until, waiting):
     """Who sends a signal again, more than a second later, does not want to wait for the step: the process ends at
     once, also while it waits for the other, and the checkpoint before stays."""
@@ -183,7 +186,7 @@ def _on_two_hosts(begin, folder: Path, **flags) -> str:
     return runs[0].said
 
 
-@pytest.mark.parametrize("strategy", ["full_shard", "hybrid_full_shard"])
+@pytest.mark.parametrize("strategy", [pytest.param("full_shard", marks=pytest.mark.slow), "hybrid_full_shard"])
 def test_two_hosts(begin, whole, tmp_path, strategy):
     """Two hosts train, write checkpoints together and go on from them, to the result of one host with two processes;
     with a copy of the model on each host, up to the order in which numbers are added."""

@@ -17,7 +17,7 @@ from fsdp_utils.core.devices import GIB
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.flags import parse
 from fsdp_utils.memory.activations import kinds_of
-from fsdp_utils.planning import report
+from fsdp_utils.planning import report, search
 from fsdp_utils.planning.forecast import forecast
 from fsdp_utils.planning.machines import CARDS, machine_of
 from fsdp_utils.planning.search import Search
@@ -42,6 +42,12 @@ def test_predicted_is_what_was_measured(row):
 def large(tmp_path_factory):
     """Shapes without weights."""
     return {shape: str(write_config(shape, tmp_path_factory.mktemp(shape))) for shape in ("1b", "8b", "70b")}
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Searches that try fewer batches."""
+    monkeypatch.setattr(search, "BATCHES", (1, 8))
 
 
 def config_of(folder, **flags):
@@ -113,7 +119,7 @@ def test_found_flags_fit_and_are_sorted(large):
     assert search.tried(most | dict(batch_size=2 * most["batch_size"])) is None
 
 
-def test_smaller_places_come_where_nothing_fits(large):
+def test_smaller_places_come_where_nothing_fits(large, few):
     """A 1B on a card of 1.7 GiB needs host memory; on one of 1 GiB nothing helps but what is said."""
     config = config_of(large["1b"], train_type="bnb_dora", context_length=1024)
     choices = Search(config, machine_of("1x1.7", device=CPU)).choices()
@@ -132,7 +138,7 @@ def test_blocks_of_one_kind_answer_for_each_other(tiny):
     assert len(set(kinds_of(decoder_blocks(planned("gemma2"))))) == 2  # sliding and full attention
 
 
-def test_script_makes_commands_to_paste(large, capsys):
+def test_script_makes_commands_to_paste(large, few, capsys):
     """Each command is a train.py that plans what the script says."""
     plan_script.main(plan_script.PlanConfig(model=large["1b"], gpus="1x4", best=1, extra="lora_rank=16"))
     told, command = capsys.readouterr().out.splitlines()

@@ -41,7 +41,7 @@ class Session:
         epochs = range(config.num_epochs)
         self.total_steps = config.max_steps if config.max_steps > 0 else sum(map(batches.count, epochs))
         self.state = checkpoints.read_state(checkpoint) if checkpoint else None
-        self.run_ids = self.state["run_ids"] if checkpoint else {}
+        self.run_ids = self.state.get("run_ids", {}) if checkpoint else {}  # older ones have none
         if checkpoint:
             self._go_on_validating()
             self._check_same()

@@ -72,7 +72,8 @@ def _disk(planned: Plan, config) -> list[str]:
          sum(p.nbytes for p in planned.model.parameters() if not p.requires_grad)),
     )  # fmt: skip
     written = {name: size for holds, name, size in table if holds}
-    found = [f"disk: {parts(written) or 'next to nothing'}{' GiB' * bool(written)}"]
+    said = parts(written)
+    found = [f"disk: {said} GiB" if said else "disk: next to nothing"]
     if not is_local(config) and config.load_format != "dummy":
         found.append(f"download: about {gib(dense)} GiB of weights from {config.source}, unless they are there already")
     return found
