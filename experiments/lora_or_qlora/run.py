@@ -135,7 +135,7 @@ def flags_of(job: Job, study: Study) -> dict:
     flags |= dict(task="seq2seq_lm" if job.study == "t5" else "sequence_classification", max_steps=study.steps)
     flags |= dict(output_dir=Path(study.output_dir) / "work" / str(job), overwrite=True, compile=study.compile)
     if job.study == "accuracy":
-        flags |= dict(eval_dataset=study.eval, use_gradient_checkpointing=False)
+        flags |= dict(eval_dataset=study.eval, use_gradient_checkpointing=False, cuda_graphs=False)
     else:
         flags |= dict(model_name=study.shape, load_format="dummy")
         flags |= {} if study.steps > 0 else dict(max_steps=100)
