@@ -7,6 +7,7 @@ a GPU, since a small model leaves it idle; with several GPUs they take turns.
 import gc
 import json
 import os
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -14,35 +15,29 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean, median, stdev
 
 import torch
 
+import evaluate
 import train
 from fsdp_utils.config import TrainConfig
 from fsdp_utils.core.devices import peak_memory_gib
 from fsdp_utils.core.flags import parse
+from fsdp_utils.core.folders import read_rows
 
 RESULTS = "results.jsonl"
 CURVE_POINTS = 60
 
 
-def read_rows(path: Path) -> list[dict]:
-    """Every complete line of a JSON-lines file; a line that was cut short is run again."""
-    if not path.exists():
-        return []
-    found = []
-    for line in path.read_text().splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
-
-
 def train_flags(flags: dict) -> TrainConfig:
     """The flags of train.py, checked as those of a command line."""
-    return parse(TrainConfig, [f"--{name}={value}" for name, value in flags.items()], prog="train.py")
+    return parse(TrainConfig, _words(flags), prog="train.py")
+
+
+def _words(flags: dict) -> list[str]:
+    """As they stand on a command line."""
+    return [f"--{name}={value}" for name, value in flags.items()]
 
 
 def forget(device: torch.device) -> None:
@@ -87,12 +82,37 @@ def train_once(flags: TrainConfig, device: torch.device) -> dict:
     )
 
 
+def evaluate_once(flags: dict, device: torch.device, *, output: Path) -> dict:
+    """What evaluate.py writes with these flags; the file is not kept."""
+    forget(device)
+    flags = flags | dict(device=device.type, output_file=output, overwrite=True)
+    evaluate.main(parse(evaluate.EvalConfig, _words(flags), prog="evaluate.py"))
+    result = json.loads(output.read_text())
+    output.unlink()
+    return result
+
+
+def spread(values: list[float], form: str) -> str:
+    """Mean and, of several, standard deviation."""
+    return form.format(mean(values)) + (f" ± {form.format(stdev(values))}" if len(values) > 1 else "")
+
+
 @contextmanager
 def logged(path: Path) -> Iterator[None]:
     """What is said meanwhile goes to this file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as log, redirect_stdout(log), redirect_stderr(log):
         yield
+
+
+@contextmanager
+def in_its_place(job, folder: Path) -> Iterator[None]:
+    """What a job says goes to its log in `folder`; what it leaves in its folder of work is removed."""
+    try:
+        with logged(folder / "logs" / f"{job}.log"):
+            yield
+    finally:
+        shutil.rmtree(folder / "work" / str(job), ignore_errors=True)
 
 
 class Here:

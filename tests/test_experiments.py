@@ -8,9 +8,9 @@ from experiments.gsm8k import report as gsm8k_report
 from experiments.gsm8k import run as gsm8k
 from experiments.lora_or_qlora import report as classes_report
 from experiments.lora_or_qlora import run as classes
-from experiments.runs import read_rows
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.flags import ConfigError, parse
+from fsdp_utils.core.folders import read_rows
 from scripts.make_demo import write_jsonl
 
 TOPICS = {

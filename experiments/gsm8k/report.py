@@ -6,14 +6,15 @@ python experiments/gsm8k/report.py --results output/gsm8k/results.jsonl
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.gsm8k.run import METHODS, best_rate
-from experiments.runs import read_rows
+from experiments.runs import spread
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.flags import flag, parse
+from fsdp_utils.core.folders import read_rows
 from fsdp_utils.core.ranks import fail
 from fsdp_utils.training.scores import wilson_interval
 
@@ -26,11 +27,6 @@ class Report:
 
     def errors(self) -> list[str]:
         return [] if Path(self.results).is_file() else [f"--results {self.results}: no such file; run.py makes it"]
-
-
-def spread(values: list[float], form: str) -> str:
-    """Mean and, of several, standard deviation."""
-    return form.format(mean(values)) + (f" ± {form.format(stdev(values))}" if len(values) > 1 else "")
 
 
 def methods(rows: list[dict]) -> str:

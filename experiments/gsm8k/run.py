@@ -9,8 +9,6 @@ are reported: the loss on the answers of the test file, and how many answers are
 was picked for it. results.jsonl only grows; what is in it is not run again.
 """
 
-import json
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -21,11 +19,11 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import evaluate
-from experiments.runs import RESULTS, carry_out, forget, logged, read_rows, train_flags, train_once
+from experiments.runs import RESULTS, carry_out, evaluate_once, in_its_place, logged, train_flags, train_once
 from fsdp_utils.core.devices import pick_device
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.flags import flag, parse
+from fsdp_utils.core.folders import read_rows
 from fsdp_utils.core.ranks import fail
 from fsdp_utils.training.scores import wilson_interval
 from scripts.block_expansion import Expansion, expand
@@ -175,14 +173,9 @@ def flags_of(job: Job, study: Study) -> dict:
 
 def exam(folder: Path, study: Study, device, *, eval_type: str = "auto") -> dict:
     """How many of the questions the saved model answers right."""
-    forget(device)
-    output = folder.with_name(f"{folder.name}_{eval_type}.json")
     flags = dict(model=folder, dataset=study.file("test"), samples=study.questions, eval_type=eval_type)
-    flags |= dict(batch_size=660, max_new_tokens=study.max_new_tokens, device=device.type, output_file=output)
-    words = [f"--{name}={value}" for name, value in (flags | dict(overwrite=True)).items()]
-    evaluate.main(parse(evaluate.EvalConfig, words, prog="evaluate.py"))
-    result = json.loads(output.read_text())
-    output.unlink()
+    flags |= dict(batch_size=660, max_new_tokens=study.max_new_tokens)
+    result = evaluate_once(flags, device, output=folder.with_name(f"{folder.name}_{eval_type}.json"))
     right = sum(row["correct"] for row in result["results"])
     asked = len(result["results"])
     return dict(exact_match=right / asked, interval_95=wilson_interval(right, asked), asked=asked)
@@ -213,11 +206,8 @@ def outcome(job: Job, study: Study) -> list[dict]:
 
 def execute(job: Job, study: Study) -> list[dict]:
     """`outcome`, with what train.py and evaluate.py say in the job's log; leaves no weights behind."""
-    try:
-        with logged(Path(study.output_dir) / "logs" / f"{job}.log"):
-            return outcome(job, study)
-    finally:
-        shutil.rmtree(Path(study.output_dir) / "work" / str(job), ignore_errors=True)
+    with in_its_place(job, Path(study.output_dir)):
+        return outcome(job, study)
 
 
 def prepare(study: Study) -> None:

@@ -13,9 +13,10 @@ from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from experiments.runs import read_rows
+from experiments.runs import spread
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.flags import flag, parse
+from fsdp_utils.core.folders import read_rows
 from fsdp_utils.core.ranks import fail
 
 COLUMNS = {
@@ -46,16 +47,11 @@ def by_row(rows: list[dict]) -> dict[str, list[dict]]:
     return found
 
 
-def cell(values: list[float]) -> str:
-    spread = f" ± {stdev(values):.4g}" if len(values) > 1 else ""
-    return f"{mean(values):.4g}{spread}"
-
-
 def table(study: str, rows: list[dict]) -> str:
     """Markdown: mean and standard deviation over the seeds."""
     lines = ["| | seeds | " + " | ".join(COLUMNS[study]) + " |", "|---" * (2 + len(COLUMNS[study])) + "|"]
     for name, runs in by_row(rows).items():
-        cells = [cell([run[column] for run in runs]) for column in COLUMNS[study]]
+        cells = [spread([run[column] for run in runs], "{:.4g}") for column in COLUMNS[study]]
         lines.append(f"| {name} | {len(runs)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

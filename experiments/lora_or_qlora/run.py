@@ -13,7 +13,6 @@ The figures of a run are a line of results.jsonl, and a run that has its line is
 tables. RoBERTa and T5 take the tokenizer of --model: their own need a network.
 """
 
-import shutil
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -24,10 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from transformers import AutoTokenizer, RobertaConfig, T5Config
 
-from experiments.runs import RESULTS, carry_out, logged, read_rows, train_flags, train_once
+from experiments.runs import RESULTS, carry_out, in_its_place, train_flags, train_once
 from fsdp_utils.core.devices import pick_device
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.flags import flag, parse
+from fsdp_utils.core.folders import read_rows
 from fsdp_utils.core.ranks import fail
 
 COMMON = dict(use_cpu_offload=False, lora_dropout=0, wd=0.01, lr_scheduler="linear", context_length=256)
@@ -144,12 +144,8 @@ def flags_of(job: Job, study: Study) -> dict:
 
 def execute(job: Job, study: Study) -> list[dict]:
     """The row of one job."""
-    flags = flags_of(job, study)
-    try:
-        with logged(Path(study.output_dir) / "logs" / f"{job}.log"):
-            return [job._asdict() | train_once(train_flags(flags), pick_device(study.device))]
-    finally:
-        shutil.rmtree(flags["output_dir"], ignore_errors=True)
+    with in_its_place(job, Path(study.output_dir)):
+        return [job._asdict() | train_once(train_flags(flags_of(job, study)), pick_device(study.device))]
 
 
 def announce(row: dict) -> None:

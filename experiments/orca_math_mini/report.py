@@ -15,9 +15,10 @@ from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from experiments.orca_math_mini.run import ALPHA, METHODS, OWNERS, RANK, RANKED_METHODS, RANKS, best_rate
-from experiments.runs import read_rows
+from experiments.runs import spread
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.flags import flag, parse
+from fsdp_utils.core.folders import read_rows
 from fsdp_utils.core.ranks import fail
 from fsdp_utils.training.scores import wilson_interval
 
@@ -39,11 +40,6 @@ def table(header: list[str], lines: list[list[str]]) -> str:
     """Markdown; empty without lines."""
     rows = [header, ["---"] * len(header), *lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n" if lines else ""
-
-
-def spread(values: list[float], form: str) -> str:
-    """Mean and, of several, standard deviation."""
-    return form.format(mean(values)) + (f" ± {form.format(stdev(values))}" if len(values) > 1 else "")
 
 
 def sizes_of(rows: list[dict]) -> list[int]:

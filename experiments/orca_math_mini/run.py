@@ -8,8 +8,6 @@ be carried to another machine. Stages: `rates` tries each method's learning rate
 on the validation problems, `ranks` varies LoRA's rank and alpha; both begin for a method when its rates are done.
 """
 
-import json
-import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -22,12 +20,12 @@ from typing import NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import evaluate
-from experiments.runs import RESULTS, carry_out, forget, logged, read_rows, train_flags, train_once
+from experiments.runs import RESULTS, carry_out, evaluate_once, in_its_place, logged, train_flags, train_once
 from fsdp_utils.config import TrainConfig
 from fsdp_utils.core.devices import pick_device
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.flags import flag, parse
+from fsdp_utils.core.folders import read_rows
 from fsdp_utils.core.ranks import fail
 from fsdp_utils.core.safetensors_io import CheckpointReader
 from fsdp_utils.folders.describe import describe
@@ -289,9 +287,7 @@ def magnitude_change(folder: Path, device: torch.device) -> dict:
 
 def score(model: Path, config: RunConfig, device: torch.device, *, eval_type: str = "auto", shots: int = 0) -> dict:
     """Exact match on the test problems with its interval, and on the validation problems."""
-    forget(device)
     test, validation = (len(read_rows(Path(config.base) / f"{name}.jsonl")) for name in SPLITS[:2])
-    output = Path(config.output_dir) / "work" / f"{model.name}_{eval_type}_{shots}.json"
     flags = dict(
         model=model,
         eval_type=eval_type,
@@ -300,13 +296,9 @@ def score(model: Path, config: RunConfig, device: torch.device, *, eval_type: st
         n_shots=shots,
         batch_size=1024 if device.type == "cuda" else 32,
         max_new_tokens=config.max_new_tokens,
-        device=device.type,
-        output_file=output,
-        overwrite=True,
     )
-    evaluate.main(parse(evaluate.EvalConfig, [f"--{k}={v}" for k, v in flags.items()], prog="evaluate.py"))
-    result = json.loads(output.read_text())
-    output.unlink()
+    output = Path(config.output_dir) / "work" / f"{model.name}_{eval_type}_{shots}.json"
+    result = evaluate_once(flags, device, output=output)
     right = [row["correct"] for row in result["results"]]  # in the order of the file: test problems first
     return dict(
         exact_match=sum(right[:test]) / test,
@@ -375,12 +367,8 @@ def device_name(device: torch.device) -> str:
 
 def execute(job: Job, config: RunConfig) -> list[dict]:
     """`outcome`, with what train.py and evaluate.py say in the job's log; leaves no weights behind."""
-    out = Path(config.output_dir)
-    try:
-        with logged(out / "logs" / f"{job}.log"):
-            return outcome(job, config)
-    finally:
-        shutil.rmtree(out / "work" / str(job), ignore_errors=True)
+    with in_its_place(job, Path(config.output_dir)):
+        return outcome(job, config)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -110,12 +110,11 @@ class _Ledger:
         return tensor
 
 
-def _fake_state(model: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+def _fake_state(model: nn.Module, blocks: dict[str, nn.Module], kinds: list[tuple]) -> dict[str, torch.Tensor]:
     """A fake tensor for each parameter that is run with: of blocks, one of each kind. They are on the CPU, whose
     attention keeps what the GPU's kernels do (query, key, value, output and a number per row), so that the answer
     depends on no device."""
-    first = dict(reversed([*zip(kinds_of(blocks), blocks, strict=True)])).values()
-    others = [block for path, block in blocks.items() if path not in first]
+    others = [block for i, block in enumerate(blocks.values()) if kinds[i] in kinds[:i]]
     idle = {id(p) for block in others for p in block.parameters()}
     return {
         name: torch.empty(p.shape, dtype=p.dtype, requires_grad=p.requires_grad)
@@ -139,7 +138,7 @@ def kinds_of(blocks: dict[str, nn.Module]) -> list[tuple]:
 
 
 @contextmanager
-def _watched(blocks: dict[str, nn.Module], ledger: _Ledger, *, fake: FakeTensorMode, products: _Outputs):
+def _watched(blocks: dict, kinds: list[tuple], ledger: _Ledger, *, fake: FakeTensorMode, products: _Outputs):
     """Runs one block of each kind on fake tensors while the context lasts, which answers for the others; yields the
     bytes of each such block's input, and its `Outputs`.
 
@@ -168,7 +167,7 @@ def _watched(blocks: dict[str, nn.Module], ledger: _Ledger, *, fake: FakeTensorM
 
         return run
 
-    for (path, block), kind in zip(blocks.items(), kinds_of(blocks), strict=True):
+    for (path, block), kind in zip(blocks.items(), kinds, strict=True):
         block.forward = watching(path, block.forward, kind)
     try:
         yield inputs, outputs
@@ -200,9 +199,10 @@ def measure(model: nn.Module, blocks: dict[str, nn.Module], config, *, task, dty
         UserError: the model looks at values, or takes no embeddings.
     """
     fake, ledger, logits = FakeTensorMode(allow_non_fake_inputs=True), _Ledger(), []
+    kinds = kinds_of(blocks)
     shape = (config.batch_size, config.context_length, model.config.get_text_config().hidden_size)
     with fake:
-        state = _fake_state(model, blocks)
+        state = _fake_state(model, blocks, kinds)
         embedded = torch.empty(shape, dtype=dtype, requires_grad=True)
     ledger.ignore(state.values())
     products = _Outputs(config.checkpoint_policy, elements=embedded.numel(), dtype=dtype)
@@ -212,7 +212,7 @@ def measure(model: nn.Module, blocks: dict[str, nn.Module], config, *, task, dty
     hooks = [head.register_forward_hook(lambda module, args, out: logits.append(out)) for head in ends]
     try:
         with (
-            _watched(blocks, ledger, fake=fake, products=products) as (inputs, outputs),
+            _watched(blocks, kinds, ledger, fake=fake, products=products) as (inputs, outputs),
             saved_tensors_hooks(ledger.pack, lambda packed: packed),
             compute,
             _in_silence("transformers.modeling_layers"),  # embeddings do not show padding, it says: there is none

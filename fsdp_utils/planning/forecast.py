@@ -15,6 +15,7 @@ from methods.targets import decoder_blocks
 
 # what a process takes besides what torch allocates: CUDA's context and libraries, the allocator's own gaps
 CONTEXT = int(0.6 * GIB)
+OFFLOADED = "parameters and states"  # of `Forecast.host`
 HOST = int(1.6 * GIB)  # Python, torch, CUDA's libraries
 
 
@@ -80,7 +81,7 @@ def forecast(planned: Plan, config, machine: Machine) -> Forecast:
     if offloads(config, device):
         host["activations"] = layout.host_activations
     if mesh is not None and config.use_cpu_offload:
-        host["parameters and states"] = offloaded_bytes(model, blocks, config, on_host=on_host, shards=mesh.shards)
+        host[OFFLOADED] = offloaded_bytes(model, blocks, config, on_host=on_host, shards=mesh.shards)
     return Forecast(layout.sizes, {k: v for k, v in host.items() if v}, layout.recomputed, len(blocks))
 
 

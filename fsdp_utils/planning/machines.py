@@ -8,7 +8,6 @@ import torch
 from fsdp_utils.core.devices import GIB
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.ranks import world_size
-from fsdp_utils.training.flops import peak_of
 
 # GiB of cards that are often asked for, the fastest of each size first
 CARDS = {
@@ -66,8 +65,3 @@ def machine_of(text: str | None, *, device: torch.device) -> Machine:
         known = ", ".join(CARDS)
         raise UserError(f"--plan_gpus {text}: write how many and how many GiB, as 2x24, or a card, as 4xH100 ({known})")
     return Machine(count, int(gib * GIB), torch.device("cuda", 0), card)
-
-
-def peak(machine: Machine) -> float | None:
-    """FLOP/s of one of its cards, None where that is not known."""
-    return peak_of(machine.card)

@@ -84,7 +84,7 @@ def _time(planned: Plan, config, machine: Machine, found: Forecast) -> list[str]
     steps = config.max_steps if config.max_steps > 0 else None
     length = f"; {steps:,} steps of them: {steps * rows:,} rows" if steps else "; as many steps as the data make"
     said = [f"step: {rows:,} rows, at most {rows * config.context_length:,} tokens{length}"]
-    seconds = seconds_a_step(planned, config, machine, recomputed=found.recomputed)
+    seconds = seconds_a_step(planned, config, machine, found)
     if seconds is not None:
         whole = f", {steps * seconds / 3600:.1f} hours for {steps:,}" if steps else ""
         each = f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.2g}"

@@ -55,7 +55,7 @@ class Search:
         found = forecast(planned, config, machine)
         if not found.fits(machine):
             return None
-        seconds = seconds_a_step(planned, config, machine, recomputed=found.recomputed)
+        seconds = seconds_a_step(planned, config, machine, found)
         tokens = config.batch_size * config.context_length * machine.gpus
         return Choice(flags, found, seconds and tokens / seconds)
 

@@ -123,11 +123,11 @@ class _Summed:
         Args:
             targets: `[rows, outputs]`, NaN where none is asked for.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of labels has its own
 
     def scores(self, tables: np.ndarray) -> dict[str, np.ndarray]:
         """Those without an interval of their own, `[n]`, of several sums `[n, k]`."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of labels has its own
 
     def points(self, sums: torch.Tensor) -> Metrics:
         """`scores` of one sum."""

@@ -120,7 +120,8 @@ class Tracker(Stdout):
             self.failing = True
 
     def send(self, row: dict) -> None:
-        raise NotImplementedError
+        """Gives the library a row; `log` takes what it raises."""
+        raise NotImplementedError  # each library has its own way
 
 
 class Wandb(Tracker):
