@@ -3,7 +3,7 @@
     python experiments/gsm8k/run.py --model MODEL --train gsm8k_train.jsonl --test gsm8k_test.jsonl
     python experiments/gsm8k/run.py --model MODEL --train train.jsonl --test test.jsonl --only QLoRA,full --processes 8
 
-Every method is trained with the same rows and steps at each of its five rates (seed 0); the loss on `--held_out` rows
+Every method is trained with the same rows and steps at each of its seven rates (seed 0); the loss on `--held_out` rows
 of the training file, which no run trains on, chooses. The chosen rate is then run with further seeds, and those alone
 are reported: the loss on the answers of the test file, and how many answers are right. So no figure is of a run that
 was picked for it. results.jsonl only grows; what is in it is not run again.
@@ -29,8 +29,9 @@ from fsdp_utils.training.scores import wilson_interval
 from scripts.block_expansion import Expansion, expand
 from scripts.make_demo import write_jsonl
 
-ADAPTER_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
-FULL_RATES = (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4)  # a tenth
+ADAPTER_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+FULL_RATES = (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)  # a tenth
+NF4 = " + NF4"  # of a row: the trained weights, read again through NF4
 NO_RATE = 1e-12  # one step of it leaves the model as it is
 NEW_BLOCKS = 3  # of 30: --expansion_rate 0.1, as in 2024
 COMMON = dict(context_length=512, lora_dropout=0.0, wd=0.0, lr_scheduler="cosine", use_cpu_offload=False,
@@ -174,7 +175,7 @@ def flags_of(job: Job, study: Study) -> dict:
 def exam(folder: Path, study: Study, device, *, eval_type: str = "auto") -> dict:
     """How many of the questions the saved model answers right."""
     flags = dict(model=folder, dataset=study.file("test"), samples=study.questions, eval_type=eval_type)
-    flags |= dict(batch_size=660, max_new_tokens=study.max_new_tokens)
+    flags |= dict(batch_size=330, max_new_tokens=study.max_new_tokens)
     result = evaluate_once(flags, device, output=folder.with_name(f"{folder.name}_{eval_type}.json"))
     right = sum(row["correct"] for row in result["results"])
     asked = len(result["results"])
@@ -199,7 +200,7 @@ def outcome(job: Job, study: Study) -> list[dict]:
         again |= dict(output_dir=folder / "nf4")
         read = train_once(train_flags(again), device)
         score = exam(folder, study, device, eval_type="full_post_quantized")
-        named = dict(method=f"{job.method} + NF4", eval_loss=read["eval_loss"], eval_perplexity=read["eval_perplexity"])
+        named = dict(method=job.method + NF4, eval_loss=read["eval_loss"], eval_perplexity=read["eval_perplexity"])
         rows.append(row | named | score)
     return rows
 
