@@ -31,8 +31,9 @@ from fsdp_utils.folders.opening import closing, opening
 from fsdp_utils.folders.session import Session
 from fsdp_utils.folders.upload import check_upload, upload
 from fsdp_utils.memory.budget import out_of_memory
-from fsdp_utils.model.assemble import cannot_compile, compiler, load, plan
+from fsdp_utils.model.assemble import load, plan
 from fsdp_utils.model.build import read_model_config, read_tokenizer
+from fsdp_utils.model.compiling import cannot_compile, compiler
 from fsdp_utils.planning import report as planning
 from fsdp_utils.planning.machines import machine_of
 from fsdp_utils.report import page as report

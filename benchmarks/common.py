@@ -18,7 +18,8 @@ from fsdp_utils.core.devices import pick_device, synchronize
 from fsdp_utils.core.flags import parse
 from fsdp_utils.core.ranks import is_main
 from fsdp_utils.data.batches import with_targets
-from fsdp_utils.model.assemble import compiler, load, plan
+from fsdp_utils.model.assemble import load, plan
+from fsdp_utils.model.compiling import compiler
 from fsdp_utils.sharding.mesh import mesh_for
 from fsdp_utils.tasks.causal_lm import CAUSAL_LM
 from fsdp_utils.training.step import TrainStep

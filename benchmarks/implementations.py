@@ -34,8 +34,9 @@ from fsdp_utils.core.ranks import say
 from fsdp_utils.core.safetensors_io import CheckpointReader
 from fsdp_utils.data.batches import tokens_in
 from fsdp_utils.data.prepare import make_batches, prepare_data
-from fsdp_utils.model.assemble import Dtypes, compiler, load, plan
+from fsdp_utils.model.assemble import Dtypes, load, plan
 from fsdp_utils.model.build import read_model_config, read_tokenizer, resolve_model
+from fsdp_utils.model.compiling import compiler
 from fsdp_utils.tasks.causal_lm import CAUSAL_LM
 from fsdp_utils.training.optim import stock_optimizer
 from fsdp_utils.training.step import TrainStep

@@ -4,8 +4,9 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
+
+from forks import Command
 
 REPOSITORY = Path(__file__).parent.parent
 TRAIN = str(REPOSITORY / "train.py")
@@ -31,14 +32,27 @@ def start(command: list, **environment) -> subprocess.CompletedProcess:
     return subprocess.run([str(word) for word in command], capture_output=True, **settings)
 
 
+def forked(words: list, scratch: Path, **environment) -> subprocess.CompletedProcess:
+    """As `start` of `python WORDS`, in a process that has imported train.py already; its words go through `scratch`."""
+    said = dict(said=scratch / "forked.out", errors=scratch / "forked.err")
+    for path in said.values():
+        path.write_text("")
+    command = Command(words, environment=clean_environment(**environment), folder=REPOSITORY, **said)
+    try:
+        code = command.wait(timeout=120)
+    finally:
+        command.kill()
+    return subprocess.CompletedProcess(words, code, *(path.read_text() for path in said.values()))
+
+
 def losses(folder) -> list[float]:
     return [json.loads(line)["loss"] for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
-def torchrun(*words) -> subprocess.CompletedProcess:
+def torchrun(*words, scratch: Path, **environment) -> subprocess.CompletedProcess:
     """Two processes of the real command."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    return start([*command, *words])
+    command = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    return forked([*command, *words], scratch, **environment)
 
 
 def error_lines(stderr: str) -> list[str]:

@@ -167,8 +167,13 @@ def interrupt_evaluation(monkeypatch):
     return arm
 
 
+# files of minutes, begun first: a worker that comes to one of them last works alone in the end
+LONG = {f"test_{name}.py" for name in ("checkpoints", "endings", "parity", "peer_gather", "tasks", "training")}
+
+
 def pytest_collection_modifyitems(items):
-    """GPU tests run where there is a GPU, and are reported as skipped elsewhere."""
+    """Long files come first. GPU tests run where there is a GPU, and are reported as skipped elsewhere."""
+    items.sort(key=lambda item: item.path.name not in LONG)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -2,17 +2,15 @@
 
 import json
 import shutil
-import signal
 import subprocess
-import sys
 import time
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 from commands import REPOSITORY, TRAIN, clean_environment, free_port, losses
+from forks import Command
 
 from fsdp_utils.folders import checkpoints, saving
 
@@ -139,14 +137,13 @@ def until(condition, *, what, every: float = 0.02):
 
 
 class Run:
-    """A started command, all that it says, and the places where it is held."""
+    """A started command of Python, all that it says, and the places where it is held."""
 
     def __init__(self, scratch: Path, command: list, environment: dict):
         self.scratch, self.log, self.started = scratch, scratch / "said.log", set()
-        settings = dict(stdout=self.log.open("w"), stderr=subprocess.STDOUT, cwd=REPOSITORY, start_new_session=True)
-        # a shell in the background ignores SIGINT, and so would what it starts
-        settings["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-        self.process = subprocess.Popen(list(map(str, command)), env=clean_environment(**environment), **settings)
+        self.log.touch()
+        settings = dict(environment=clean_environment(**environment), folder=REPOSITORY, said=self.log)
+        self.process = Command(command, **settings)
 
     @property
     def said(self) -> str:
@@ -206,7 +203,7 @@ def begin(tmp_path_factory, tiny, tiny_data):
         words = [f"--{name}={value}" for name, value in (given | flags).items()]
         script = driver if faults or pause else TRAIN
         told = dict(FAULTS=json.dumps(faults), PAUSE=str(pause), PYTHONPATH=str(REPOSITORY), **dict(environment))
-        runs.append(Run(here, [sys.executable, *launcher, script, *words], told))
+        runs.append(Run(here, [*launcher, script, *words], told))
         return runs[-1]
 
     try:

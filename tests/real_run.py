@@ -13,6 +13,7 @@ from fsdp_utils.core.rows import fill, gather, local
 from fsdp_utils.folders import saving
 from fsdp_utils.model import assemble
 from fsdp_utils.model.build import read_model_config, read_tokenizer
+from fsdp_utils.model.compiling import compiler
 from fsdp_utils.sharding.mesh import mesh_for
 from fsdp_utils.sharding.prepared import Prepared
 from fsdp_utils.tasks.causal_lm import CAUSAL_LM
@@ -46,7 +47,7 @@ def planned_and_prepared(config) -> tuple[assemble.Plan, Prepared]:
     device = pick_device(config.device)
     processes.start(device, alone=config.use_cpu_offload)
     planned, mesh = plan(config, device=device), mesh_for(config, device)
-    compile_block = assemble.compiler(config, device)
+    compile_block = compiler(config, device)
     return planned, assemble.load(planned, config, mesh=mesh, device=device, compile_block=compile_block)
 
 

@@ -2,15 +2,19 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from peft import get_peft_model_state_dict
 
-from benchmarks import components, implementations, throughput
+from benchmarks import components, first_minutes, implementations, recipes, throughput
 from benchmarks.common import SHAPES, Run, make_config, write_config
 from benchmarks.peer import PeerRun, parse_peers
+from fsdp_utils.config import TrainConfig
 from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.flags import parse
+from fsdp_utils.core.folders import read_rows
 
 CPU = torch.device("cpu")
 
@@ -113,3 +117,56 @@ def test_implementations_at_equal_loss(tmp_path, capsys, train_type):
     assert peft["losses"] == pytest.approx(ours["losses"], abs=2e-4)
     assert "failed" in torchtune or torchtune["losses"] == pytest.approx(ours["losses"], abs=2e-4)
     assert f"| PEFT + bitsandbytes | {peft['losses'][0]:.4f} |" in capsys.readouterr().out
+
+
+@pytest.fixture
+def few(tmp_path):
+    path = tmp_path / "few.jsonl"
+    path.write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    return path
+
+
+def test_recipes_run(tmp_path):
+    """What came out of the demo's recipe, on two processes, is a row; one for more GPUs than there are says so."""
+    path = tmp_path / "rows.jsonl"
+    words = ["--device=cpu", "--steps=2", f"--json={path}", f"--logs={tmp_path}", "--only=demo"]
+    recipes.main(recipes.parse_arguments(words))
+    (demo,) = (json.loads(line) for line in path.read_text().splitlines())
+    assert demo["recipe"] == "demo" and demo["gpus"] == 2 and demo["tokens_per_s"] > 0 and demo["peak_gib"] > 0
+    assert "step=2 " in (tmp_path / "demo.log").read_text()
+    (tmp_path / "again").mkdir()
+    found = recipes.run(recipes.RECIPES[0].with_name("demo.yaml"), recipes.parse_arguments(words), tmp_path / "again",
+                        recipes.Cards(1))  # fmt: skip
+    assert found == dict(recipe="demo", failed="needs 2 GPUs")
+
+
+def test_recipes_are_told_what_to_run_on(tmp_path, few):
+    """Of each the flags without its own data and folders, and rows with the columns that it reads."""
+    args = recipes.parse_arguments([f"--data={few}", "--steps=3"])
+    for path in recipes.RECIPES:
+        _, (_, _, written) = recipes.prepared(path, args, tmp_path)
+        config = parse(TrainConfig, ["--config", written], prog="train.py")
+        assert config.max_steps == 3 and not config.save_model and str(tmp_path) in config.output_dir
+        if config.model_name != "demo":
+            (row,) = read_rows(Path(config.dataset))
+            assert config.load_format == "dummy" and row
+    assert set(read_rows(tmp_path / "chat" / "rows.jsonl")[0]) == {"messages"}
+    assert set(read_rows(tmp_path / "flan_t5" / "rows.jsonl")[0]) == {"source", "target"}
+
+
+def test_first_minutes(tmp_path):
+    """Lines get the seconds at which they came; which steps were waited for follows from those."""
+    words = [sys.executable, "-c", "print('loading'); print('step=1 loss=2', flush=True); print('step=2 loss=1')"]
+    ends, said = first_minutes.timed(words, tmp_path)
+    assert len(ends) == 2 and 0 < ends[0] <= ends[1] and said.count("\n") == 3
+    with pytest.raises(UserError, match=r"the run failed:\n.*no such thing"):
+        first_minutes.timed([sys.executable, "-c", "print('no such thing')"], tmp_path)
+    args = first_minutes.parse_arguments(["--extra=batch_size=1", "--processes=2"])
+    *start, _ = first_minutes.command(args, tmp_path)
+    assert "--nproc_per_node" in start
+    words = [word for word in first_minutes.command(args, tmp_path) if word.startswith("--") and "=" in word]
+    assert parse(TrainConfig, words, prog="train.py").batch_size == 1
+    ends, said = [9.0, 12.0, 13.0, 18.0, 19.0, 20.0, 21.0], "9.0 step=1 compiled=True\n18.0 step=4 x=1 compiled=True\n"
+    found = first_minutes.summary(ends, said)
+    assert (found["waited_at"], found["steady_after_s"], found["step_s"]) == ([2, 4], 18.0, 1.0)
+    assert found["waited_s"] == 6.0 and found["marked"] == [1, 4]

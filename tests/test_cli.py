@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import TRAIN, error_lines, free_port, start, torchrun
+from commands import REPOSITORY, TRAIN, error_lines, forked, free_port, torchrun
 from safetensors.torch import load_file, save_file
 from tiny import SHAPE, byte_tokenizer
 from transformers import GraniteMoeConfig, MixtralConfig, Qwen3MoeConfig
@@ -259,7 +259,7 @@ def test_bf16_without_hardware(tiny, monkeypatch):
 
 def test_torchrun_says_it_once(tmp_path):
     """Under torchrun a wrong command line is one line for each wrong flag, from one process, and a non-zero exit."""
-    done = torchrun(TRAIN, "--lora_rank=0", "--lr=nan", f"--output_dir={tmp_path / 'out'}")
+    done = torchrun(TRAIN, "--lora_rank=0", "--lr=nan", f"--output_dir={tmp_path / 'out'}", scratch=tmp_path)
     assert done.returncode != 0
     assert [line.split(":")[1] for line in error_lines(done.stderr)] == [" --lora_rank 0", " --lr nan"]
     assert not (tmp_path / "out").exists()
@@ -268,7 +268,8 @@ def test_torchrun_says_it_once(tmp_path):
 def test_spawned_processes_say_it_once(tiny, tmp_path):
     """So do the processes that plain python starts, and its own exit code is 2."""
     flags = dict(model_name=tiny(), dataset=tmp_path / "no.jsonl", device="cpu", world_size=2, master_port=free_port())
-    done = start([sys.executable, TRAIN, *(f"--{k}={v}" for k, v in flags.items()), f"--output_dir={tmp_path / 'out'}"])
+    flags |= dict(output_dir=tmp_path / "out")
+    done = forked([TRAIN, *(f"--{k}={v}" for k, v in flags.items())], tmp_path)
     assert done.returncode == 2, done.stderr
     assert len(error_lines(done.stderr)) == 1 and "no.jsonl" in done.stderr
     assert "Traceback" not in done.stderr
@@ -294,11 +295,8 @@ def test_a_process_that_raises_ends_the_run(tiny, tiny_data, tmp_path):
     )
     flags = dict(model_name=tiny(), dataset=tiny_data, device="cpu", precision="fp32", output_dir=tmp_path / "out")
     begun = time.perf_counter()
-    done = start(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}", script]
-        + [f"--{k}={v}" for k, v in flags.items()],
-        PYTHONPATH=str(Path(TRAIN).parent),
-    )
+    words = [script, *(f"--{k}={v}" for k, v in flags.items())]
+    done = torchrun(*words, scratch=tmp_path, PYTHONPATH=str(REPOSITORY))
     assert done.returncode != 0
     assert "RuntimeError: planted in process 1" in done.stderr and "Traceback" in done.stderr
     assert time.perf_counter() - begun < 60

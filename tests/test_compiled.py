@@ -6,10 +6,12 @@ from functools import partial
 import pytest
 import torch
 from real_run import make_config, off_zero, plan
+from torch._dynamo.testing import CompileCounter
 
 from fsdp_utils.data.batches import with_targets
 from fsdp_utils.model import assemble
 from fsdp_utils.model.assemble import load
+from fsdp_utils.model.compiling import compiled
 from fsdp_utils.options import POLICIES
 from fsdp_utils.sharding import offload
 from fsdp_utils.training.loss import CausalLMLoss
@@ -99,3 +101,54 @@ def test_dropout_in_compiled_blocks(tiny, device, compile_block, train_type, pol
                 p += sign * step * g
         seen.append(loss(0).item())
     assert (seen[0] - seen[1]) / (2 * step) == pytest.approx(squared, rel=1e-2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One code for all
+# ---------------------------------------------------------------------------------------------------------------------
+
+LENGTHS = (64, 32, 96, 16, 128)  # 64 is also the hidden size
+
+
+@pytest.mark.parametrize("more", [
+    dict(train_type="bnb_dora"),
+    dict(train_type="bnb_dora", packing=True),
+    dict(train_type="custom_lora", use_gradient_checkpointing=False),
+    dict(train_type="custom_lora", checkpoint_policy="narrow"),
+    dict(train_type="full"),
+])  # fmt: skip
+def test_one_code_for_blocks_and_shapes(base, more):
+    """Whatever the block, the length of rows and the number of samples in them: compiled once, also where sizes are
+    equal by chance, and the gradients are those of plain blocks."""
+    config, generator, counter = (
+        make_config(model_name=base, precision="fp32", **more),
+        torch.Generator(),
+        CompileCounter(),
+    )
+    ready, plain = (
+        off_zero(load(plan(config), config, mesh=None, device=CPU, compile_block=compile_block))
+        for compile_block in (partial(compiled, backend=counter), None)
+    )
+    for number, length in enumerate(LENGTHS):
+        ids = torch.randint(0, 250, (4, length), generator=generator.manual_seed(number))
+        batch = dict(input_ids=ids, labels=ids)
+        if config.packing:
+            batch["position_ids"] = (torch.arange(length) % (5 + number)).repeat(4, 1)
+        for model in (ready.model.train(), plain.model.train()):
+            CausalLMLoss(model, fused=ready.fused_loss)(with_targets(batch)).backward()
+    assert counter.frame_count == 1
+    for ours, theirs in zip(ready.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_frozen_blocks_ask_for_no_gradient(flags):
+    """Those before the first new block of Llama-Pro take no part in backward, compiled or not."""
+    config = make_config(**flags(train_type="bnb_llama_pro", precision="fp32"))
+    compile_block = partial(compiled, backend="eager")
+    ready = load(plan(config), config, mesh=None, device=CPU, compile_block=compile_block)
+    ids = torch.zeros((2, 8), dtype=torch.long)
+    first = next(iter(ready.blocks.values()))
+    seen = []
+    first.register_forward_hook(lambda module, args, out: seen.append(out.requires_grad))
+    CausalLMLoss(ready.model.train(), fused=False)(with_targets(dict(input_ids=ids, labels=ids))).backward()
+    assert seen == [False]

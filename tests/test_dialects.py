@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 import torch
@@ -27,46 +28,56 @@ OLDER = "transformers==4.57.6"
 ALONG = ("tokenizers>=0.22,<0.23", "huggingface-hub>=0.34,<1")  # the others are those of the newer version
 UNREACHED = ("Could not find a version", "No matching distribution", "Connection", "Temporary failure")
 LOOK = """
-import sys, torch
+import json, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 ids = torch.randint(0, 250, (2, 12), generator=torch.Generator().manual_seed(0))
-found = {}
-for folder in sys.argv[2:]:
+def look(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     chat = [dict(role="user", content="a b")]
     template = tokenizer.chat_template and tokenizer.apply_chat_template(chat, tokenize=False)
-    found[folder] = dict(ids=tokenizer(" a  b\\n12")["input_ids"], template=template)
+    found = dict(ids=tokenizer(" a  b\\n12")["input_ids"], template=template)
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     except OSError:  # an adapter's folder
-        continue
-    ends = model.generation_config.eos_token_id
-    found[folder] |= dict(logits=model(ids).logits.detach(), ends=ends)
-torch.save(found, sys.argv[1])
+        return found
+    return found | dict(logits=model(ids).logits.detach(), ends=model.generation_config.eos_token_id)
+for asked in sys.stdin:
+    out, *folders = json.loads(asked)
+    torch.save(list(map(look, folders)), out)
+    print("read", flush=True)
 """
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def older(request, tmp_path_factory):
     """`older(*folders)`: what transformers 4.57 reads in each: ids, chat, logits, end tokens."""
     place = request.config.cache.mkdir("transformers-4.57.6")
     if not (place / "complete").exists():
-        install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", place, OLDER, *ALONG]
-        done = subprocess.run([str(word) for word in install], capture_output=True, text=True)
+        install = [sys.executable, "-m", "pip", "install", "-q", "--no-compile", "--no-deps", "--target", place]
+        done = subprocess.run([str(word) for word in (*install, OLDER, *ALONG)], capture_output=True, text=True)
         if done.returncode and any(words in done.stderr for words in UNREACHED):
             pytest.skip(f"PyPI cannot be reached: {done.stderr.strip().splitlines()[-1]}")
         assert not done.returncode, done.stderr
         (place / "complete").touch()
 
-    def read(*folders):
-        out = tmp_path_factory.mktemp("older") / "found.pt"
-        command = [sys.executable, "-c", LOOK, str(out), *map(str, folders)]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(place)))
-        assert not done.returncode, done.stderr[-2000:]
-        found = torch.load(out)
-        return [found[str(folder)] for folder in folders]
+    scratch = tmp_path_factory.mktemp("older")
+    settings = dict(
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | dict(PYTHONPATH=str(place))
+    )
+    with (scratch / "errors").open("w") as errors:
+        reader = subprocess.Popen([sys.executable, "-c", LOOK], stderr=errors, **settings)
 
-    return read
+    def read(*folders):
+        asked = json.dumps([str(path) for path in (scratch / "found.pt", *folders)])
+        with suppress(BrokenPipeError):  # it has failed, and says why
+            print(asked, file=reader.stdin, flush=True)
+        while (line := reader.stdout.readline()) != "read\n":
+            assert line, (scratch / "errors").read_text()[-2000:]
+        return torch.load(scratch / "found.pt")
+
+    yield read
+    reader.kill()
+    reader.communicate()
 
 
 ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)

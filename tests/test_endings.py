@@ -21,7 +21,6 @@ pytest_plugins = ["faulty_runs"]  # its fixtures
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_killed_thrice(begin, whole, tmp_path):
     """SIGKILL in a step, while a checkpoint is written, and before its manifest: the others end too, what is not whole
     counts as nothing, and the run comes to the bytes that it has without."""
@@ -54,11 +53,11 @@ def test_killed_before_the_first_checkpoint_while_saving(tmp_path):
     )
 
 
-@pytest.mark.parametrize("meeting", ["static", pytest.param("standalone", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("meeting", ["static", "standalone"])
 def test_torchrun_restarts(begin, whole, tmp_path, meeting):
     """torchrun starts a run again of which a process was killed, and it goes on by itself, to the same bytes."""
     place = dict(static=f"--master_port={free_port()}", standalone="--standalone")[meeting]
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--max_restarts=2", place)
+    launcher = ("torchrun", "--nproc_per_node=2", "--max_restarts=2", place)
     run = begin(tmp_path / "out", fault("step", "kill_once", 4, rank=1, at="killed"), launcher=launcher, pause=0.05)
     assert run.ends() == 0, run.said
     assert run.said.count(f"goes on after step 2 of {STEPS}") == 1
@@ -107,24 +106,21 @@ def test_signal_while_loading(begin, tmp_path):
     assert not (tmp_path / "out" / "checkpoints").exists() or not steps_of(tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    "waiting", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["in a step", "in a collective"]
-)
+@pytest.mark.parametrize("waiting", [False, True], ids=["in a step", "in a collective"])
 def test_second_signal(begin, copy_until, waiting):
     """Who sends a signal again, more than a second later, does not want to wait for the step: the process ends at
     once, also while it waits for the other, and the checkpoint before stays."""
     folder = copy_until(2)
     run = begin(folder, fault("step", "hold", 4, rank=1, at="long"), pause=0.01, save_every_steps=0)
     pid = run.held("long")
-    both = {p.pid for p in run.below() or () if "spawn_main" in " ".join(p.cmdline())}
+    both = {process.pid: process for process in run.below()}
     if waiting:
-        (pid,) = both - {pid}
+        (pid,) = both.keys() - {pid}
         time.sleep(0.5)  # it has come to the sum in which it waits
     for pause in (1.3, 0):
         os.kill(pid, signal.SIGTERM)
         time.sleep(pause)
-    (process,) = {p for p in run.started if p.pid == pid}
-    alive = psutil.wait_procs([process], timeout=10)[1]
+    alive = psutil.wait_procs([both[pid]], timeout=10)[1]
     run.let_go("long")
     assert not alive, f"the step was waited for\n{run.said}"
     assert run.ends() == PREEMPTED, run.said
@@ -179,14 +175,14 @@ def test_no_secret_is_told(whole):
 def _on_two_hosts(begin, folder: Path, **flags) -> str:
     """A run of two agents with a process each, to its end; what the first said."""
     port = free_port()
-    agent = ("-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1")
+    agent = ("torchrun", "--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1")
     runs = [begin(folder, launcher=(*agent, f"--master_port={port}", f"--node_rank={i}"), **flags) for i in (0, 1)]
     for run in runs:
         assert run.ends() == 0, "\n".join(r.said for r in runs)
     return runs[0].said
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("full_shard", marks=pytest.mark.slow), "hybrid_full_shard"])
+@pytest.mark.parametrize("strategy", ["full_shard", "hybrid_full_shard"])
 def test_two_hosts(begin, whole, tmp_path, strategy):
     """Two hosts train, write checkpoints together and go on from them, to the result of one host with two processes;
     with a copy of the model on each host, up to the order in which numbers are added."""

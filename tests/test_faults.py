@@ -283,7 +283,6 @@ def test_read_only_disk(begin, whole, disk, copy_until):
     assert_same(folder, whole)
 
 
-@pytest.mark.slow
 def test_removed_folder(begin, whole, tmp_path):
     """An output folder that someone removes while the run goes on ends no run: later checkpoints are valid, or it says
     that they could not be written, and the result is saved."""

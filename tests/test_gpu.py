@@ -184,7 +184,7 @@ def test_two_gpus_read_each_other(tiny, tiny_data, tmp_path, rank, gathered):
     for gather in ("auto", "false"):
         folder = tmp_path / gather
         given = flags | dict(peer_gather=gather, output_dir=folder)
-        done = torchrun(TRAIN, *(f"--{name}={value}" for name, value in given.items()))
+        done = torchrun(TRAIN, *(f"--{name}={value}" for name, value in given.items()), scratch=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "shared CUDA tensors" not in done.stderr
         said = f"out of 2 processes' memory, what trains is gathered {gathered}"

@@ -10,7 +10,7 @@ from functools import partial
 import psutil
 import pytest
 import torch
-from commands import REPOSITORY, TRAIN, clean_environment, free_port, losses, start
+from commands import REPOSITORY, TRAIN, clean_environment, forked, free_port, losses, start
 from real_run import make_config
 
 import train
@@ -27,7 +27,7 @@ def test_plain_python_starts_processes(tiny, tiny_data, tmp_path):
     config = make_config(**flags, batch_size=4, output_dir=tmp_path / "1")
     train.main(config)
     flags = as_dict(config) | dict(world_size=2, batch_size=2, output_dir=tmp_path / "2", master_port=free_port())
-    done = start([sys.executable, TRAIN, *(f"--{k}={v}" for k, v in flags.items() if v is not None)])
+    done = forked([TRAIN, *(f"--{k}={v}" for k, v in flags.items() if v is not None)], tmp_path)
     assert done.returncode == 0, done.stderr
     assert "global batch: 2 rows x 2 processes" in done.stdout
     assert done.stdout.count("trainable params") == 1  # process 0 speaks
@@ -96,7 +96,8 @@ def test_slurm_respects_flags(environment):
 
 
 def test_interrupted_parent_ends_its_processes(tiny, tiny_data, tmp_path):
-    """SIGINT that only the first process gets, as from a supervisor: all of them end, without a traceback."""
+    """SIGINT that only the first process gets, as from a supervisor: all of them end, without a traceback. The command
+    as a person starts it, where other tests fork."""
     flags = dict(model_name=tiny(), dataset=tiny_data, train_type="custom_lora", world_size=2, max_steps=100_000)
     flags |= dict(device="cpu", use_cpu_offload=False, output_dir=tmp_path / "out", master_port=free_port())
     command = [sys.executable, TRAIN, *(f"--{name}={value}" for name, value in flags.items())]
@@ -104,7 +105,7 @@ def test_interrupted_parent_ends_its_processes(tiny, tiny_data, tmp_path):
     # tests that a shell started in the background ignore SIGINT, and what they start would too
     settings["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(command, **settings) as parent:
-        metrics, patience = tmp_path / "out" / "metrics.jsonl", time.monotonic() + 100
+        metrics, patience = tmp_path / "out" / "metrics.jsonl", time.monotonic() + 150
         while not (metrics.exists() and metrics.stat().st_size):
             assert time.monotonic() < patience and parent.poll() is None
             time.sleep(0.2)

@@ -1,13 +1,11 @@
 """The planner: what was measured on GPUs, machines that are not here, what fits and what would."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from commands import REPOSITORY
+from commands import forked
 from real_run import make_config
 
 from benchmarks import planning
@@ -149,10 +147,9 @@ def test_script_makes_commands_to_paste(large, few, capsys):
     assert any(f"GPU memory: {peak} GiB" in line and "it fits" in line for line in found)
 
 
-def test_script_says_what_would_fit(large):
+def test_script_says_what_would_fit(large, tmp_path):
     """One line, and not zero."""
-    words = [sys.executable, "scripts/plan.py", "--model", large["1b"], "--gpus", "1x1"]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=REPOSITORY)
+    done = forked(["scripts/plan.py", "--model", large["1b"], "--gpus", "1x1"], tmp_path)
     assert done.returncode and len(done.stderr.splitlines()) == 1 and "would fit" in done.stderr
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from commands import REPOSITORY, TRAIN, error_lines, losses, start
-from published import PUBLISHED, expanded, published
 
 import train
+from benchmarks.published import PUBLISHED, expanded, published
 from fsdp_utils.config import TrainConfig
 from fsdp_utils.core.flags import ConfigError, as_dict, flags, parse, parse_or_fail, save
 from fsdp_utils.folders.names import RUN_FILE

@@ -1,27 +1,28 @@
 """Classification and sequence-to-sequence models: any number of processes, any sharding and stock libraries come to the
 same numbers."""
 
+import inspect
 import json
 import re
-import sys
 
+import numpy as np
 import pytest
 import torch
 from closeness import assert_close, assert_close_norm, assert_learns
-from commands import REPOSITORY, error_lines, start
+from commands import REPOSITORY, error_lines, forked
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from published import FLAN_T5_SMALL
 from real_run import batches_of, first_step, make_config, off_zero, plan, prepared, save_trained, task_in
 from safetensors.torch import save_file
 from test_checkpoints import bytes_of, interrupted, refused, rows_of, run_train
 from tiny import byte_tokenizer
-from tiny_tasks import DECODERS, ENCODERS, SEQ2SEQ, labelled_rows, make_task_model, source_rows, write_rows
+from tiny_tasks import CLASSIFYING, DECODERS, ENCODERS, SEQ2SEQ, labelled_rows, make_task_model, source_rows, write_rows
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, T5Config
 
 import train
+from benchmarks.published import FLAN_T5_SMALL
 from fsdp_utils.core.errors import UserError
-from fsdp_utils.data.coded import _Ids
+from fsdp_utils.data.coded import EndPooledRows, _Ids
 from fsdp_utils.data.labels import BadLabel, find_labels, written
 from fsdp_utils.export import format_of
 from fsdp_utils.folders.describe import describe
@@ -35,7 +36,7 @@ from methods.targets import decoder_blocks
 KEY_BIASES = ("key.bias", "k_proj.bias", "k_lin.bias", "key_proj.bias")
 PRO = [name for name in TRAIN_TYPES if "llama_pro" in name]
 KINDS = [name for name in TRAIN_TYPES if name not in PRO]
-AUTO = dict.fromkeys([*ENCODERS, *DECODERS], AutoModelForSequenceClassification) | dict.fromkeys(
+AUTO = dict.fromkeys([*ENCODERS, *DECODERS, *CLASSIFYING], AutoModelForSequenceClassification) | dict.fromkeys(
     SEQ2SEQ, AutoModelForSeq2SeqLM
 )
 
@@ -67,7 +68,7 @@ def task_flags(tmp_path_factory):
         *(("t5", train_type) for train_type in ("full", "lora", "qlora", "bnb_dora", "hqq_lora")),
         *(
             (family, name)
-            for family in ("bert", "deberta", "distilbert", "modernbert")
+            for family in ("bert", "deberta", "distilbert", "modernbert", "t5gemma")
             for name in ("full", "bnb_dora")
         ),
         *(
@@ -157,7 +158,7 @@ def stock_loss(model, batch) -> torch.Tensor:
     return model(**inputs, labels=batch.get("labels", batch["targets"])).loss
 
 
-@pytest.mark.parametrize("family", ["roberta", "deberta", "bert", "llama_base", "t5", "bart"])
+@pytest.mark.parametrize("family", ["roberta", "deberta", "bert", "llama_base", "t5", "bart", "t5gemma"])
 @pytest.mark.parametrize("train_type", ["custom_lora", "dora"])
 def test_parity_with_peft(task_flags, family, train_type):
     """The same adapter and head in PEFT's model: loss and gradients."""
@@ -198,7 +199,7 @@ def answers(model, batch) -> torch.Tensor:
     return model.eval()(**inputs).logits.float()
 
 
-@pytest.mark.parametrize("family", ["roberta", "distilbert", "llama_base", "t5", "bart"])
+@pytest.mark.parametrize("family", ["roberta", "distilbert", "llama_base", "t5", "bart", "t5gemma"])
 @pytest.mark.parametrize("train_type", ["lora", "bnb_dora", "full"])
 def test_saved_is_what_stock_loads(task_flags, tmp_path, family, train_type):
     """Adapters with their head by PEFT on the base that training used, models by transformers; and by this project."""
@@ -290,7 +291,7 @@ def test_no_new_blocks_in_encoders(task_flags, tmp_path, family):
     flags = task_flags(family, train_type="llama_pro") | dict(llama_pro_path=task_flags(family)["model_name"])
     assert "--train_type llama_pro: new blocks are added to decoders" in refused(**flags, output_dir=tmp_path / "out")
     script = REPOSITORY / "scripts/block_expansion.py"
-    made = start([sys.executable, script, "--model_name", flags["model_name"], "--output_dir", tmp_path / "pro"])
+    made = forked([script, "--model_name", flags["model_name"], "--output_dir", tmp_path / "pro"], tmp_path)
     assert made.returncode == 2 and not (tmp_path / "pro").exists()
     assert len(error_lines(made.stderr)) == 1, made.stderr
 
@@ -355,7 +356,7 @@ def test_labels_that_are_hardly_two(other):
 
 def test_bart_takes_no_end_within_a_text(task_flags, tmp_path):
     """transformers' refuses a batch whose rows have not as many ends of sequence; the row is named instead, before a
-    weight is read, and may be left out. An encoder takes it."""
+    weight is read, and may be left out. An encoder takes it, and T5Gemma."""
     rows = [*ROWS, dict(text="<s>goal</s>", label="tech")]
     data = write_rows(tmp_path / "ends.jsonl", rows)
     flags = task_flags("bart") | dict(task="sequence_classification", dataset=data, output_dir=tmp_path / "out")
@@ -369,9 +370,35 @@ def test_bart_takes_no_end_within_a_text(task_flags, tmp_path):
         model(**inputs(rows))
     model(**inputs(ROWS))
     samples = lambda family: train.read_inputs(make_config(**flags | dict(model_name=task_flags(family)["model_name"])))
-    assert len(samples("roberta")[3]) == 9
+    assert len(samples("roberta")[3]) == len(samples("t5gemma")[3]) == 9
     flags["skip_bad_rows"] = True
     assert len(samples("bart")[3]) == 8
+
+
+def test_who_classifies_by_the_end_of_sequence():
+    """Of every family that transformers classifies with, those whose code looks for that token."""
+    mapping = AutoModelForSequenceClassification._model_mapping
+    for config in mapping:
+        looks = "config.eos_token_id" in inspect.getsource(mapping[config].forward)
+        assert (named_task("sequence_classification").coder_for(config()) is EndPooledRows) == looks, config
+
+
+@torch.no_grad()
+def test_t5gemma_sees_a_row_to_its_end(task_flags):
+    """Beside longer rows, as the longest, and alone, its logits are the same; without padding behind the longest row,
+    the stock model gives that one others."""
+    config = make_config(**task_flags("t5gemma"))
+    task, model = task_in(config), prepared(config).model.eval()
+    rows = [(np.arange(n), np.array([0])) for n in (3, 5, 9)]
+    shape = dict(packing=False, targets_multiple=1, pad_token_id=task.pad, multiple=1, context_length=0)
+    batch = task.collate(rows, **shape)
+    together = answers(model, batch).log_softmax(-1)
+    for row, wanted in zip(rows, together, strict=True):
+        alone, _ = task.predictions(model, *map(torch.tensor, row))
+        torch.testing.assert_close(alone[0], wanted, atol=1e-5, rtol=1e-5)
+    stock = answers(model, {name: batch[name][:, :9] for name in ("input_ids", "attention_mask")}).log_softmax(-1)
+    torch.testing.assert_close(stock[:2], together[:2], atol=1e-5, rtol=1e-5)
+    assert (stock[2] - together[2]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -532,11 +559,11 @@ def test_kinds_of_labels(task_flags, tmp_path, kind):
     assert stock.config.num_labels == len(names)
 
 
-@pytest.mark.parametrize("family", [*ENCODERS, *DECODERS, *SEQ2SEQ])
+@pytest.mark.parametrize("family", [*ENCODERS, *DECODERS, *SEQ2SEQ, *CLASSIFYING])
 def test_blocks_are_found_by_structure(task_flags, family):
     """Every layer of encoder and decoder, and nothing else."""
     model = plan(make_config(**task_flags(family))).model
-    assert len(decoder_blocks(model)) == (4 if family in SEQ2SEQ else 2)
+    assert len(decoder_blocks(model)) == (4 if family in SEQ2SEQ | CLASSIFYING else 2)
 
 
 PUBLISHED = {  # rank -> with the head tied, with a head of its own

@@ -20,6 +20,8 @@ from transformers import (
     PegasusConfig,
     RobertaConfig,
     T5Config,
+    T5GemmaConfig,
+    T5GemmaModuleConfig,
 )
 
 IDS = dict(vocab_size=300, bos_token_id=256, eos_token_id=257, pad_token_id=258)
@@ -60,17 +62,23 @@ SEQ2SEQ = {
     "bart": lambda: BartConfig(**BART),
     "pegasus": lambda: PegasusConfig(**BART),
 }  # fmt: skip
+GEMMA = dict(**SHAPE | IDS, head_dim=16)
+CLASSIFYING = {  # encoders with a decoder that become classifiers here
+    "t5gemma": lambda: T5GemmaConfig(
+        encoder=T5GemmaModuleConfig(**GEMMA), decoder=T5GemmaModuleConfig(**GEMMA), vocab_size=300
+    ),
+}
 BUILT_BY = (
     dict.fromkeys(ENCODERS, AutoModelForMaskedLM)
     | dict.fromkeys(DECODERS, AutoModelForCausalLM)
-    | dict.fromkeys(SEQ2SEQ, AutoModelForSeq2SeqLM)
+    | dict.fromkeys(SEQ2SEQ | CLASSIFYING, AutoModelForSeq2SeqLM)
 )
 
 
 def make_task_model(folder, family: str, *, seed: int = 0) -> Path:
     """Writes a random tiny model, with the head that it is pretrained with, and its tokenizer."""
     torch.manual_seed(seed)
-    model = BUILT_BY[family].from_config((ENCODERS | DECODERS | SEQ2SEQ)[family]())
+    model = BUILT_BY[family].from_config((ENCODERS | DECODERS | SEQ2SEQ | CLASSIFYING)[family]())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2 or name.endswith("bias"):

@@ -6,7 +6,7 @@ import traceback
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forks import server
 
 
 def _serve(rank, size, port, jobs, results):
@@ -29,7 +29,7 @@ class Workers:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        context = mp.get_context("spawn")
+        context = server()
         self.results = context.Queue()
         self.jobs = [context.Queue() for _ in range(size)]
         self.processes = [

@@ -107,18 +107,29 @@ def pad_rows(rows: list, *, fill: int, width: int) -> torch.Tensor:
     return padded
 
 
-def collate_padded(rows: list, *, pad_token_id: int, multiple: int, context_length: int) -> dict[str, torch.Tensor]:
+def at_least(rows: list, fewest: int, blank) -> list:
+    """The rows, and as many times `blank` as are missing.
+
+    A process without rows still has to take part in every all-gather of the forward pass; and where compiled code is
+    for one number of rows, all batches had better have it.
+    """
+    return [*rows, *[blank] * (fewest - len(rows))]
+
+
+def collate_padded(
+    rows: list, *, pad_token_id: int, multiple: int, context_length: int, fewest: int = 1
+) -> dict[str, torch.Tensor]:
     """One micro-batch of samples, padded on the right. A causal model needs no mask for that, and without one attention
     takes its fast kernels.
 
     Args:
-        rows: (input_ids, labels) of each sample, int arrays [tokens]; none at all gives one row without labels.
+        rows: (input_ids, labels) of each sample, int arrays [tokens].
+        fewest: rows of the result; those that are missing have no labels.
 
     Returns:
         `input_ids`, `labels`: int64 [rows, longest].
     """
-    # a rank without rows still has to take part in every all-gather of the forward pass
-    rows = rows or [(np.array([pad_token_id]), np.array([IGNORED]))]
+    rows = at_least(rows, fewest, (np.array([pad_token_id]), np.array([IGNORED])))
     ids, labels = ([row[i] for row in rows] for i in range(2))
     width = width_of(ids, multiple=multiple, context_length=context_length)
     return {
@@ -127,7 +138,9 @@ def collate_padded(rows: list, *, pad_token_id: int, multiple: int, context_leng
     }
 
 
-def collate_packed(packs: list, *, pad_token_id: int, multiple: int, context_length: int) -> dict[str, torch.Tensor]:
+def collate_packed(
+    packs: list, *, pad_token_id: int, multiple: int, context_length: int, fewest: int = 1
+) -> dict[str, torch.Tensor]:
     """One micro-batch of packs, each a list of (input_ids, labels) int arrays [tokens].
 
     transformers reads sequence boundaries from `position_ids` only where there is no attention mask, so there is none.
@@ -136,7 +149,7 @@ def collate_packed(packs: list, *, pad_token_id: int, multiple: int, context_len
         `input_ids`, `labels`, `position_ids`: int64 [packs, longest]; positions restart at 0 at every sample and at
         the padding.
     """
-    packs = packs or [[(np.array([pad_token_id]), np.array([IGNORED]))]]
+    packs = at_least(packs, fewest, [(np.array([pad_token_id]), np.array([IGNORED]))])
     longest = max(sum(len(ids) for ids, _ in samples) for samples in packs)
     width = _width(longest, multiple=multiple, context_length=context_length)
     batch = {
@@ -274,6 +287,7 @@ class Batches:
         pad_token_id: any id of the vocabulary. Padding is never told by its id.
         multiple: micro-batches are so wide, unless that is past `context_length`.
         targets_multiple: so many places predict, some of them nothing.
+        fewest: rows that a micro-batch has at least.
     """
 
     data: object
@@ -288,6 +302,7 @@ class Batches:
     pad_token_id: int = 0
     multiple: int = 1
     targets_multiple: int = 1
+    fewest: int = 1
 
     @classmethod
     def of(cls, config, data, *, collate: Callable, **more) -> "Batches":
@@ -365,4 +380,5 @@ class Batches:
             pad_token_id=self.pad_token_id,
             multiple=self.multiple,
             context_length=self.context_length,
+            fewest=self.fewest,
         )

@@ -201,22 +201,6 @@ def attach(built: Built, config) -> Plan:
     return Plan(**vars(built), method=method, quantizer=quantizer)
 
 
-def cannot_compile(error: Exception) -> UserError:
-    """The error to raise in place of the compiler's, which has already printed the code that it could not compile."""
-    cause = error.inner_exception
-    what = f"{type(cause).__name__}: {cause}".splitlines()[0]
-    return UserError(f"--compile true: the compiler failed ({what}); pass --compile false")
-
-
-def compiler(config, device: torch.device) -> Callable | None:
-    """What compiles a decoder block's forward here, or None: compiled code needs CUDA and Triton."""
-    if not config.compile or device.type != "cuda" or not torch.utils._triton.has_triton():
-        return None
-    # all blocks share one code object; every block may need its own variant when shapes change
-    torch._dynamo.config.recompile_limit = 64
-    return torch.compile
-
-
 def load(planned: Plan, config, *, mesh, device: torch.device, compile_block: Callable | None = None) -> Prepared:
     """Shards the planned model over `mesh` (None: one process holds it), fills it, and makes it ready to train."""
     model, method, dtypes = planned.model, planned.method, planned.dtypes

@@ -76,6 +76,19 @@ def require_input_gradients(model: nn.Module) -> None:
             module.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
 
 
+def with_gradient(forward: Forward) -> Forward:
+    """Asks for the gradient of a block's input also where nobody needs it, as behind a frozen embedding: compiled code
+    is made for one or the other, so the first block would have code of its own, and take as long to compile as all
+    others together. Without trained parameters in the block, it would go through backward for nothing."""
+
+    def run(*args, **kwargs):
+        if args and torch.is_grad_enabled() and not args[0].requires_grad:
+            args = (args[0].detach().requires_grad_(True), *args[1:])
+        return forward(*args, **kwargs)
+
+    return run
+
+
 def wrap_blocks(
     model: nn.Module,
     blocks: dict[str, nn.Module],
@@ -97,12 +110,14 @@ def wrap_blocks(
     reentrant = config.reentrant_checkpointing
     checkpointing = partial(checkpointed, reentrant=reentrant, preserve_rng=bool(family_dropout(model)))
     for number, block in enumerate(blocks.values()):
+        adapted = any(p.requires_grad for p in block.parameters())
         wrappers = wrappers_of(
             number < recomputed,
             reentrant=reentrant,
             checkpointing=partial(checkpointing, policy=config.checkpoint_policy),
             products_only=partial(checkpointing, policy="products"),
             compiled=compiled,
+            alike=with_gradient if compiled and adapted else None,
             offloaded=offloader and offloader.wrap,
         )
         for wrapper in wrappers:
@@ -112,7 +127,7 @@ def wrap_blocks(
 
 
 def wrappers_of(
-    recomputes: bool, *, reentrant: bool, checkpointing, products_only, compiled, offloaded
+    recomputes: bool, *, reentrant: bool, checkpointing, products_only, compiled, alike, offloaded
 ) -> list[Callable]:
     """What goes around a block, from the inside out.
 
@@ -125,4 +140,4 @@ def wrappers_of(
         listed = [checkpointing, compiled]
     else:  # compiled alone, a block would keep results of elementwise operations as well
         listed = [products_only, compiled] if compiled else []
-    return [wrapper for wrapper in (*listed, offloaded if recomputes else None) if wrapper]
+    return [wrapper for wrapper in (*listed, alike, offloaded if recomputes else None) if wrapper]

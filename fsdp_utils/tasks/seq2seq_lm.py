@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForSeq2SeqLM
 
-from fsdp_utils.data.batches import IGNORED, model_inputs, pad_rows, width_of
+from fsdp_utils.data.batches import IGNORED, at_least, model_inputs, pad_rows, width_of
 from fsdp_utils.data.coded import SourceTargetRows
 from fsdp_utils.tasks.base import Task
 from fsdp_utils.training.loss import CausalLMLoss
@@ -46,10 +46,10 @@ class Seq2SeqLM(Task):
     def pad_token_id(self, tokenizer, model_config, *, largest):
         return model_config.pad_token_id
 
-    def collate(self, rows, *, packing, targets_multiple, pad_token_id, multiple, context_length):
+    def collate(self, rows, *, packing, targets_multiple, pad_token_id, multiple, context_length, fewest=1):
         """`input_ids`, `attention_mask`: int64 `[rows, longest source]`; `labels` `[rows, longest target]`, -100 as
         padding; `positions` and `targets` `[n]`: the flat places of the decoder that predict, and what."""
-        rows = rows or [(np.array([pad_token_id]), np.array([IGNORED]))]
+        rows = at_least(rows, fewest, (np.array([pad_token_id]), np.array([IGNORED])))
         ids, labels = ([row[i] for row in rows] for i in range(2))
         shape = dict(multiple=multiple, context_length=context_length)
         sources, targets = width_of(ids, **shape), width_of(labels, **shape)

@@ -10,13 +10,19 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from fsdp_utils.core.errors import UserError
-from fsdp_utils.data.batches import IGNORED, pad_rows, width_of
+from fsdp_utils.data.batches import IGNORED, at_least, pad_rows, width_of
 from fsdp_utils.data.coded import EndPooledRows, LabelledRows
 from fsdp_utils.data.labels import REGRESSION, SINGLE, Labels
 from fsdp_utils.tasks.base import Task, is_encoder
 from fsdp_utils.training.scores import SCORES
 
 POOLERS = ("pooler", "head")  # modules of an encoder that its pretraining may not have had
+
+
+def reads_shifted(model_config) -> bool:
+    """Of an encoder-decoder: whether it classifies by the last token of the text, shifted to the right, as T5Gemma
+    does. The others take the end-of-sequence token's place."""
+    return model_config.is_encoder_decoder and model_config.model_type.startswith("t5gemma")
 
 
 def summed_loss(logits: torch.Tensor, targets: torch.Tensor, problem: str) -> torch.Tensor:
@@ -58,6 +64,15 @@ class ClassificationLoss:
 
 @dataclass(frozen=True)
 class SequenceClassification(Task):
+    """One label, several, or a score for each row.
+
+    Args:
+        room: columns of padding behind the longest row. Without one, T5Gemma shifts that row's last token out and
+            classifies by the one before, so that what comes out depends on the other rows.
+    """
+
+    room: int = 0
+
     name = "sequence_classification"
     auto_class = AutoModelForSequenceClassification
     noun = "model that transformers classifies sequences with"
@@ -78,7 +93,8 @@ class SequenceClassification(Task):
         return not is_encoder(model_config)
 
     def coder_for(self, model_config):
-        return EndPooledRows if model_config.is_encoder_decoder else self.coder
+        ends = model_config.is_encoder_decoder and not reads_shifted(model_config)
+        return EndPooledRows if ends else self.coder
 
     def shown(self, row):
         ids, label = np.asarray(row["input_ids"]), self.labels.named(np.asarray(row["labels"]))
@@ -87,7 +103,15 @@ class SequenceClassification(Task):
 
     def given(self, labels, tokenizer, model_config):
         known = (model_config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
-        return replace(self, labels=labels, pad=next((i for i in known if i is not None), None))
+        pad = next((i for i in known if i is not None), None)
+        return replace(self, labels=labels, pad=pad, room=int(reads_shifted(model_config)))
+
+    def record(self):
+        return super().record() | dict(room=self.room)
+
+    @classmethod
+    def of_record(cls, record):
+        return replace(super().of_record(record), room=record.get("room", 0))
 
     def adapt(self, model_config):
         for name, value in (self.labels.config() if self.labels else {}).items():
@@ -126,28 +150,30 @@ class SequenceClassification(Task):
             raise UserError(f"{model_config.model_type}: neither the model nor its tokenizer has a padding token")
         return self.pad
 
-    def collate(self, rows, *, packing, targets_multiple, pad_token_id, multiple, context_length):
+    def collate(self, rows, *, packing, targets_multiple, pad_token_id, multiple, context_length, fewest=1):
         """`input_ids`, `attention_mask`, perhaps `token_type_ids`: int64 `[rows, longest]`; `targets` as of
         `summed_loss`."""
         single = self.labels.problem == SINGLE
         nothing = [IGNORED] if single else [float("nan")] * self.labels.outputs
-        ids = [row[0] for row in rows] or [np.array([pad_token_id])]
-        labels = [row[1] for row in rows] or [nothing]
-        width = width_of(ids, multiple=multiple, context_length=context_length)
+        types = [np.zeros(1)] if rows and len(rows[0]) > 2 else []
+        rows = at_least(rows, fewest, (np.array([pad_token_id]), nothing, *types))
+        ids, labels = ([row[i] for row in rows] for i in range(2))
+        width = width_of([range(len(row) + self.room) for row in ids], multiple=multiple, context_length=context_length)
         batch = dict(
             input_ids=pad_rows(ids, fill=pad_token_id, width=width),
             attention_mask=pad_rows([np.ones(len(row)) for row in ids], fill=0, width=width),
             targets=torch.tensor(np.array(labels), dtype=torch.int64 if single else torch.float32),
         )
         batch["targets"] = batch["targets"][:, 0] if single else batch["targets"]
-        if rows and len(rows[0]) > 2:
+        if types:
             batch["token_type_ids"] = pad_rows([row[2] for row in rows], fill=0, width=width)
         return batch
 
     def predictions(self, model, ids, labels, *types):
         """Of several labels, each is a choice between two."""
-        names = ("input_ids", "attention_mask", "token_type_ids")
-        inputs = zip(names, (ids, torch.ones_like(ids), *types), strict=False)
+        names, room = ("input_ids", "attention_mask", "token_type_ids"), (0, self.room)
+        mask = F.pad(torch.ones_like(ids), room)
+        inputs = zip(names, (F.pad(ids, room, value=self.pad), mask, *types), strict=False)
         logits = model(**{name: tensor.unsqueeze(0) for name, tensor in inputs}).logits.float()
         if self.labels.problem == SINGLE:
             return logits.log_softmax(-1), labels.long()

@@ -33,6 +33,7 @@ from fsdp_utils.training.optim import (
 )
 from methods.dropout import DropoutSeeds
 
+CAPTURE_AFTER = 8  # micro-batches run one operator after the other, for each capture after the first
 MAX_GRAPHS = 16  # different shapes; padding to multiples keeps them few
 TARGETS_MULTIPLE = 256
 
@@ -72,12 +73,19 @@ class MicroStep:
         self.loss_of, self.device, self.autocast, self.graph_tokens = loss_of, device, autocast, graph_tokens
         self.captured: dict[tuple, _Captured] = {}
         self.seen: set[tuple] = set()
+        self.run = 0  # micro-batches that no graph ran
         self.pool = torch.cuda.graph_pool_handle() if self.graphs else None
         self.weight = torch.ones((), device=device)
 
     @property
     def graphs(self) -> bool:
         return self.graph_tokens > 0
+
+    @property
+    def affordable(self) -> int:
+        """How many captures are worth their time by now: where every batch has another shape, as with many lengths,
+        they would take longer than they save."""
+        return min(MAX_GRAPHS, 1 + self.run // CAPTURE_AFTER)
 
     @property
     def targets_multiple(self) -> int:
@@ -91,7 +99,8 @@ class MicroStep:
         if key in self.captured:
             return self._replay(self.captured[key], batch)
         batch = self.moved(batch)
-        small = batch["input_ids"].numel() <= self.graph_tokens and len(self.captured) < MAX_GRAPHS
+        self.run += 1
+        small = batch["input_ids"].numel() <= self.graph_tokens and len(self.captured) < self.affordable
         if small and key in self.seen:
             return self._capture(key, batch)
         self.seen.add(key)
@@ -275,8 +284,12 @@ class TrainStep:
     def batches(self, batches: Batches) -> Batches:
         """The same samples in the shapes that suit this device: compiled blocks, matrix units and CUDA graphs like few,
         even ones."""
-        multiple = 64 if self.device.type == "cuda" else 1
-        return replace(batches, multiple=multiple, targets_multiple=self.micro_step.targets_multiple)
+        if self.device.type != "cuda":
+            return batches
+        # rows of which each is nearly full had better be of one length
+        multiple = batches.context_length if batches.packing else 64
+        shape = dict(multiple=multiple, fewest=batches.batch_size, targets_multiple=self.micro_step.targets_multiple)
+        return replace(batches, **shape)
 
     def backward(self, micro_batches: list[Batch], *, votes: Sequence[float] = ()) -> tuple[torch.Tensor, int]:
         """Adds the gradients of the mean loss of the global batch. Returns its summed loss, fp64 scalar on the device,

@@ -1,11 +1,12 @@
-"""The public shapes of the models that recipes name, as folders with a config.json: a test reaches no hub."""
+"""The public shapes of the models that recipes name, as folders with a config.json: nothing reaches a hub."""
 
 import json
 from pathlib import Path
 
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, RobertaConfig, T5Config
+from transformers import AutoTokenizer, LlamaConfig, MistralConfig, Qwen2Config, RobertaConfig, T5Config
 
 from benchmarks.common import SHAPES
+from fsdp_utils.model.build import resolve_model
 
 LLAMA_2_7B = dict(hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_key_value_heads=32,
                   vocab_size=32000, max_position_embeddings=4096)  # fmt: skip
@@ -35,6 +36,12 @@ def published(name: str, folder: Path) -> Path:
     config = PUBLISHED[name]()
     config.architectures = [CLASSES.get(config.model_type, type(config).__name__.replace("Config", "ForCausalLM"))]
     config.save_pretrained(folder)
+    return folder
+
+
+def with_tokenizer(folder: Path, tokenizer: str) -> Path:
+    """The folder, with the tokenizer of another or of the demo."""
+    AutoTokenizer.from_pretrained(resolve_model(tokenizer)).save_pretrained(folder)
     return folder
 
 
