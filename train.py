@@ -67,7 +67,7 @@ def tell(config: TrainConfig, stopping: Stopping) -> None:
         return show(config)
     if config.plan:
         return show_plan(config, device)
-    if config.resume == "auto" and processes.all_gather_objects(saving.has_ended(config))[0]:
+    if config.resume == "auto" and processes.from_main(lambda: saving.has_ended(config)):
         say(f"{config.output_dir}: this run has ended; nothing is left to do")
         return
     checkpoint = checkpoints.find(config)

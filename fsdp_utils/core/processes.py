@@ -4,7 +4,9 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +14,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from fsdp_utils.core.errors import PREEMPTED, Ended, UserError
 from fsdp_utils.core.ranks import fail, read_slurm_environment, world_size
+
+T = TypeVar("T")
 
 
 def barrier() -> None:
@@ -76,6 +80,28 @@ def all_gather_objects(mine) -> list:
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     return everyone
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """What `make` gives in process 0, to all; the others do not call it. What costs a look at a disk that all share, or
+    is long, is so said once, not by every process to every other.
+
+    Raises:
+        UserError: `make` raised it; in all of them, since none would get what it waits for.
+    """
+    if not dist.is_initialized():
+        return make()
+    said = [None]
+    if dist.get_rank() == 0:
+        try:
+            said = [(make(), None)]
+        except UserError as error:
+            said = [(None, error)]
+    dist.broadcast_object_list(said, src=0)
+    value, error = said[0]
+    if error:
+        raise error
+    return value
 
 
 def _spawned(index: int, function, count: int, config) -> None:

@@ -28,7 +28,7 @@ from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.flags import lasting_flags
 from fsdp_utils.core.folders import write_json
 from fsdp_utils.core.locks import make_writable
-from fsdp_utils.core.processes import all_gather_objects, barrier
+from fsdp_utils.core.processes import all_gather_objects, barrier, from_main
 from fsdp_utils.core.ranks import is_main, rank, say, world_size
 from fsdp_utils.core.rows import local, row_range
 from fsdp_utils.core.safetensors_io import start_file, write_rows
@@ -106,7 +106,7 @@ def take(step, planned, *, describe: Callable[[Path], None], state: dict) -> Sna
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     by_rows = getattr(step.optimizer, "by_rows", ())
     optimizer = _OptimizerState(own_state["optimizer"]["state"], trained, by_rows=by_rows)
-    agreed = all_gather_objects((optimizer.specs, optimizer.scalars, bool(optimizer.own)))  # not all hold rows of all
+    agreed = _agreed(optimizer)
     # buffers do not train, but a whole model is none without them
     kept = trained | (saved_buffers(model) if trained_file(model) == MODEL_WEIGHTS else {})
     specs = {
@@ -129,6 +129,15 @@ def take(step, planned, *, describe: Callable[[Path], None], state: dict) -> Sna
         files=[*specs, *map(own_file, range(world_size()))],
     )
     return Snapshot(own_state["taken"], specs, rows, optimizer.own | random_states(step.device), describe, state)
+
+
+def _agreed(optimizer: "_OptimizerState") -> list[tuple[dict, dict, bool]]:
+    """Specs and scalars of process 0, then those that each process has beside them; and whether it has a state of its
+    own. Not all hold rows of all tensors, but process 0 of nearly all: so little is said by each to each."""
+    mine = (optimizer.specs, optimizer.scalars)
+    main = from_main(lambda: mine)
+    more = [{name: mine[name] for name in mine.keys() - main.keys()} for mine, main in zip(mine, main, strict=True)]
+    return [(*main, False), *all_gather_objects((*more, bool(optimizer.own)))]
 
 
 def _writes(parameter: torch.Tensor) -> bool:
@@ -246,7 +255,7 @@ class CheckpointWriter:
 
     def __init__(self, root: Path, *, keep: int):
         self.root, self.keep, self.best = root, keep, None
-        name = all_gather_objects(uuid.uuid4().hex)[0]
+        name = from_main(lambda: uuid.uuid4().hex)
         self.marks, self.attempt, self.thread, self.error = _Marks(name), 0, None, None
         trial = root / f".{name}"
         if is_main():
@@ -425,16 +434,16 @@ def find(config) -> Path | None:
     """
     if config.resume == "false":
         return None
-    found, why = None, None
-    if is_main() and config.resume == "auto":
-        found = newest(root_of(config))
-    elif is_main():
+
+    def look() -> Path | None:
+        if config.resume == "auto":
+            return newest(root_of(config))
         found = Path(config.resume).resolve()
-        why = problem(found)
-    found, why = all_gather_objects((found, why))[0]
-    if why:
-        raise UserError(f"--resume {config.resume}: is no valid checkpoint ({why}); name another, or pass auto")
-    return found
+        if why := problem(found):
+            raise UserError(f"--resume {config.resume}: is no valid checkpoint ({why}); name another, or pass auto")
+        return found
+
+    return from_main(look)
 
 
 def remove_after(root: Path, number: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fsdp_utils.core.errors import Diverged, Ended, UserError, naming
 from fsdp_utils.core.folders import write_json
-from fsdp_utils.core.processes import all_gather_objects, barrier
+from fsdp_utils.core.processes import barrier, from_main
 from fsdp_utils.core.ranks import is_main, say
 from fsdp_utils.core.safetensors_io import CheckpointReader
 from fsdp_utils.folders import checkpoints, saving
@@ -52,14 +52,14 @@ class Session:
     # --- before a weight is read --------------------------------------------------------------------------------------
 
     def _check_same(self) -> None:
-        found = all_gather_objects(is_main() and checkpoints.differences(self.state, self.config, facts=self.facts))[0]
+        found = from_main(lambda: checkpoints.differences(self.state, self.config, facts=self.facts))
         if found:
             raise UserError(f"--resume {self.checkpoint}: is of another run: {'; '.join(found)}")
         done, total = self.state["step"], self.total_steps
         if done > total:
             more = "give more by --max_steps or --num_epochs"
             raise UserError(f"--resume {self.checkpoint}: {done} steps are done, and this run has {total}; {more}")
-        if done == total and all_gather_objects(saving.is_finished(self.config.output_dir))[0]:
+        if done == total and from_main(lambda: saving.is_finished(self.config.output_dir)):
             say(f"{self.config.output_dir}: the run has ended after its {total} steps; nothing is left to do")
             raise Ended(0)
         if done < total != self.state["total_steps"] and self.config.lr_scheduler != "constant":
@@ -69,7 +69,7 @@ class Session:
         """What earlier validations said counts only beside later ones of the same samples."""
         if not self.validation or not self.state["validation"]:
             return
-        if all_gather_objects(is_main() and self.state["validation_data"] != self.validation_data)[0]:
+        if from_main(lambda: self.state["validation_data"] != self.validation_data):
             say("note: validation is of other samples than before; the lowest loss so far does not count")
             return
         self.validation.load_state_dict(self.state["validation"])
@@ -206,7 +206,7 @@ class Session:
         if not folder:
             return
         if best.step != self.step.taken:
-            if why := all_gather_objects(checkpoints.problem(folder) if is_main() else None)[0]:
+            if why := from_main(lambda: checkpoints.problem(folder)):
                 raise UserError(f"--save_best true: {folder} is no valid checkpoint ({why}); the last one stays")
             checkpoints.restore_parameters(self.step.model, folder)
             self.planned.method.after_step(self.step.model, device=self.step.device)

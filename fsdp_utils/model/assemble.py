@@ -16,7 +16,7 @@ from torch import nn
 
 from fsdp_utils.core.errors import UserError, first_line, refuse_code
 from fsdp_utils.core.folders import refuse_cache
-from fsdp_utils.core.processes import all_gather_objects
+from fsdp_utils.core.processes import from_main
 from fsdp_utils.core.ranks import say
 from fsdp_utils.core.rows import local
 from fsdp_utils.memory import budget, recompute
@@ -164,7 +164,7 @@ def build(config, *, task, device: torch.device) -> Built:
     )
     if weights.untied:
         say(f"note: {config.source}: config.json ties head and embedding; the head that is stored differs, and is used")
-    return Built(model, task, weights, dtypes, fingerprint(weights))
+    return Built(model, task, weights, dtypes, from_main(lambda: fingerprint(weights)))
 
 
 def check_trainable(built: Built, config, *, device: torch.device) -> None:
@@ -247,7 +247,7 @@ def _fill(planned: Plan, config, *, on_host: dict, rows_on_host: bool, device: t
     cache = None
     if config.quantized_cache and planned.quantizer:
         # only now does the method know which base it wants; process 0 says for all which files those are
-        base = planned.base_fingerprint + method.base_recipe + all_gather_objects(stamp(weights))[0]
+        base = planned.base_fingerprint + method.base_recipe + from_main(lambda: stamp(weights))
         cache = QuantizedCache(cache_folder(config.quantized_cache, model, base=base), device=device)
     load_weights(model, weights, device=device, base_rows=method.base_rows, cache=cache)
     if cache:
