@@ -106,6 +106,7 @@ def read_inputs(config: TrainConfig):
     task = going_on(task, config.init_adapter)
     give_template(tokenizer, config.chat_template)
     data = prepare_data(config, tokenizer, model_config, task=task)
+    config.longest_sample = int(max(data.lengths, default=0))
     task = task.given(data.labels, tokenizer, model_config)
     config.prompt_template = Reading.of(config).template  # its text: the file may be another when the result is saved
     tokenizer.learned_ends = data.report.ends  # saved with the result: servers are to stop there

@@ -253,6 +253,7 @@ class TrainConfig:
     profiling_frequency: int = flag(10, "profile every this many steps", minimum=1)
 
     explicit_flags: frozenset = field(default=frozenset(), init=False, repr=False)
+    longest_sample: int = field(default=0, init=False, repr=False, compare=False)  # in tokens, once data has been read
 
     def __post_init__(self):
         for name in ("use_gradient_checkpointing", "peer_gather"):
@@ -286,6 +287,12 @@ class TrainConfig:
     def sinks(self) -> list[str]:
         """The names in --log_to, each once."""
         return list(dict.fromkeys(name.strip() for name in self.log_to.split(",")))
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of the longest row: what memory is planned for."""
+        padded = -(-self.longest_sample // 64) * 64
+        return min(padded, self.context_length) if padded and not self.packing else self.context_length
 
     @property
     def validates(self) -> bool:

@@ -179,3 +179,30 @@ def test_compiler_that_fails_is_one_message(tiny, tiny_data, tmp_path, monkeypat
         train.main(make_config(**flags))
     way_out = "--compile true: the compiler failed (ValueError: no such instruction); pass --compile false"
     assert str(error.value) == way_out
+
+
+def test_memory_is_planned_for_the_rows_that_are_there(flags):
+    """For the longest sample once data has been read, in whole 64s; for all that may come where rows are packed, or
+    before that."""
+    config = make_config(**flags(context_length=512))
+    assert config.row_tokens == 512
+    *_, data = train.read_inputs(config)
+    assert 64 < max(data.lengths) <= 128 and config.row_tokens == 128
+    config.longest_sample = 64
+    assert config.row_tokens == 64
+    config.longest_sample = 500
+    assert config.row_tokens == 512
+    packed = make_config(**flags(context_length=512, packing=True))
+    train.read_inputs(packed)
+    assert packed.row_tokens == 512
+
+
+def test_shorter_rows_take_less(flags):
+    """What a block keeps is in proportion to them."""
+    kept = []
+    for longest in (0, 64):
+        config = make_config(**flags(context_length=512, train_type="custom_lora"))
+        config.longest_sample = longest
+        model = plan(config).model
+        kept.append(measure(model, decoder_blocks(model), config, task=CAUSAL_LM, dtype=torch.float32, autocast=None))
+    assert kept[0].input == 8 * kept[1].input

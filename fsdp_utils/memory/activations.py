@@ -189,7 +189,7 @@ def _in_silence(name: str):
 
 
 def measure(model: nn.Module, blocks: dict[str, nn.Module], config, *, task, dtype, autocast) -> Kept:
-    """What a micro-batch of `batch_size` rows of `context_length` tokens keeps, from one forward pass on meta.
+    """What a micro-batch of `batch_size` rows of `row_tokens` tokens keeps, from one forward pass on meta.
 
     Args:
         task: knows how the model is called.
@@ -200,7 +200,7 @@ def measure(model: nn.Module, blocks: dict[str, nn.Module], config, *, task, dty
     """
     fake, ledger, logits = FakeTensorMode(allow_non_fake_inputs=True), _Ledger(), []
     kinds = kinds_of(blocks)
-    shape = (config.batch_size, config.context_length, model.config.get_text_config().hidden_size)
+    shape = (config.batch_size, config.row_tokens, model.config.get_text_config().hidden_size)
     with fake:
         state = _fake_state(model, blocks, kinds)
         embedded = torch.empty(shape, dtype=dtype, requires_grad=True)

@@ -180,7 +180,7 @@ def _ends(model: nn.Module, *, away: set[int]) -> list[nn.Parameter]:
 def at_loss(model: nn.Module, config, kept: Kept, *, dtype, autocast) -> int:
     """Bytes besides those of the blocks while head and loss run."""
     shape = model.config.get_text_config()
-    tokens, width = config.batch_size * config.context_length, dtype.itemsize
+    tokens, width = config.batch_size * config.row_tokens, dtype.itemsize
     head = model.get_output_embeddings()
     if head is None:  # a few numbers a row
         return 0

@@ -38,7 +38,7 @@ def graphs_share(model: nn.Module, config, *, mesh, device: torch.device) -> flo
     They hold those of the largest batch that was captured, beside those of a batch that runs without a graph.
     """
     most = graph_tokens(model, config, mesh=mesh, device=device)
-    return min(1.0, most / (config.batch_size * config.context_length))
+    return min(1.0, most / (config.batch_size * config.row_tokens))
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -123,5 +123,5 @@ def lay_out(
 def _decision(recomputed: int, config, whole: int, *, blocks: int, free: int) -> str:
     return (
         f"activation checkpointing: {recomputed} of {blocks} blocks recompute ({whole / GIB:.2f} GiB a block "
-        f"at {config.batch_size} x {config.context_length} tokens, {free / GIB:.1f} GiB free for activations)"
+        f"at {config.batch_size} x {config.row_tokens} tokens, {free / GIB:.1f} GiB free for activations)"
     )
