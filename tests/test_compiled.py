@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 from fsdp_utils.data.batches import with_targets
 from fsdp_utils.model import assemble
 from fsdp_utils.model.assemble import load
-from fsdp_utils.model.compiling import compiled
+from fsdp_utils.model.compiling import Compiler
 from fsdp_utils.options import POLICIES
 from fsdp_utils.sharding import offload
 from fsdp_utils.training.loss import CausalLMLoss
@@ -118,8 +118,8 @@ LENGTHS = (64, 32, 96, 16, 128)  # 64 is also the hidden size
     dict(train_type="full"),
 ])  # fmt: skip
 def test_one_code_for_blocks_and_shapes(base, more):
-    """Whatever the block, the length of rows and the number of samples in them: compiled once, also where sizes are
-    equal by chance, and the gradients are those of plain blocks."""
+    """Whatever the block, the length of rows, and the number of samples in packed ones: compiled once, also where sizes
+    are equal by chance, and the gradients are those of plain blocks."""
     config, generator, counter = (
         make_config(model_name=base, precision="fp32", **more),
         torch.Generator(),
@@ -127,13 +127,13 @@ def test_one_code_for_blocks_and_shapes(base, more):
     )
     ready, plain = (
         off_zero(load(plan(config), config, mesh=None, device=CPU, compile_block=compile_block))
-        for compile_block in (partial(compiled, backend=counter), None)
+        for compile_block in (Compiler(backend=counter, lengths_vary=not config.packing), None)
     )
-    for number, length in enumerate(LENGTHS):
+    for number, length in enumerate([64] * 5 if config.packing else LENGTHS):
         ids = torch.randint(0, 250, (4, length), generator=generator.manual_seed(number))
         batch = dict(input_ids=ids, labels=ids)
         if config.packing:
-            batch["position_ids"] = (torch.arange(length) % (5 + number)).repeat(4, 1)
+            batch["position_ids"] = (torch.arange(length) % (1 + 4 * number)).repeat(4, 1)
         for model in (ready.model.train(), plain.model.train()):
             CausalLMLoss(model, fused=ready.fused_loss)(with_targets(batch)).backward()
     assert counter.frame_count == 1
@@ -141,10 +141,35 @@ def test_one_code_for_blocks_and_shapes(base, more):
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
+def test_code_for_all_lengths_that_cannot_be_made(base, capsys):
+    """Is said once; each length then has its own, once for all blocks, and the gradients are those of plain blocks."""
+    made = []
+
+    def backend(graph, inputs):
+        if any(isinstance(value, torch.SymInt) for value in inputs):
+            raise AssertionError("no such node\nmore of it")
+        made.append(inputs)
+        return graph
+
+    config = make_config(model_name=base, precision="fp32", train_type="custom_lora")
+    ready, plain = (
+        off_zero(load(plan(config), config, mesh=None, device=CPU, compile_block=compile_block))
+        for compile_block in (Compiler(backend=backend), None)
+    )
+    for length in (24, 16, 24):
+        ids = torch.arange(2 * length).view(2, length)
+        for model in (ready.model.train(), plain.model.train()):
+            CausalLMLoss(model, fused=ready.fused_loss)(with_targets(dict(input_ids=ids, labels=ids))).backward()
+    assert len(made) == 2
+    assert capsys.readouterr().out.count("code for all lengths of rows failed (AssertionError: no such node)") == 1
+    for ours, theirs in zip(ready.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
 def test_frozen_blocks_ask_for_no_gradient(flags):
     """Those before the first new block of Llama-Pro take no part in backward, compiled or not."""
     config = make_config(**flags(train_type="bnb_llama_pro", precision="fp32"))
-    compile_block = partial(compiled, backend="eager")
+    compile_block = Compiler(backend="eager")
     ready = load(plan(config), config, mesh=None, device=CPU, compile_block=compile_block)
     ids = torch.zeros((2, 8), dtype=torch.long)
     first = next(iter(ready.blocks.values()))

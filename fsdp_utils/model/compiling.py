@@ -3,26 +3,29 @@
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.ranks import say
 
-# the sizes of a block's inputs that differ from batch to batch, by how many dimensions they have: where samples of a
-# packed row begin; positions; hidden states and rotations `[rows, tokens, features]`; masks `[rows, 1, tokens, tokens]`
-BOUNDARIES = (0,)
-VARYING = {0: (), 1: BOUNDARIES, 2: (1,), 3: (1,), 4: (2, 3)}
+# which sizes of a block's inputs differ from batch to batch, by how many dimensions they have: where samples of packed
+# rows begin; positions; hidden states and rotations `[rows, tokens, features]`; masks `[rows, 1, tokens, tokens]`
+BOUNDARIES = {1: (0,)}
+VARYING = {**BOUNDARIES, 2: (1,), 3: (1,), 4: (2, 3)}
 CACHE = "TORCHINDUCTOR_CACHE_DIR"  # also of what Triton makes
 
 
 def cannot_compile(error: Exception) -> UserError:
     """The error to raise in place of the compiler's, which has already printed the code that it could not compile."""
-    cause = error.inner_exception
-    what = f"{type(cause).__name__}: {cause}".splitlines()[0]
-    return UserError(f"--compile true: the compiler failed ({what}); pass --compile false")
+    return UserError(f"--compile true: the compiler failed ({cause(error)}); pass --compile false")
+
+
+def cause(error: Exception) -> str:
+    inner = error.inner_exception
+    return f"{type(inner).__name__}: {inner}".splitlines()[0]
 
 
 def compiler(config, device: torch.device) -> Callable | None:
@@ -30,36 +33,55 @@ def compiler(config, device: torch.device) -> Callable | None:
     if not config.compile or device.type != "cuda" or not torch.utils._triton.has_triton():
         return None
     keep_between_runs()
-    return partial(compiled, lengths_vary=not config.packing)
+    return Compiler(lengths_vary=not config.packing)
 
 
-def compiled(forward: Callable, *, lengths_vary: bool = True, **options) -> Callable:
-    """A forward as compiled code.
+class Compiler:
+    """Compiles the forwards of a model's blocks.
 
     Args:
-        lengths_vary: the code is for rows of any number of tokens, so that no later batch waits for code of its own.
+        lengths_vary: code is for rows of any number of tokens, so that no later batch waits for code of its own. Where
+            torch cannot make it, that is said, and each length gets its own.
         options: of torch.compile.
     """
-    # all blocks share one code object; what differs between them, as new blocks of Llama-Pro, takes code of its own
-    torch._dynamo.config.recompile_limit = 64
-    run = torch.compile(forward, **options)
 
-    def run_marked(*args, **kwargs):
-        mark((args, kwargs), lengths_vary=lengths_vary)
-        return run(*args, **kwargs)
+    def __init__(self, *, lengths_vary: bool = True, **options):
+        self.lengths_vary, self.options, self.failed = lengths_vary, options, False
+        # all blocks share one code object; what differs between them, as new blocks of Llama-Pro, takes code of its own
+        torch._dynamo.config.recompile_limit = 64
 
-    return run_marked
+    def __call__(self, forward: Callable) -> Callable:
+        code, code_of_a_length = (torch.compile(forward, dynamic=dynamic, **self.options) for dynamic in (None, False))
+
+        def run(*args, **kwargs):
+            if not self.failed:
+                mark((args, kwargs), VARYING if self.lengths_vary else BOUNDARIES)
+                try:
+                    return code(*args, **kwargs)
+                except torch._dynamo.exc.BackendCompilerFailed as error:
+                    if not self.lengths_vary:
+                        raise
+                    self.failed = True
+                    say(f"note: code for all lengths of rows failed ({cause(error)}); each gets its own")
+            args, kwargs = tree_map_only(torch.Tensor, unmarked, (args, kwargs))
+            return code_of_a_length(*args, **kwargs)
+
+        return run
 
 
-def mark(inputs, *, lengths_vary: bool) -> None:
+def mark(inputs, varying: dict[int, tuple[int, ...]]) -> None:
     """Tells torch which sizes differ from batch to batch, before it has seen a second one.
 
     `dynamic=True` would do it for all sizes, and take a minute longer: it reasons about each by itself.
     """
-    tensors = [value for value in tree_leaves(inputs) if isinstance(value, torch.Tensor)]
-    for tensor in tensors:
-        for dim in VARYING[tensor.dim()] if lengths_vary else BOUNDARIES if tensor.dim() == 1 else ():
+    for tensor in tree_leaves(inputs):
+        for dim in varying.get(tensor.dim(), ()) if isinstance(tensor, torch.Tensor) else ():
             torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+def unmarked(tensor: torch.Tensor) -> torch.Tensor:
+    """The same, as another object: a mark cannot be taken back."""
+    return tensor.view_as(tensor)
 
 
 def keep_between_runs() -> None:
