@@ -118,9 +118,20 @@ class ServerGenerator:
         Raises:
             UserError: no connection, an HTTP error, a reply without an answer.
         """
-        begun, pool = time.perf_counter(), ThreadPoolExecutor(batch_size)
+        begun, pool, errors = time.perf_counter(), ThreadPoolExecutor(batch_size), []
+
+        def ask(index: int) -> tuple[int, str, int]:
+            """Nothing more once one has failed: whoever waits for it may come to know later than the next is asked."""
+            if errors:
+                raise errors[0]
+            try:
+                return self._ask(index)
+            except UserError as error:
+                errors.append(error)
+                raise
+
         try:
-            asked = [pool.submit(self._ask, index) for index, _ in prompts]
+            asked = [pool.submit(ask, index) for index, _ in prompts]
             for done in tqdm(as_completed(asked), total=len(asked), desc="answering", unit="question"):
                 index, text, tokens = done.result()
                 now = time.perf_counter()  # several are under way: each is given the time since the one before
