@@ -80,7 +80,7 @@ def test_steps_that_compile_are_marked(flags, tiny, capsys):
     marked = [row["step"] for row in rows if row.get("compiled")]
     assert marked[0] == 1 and len(marked) > 1  # samples are of many lengths
     said = capsys.readouterr().out
-    assert said.count("compiling blocks: the first steps take up to a minute") == 1
+    assert said.count("compiling blocks: the first step takes up to half a minute") == 1
     assert f"{len(marked)} of 5 steps compiled and do not count" in said
     again = run_compiled(flags("again", batch_size=15, max_steps=3))  # all samples, again and again
     assert [row.get("compiled") for row in again] == [True, None, None]

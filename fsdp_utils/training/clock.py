@@ -19,7 +19,7 @@ class Compiling:
 
     def begins(self, _=None) -> None:
         if not self.count:
-            say("compiling blocks: the first steps take up to a minute")
+            say("compiling blocks: the first step takes up to half a minute")
         self.count += 1
 
     def close(self) -> None:
