@@ -4,6 +4,7 @@ same numbers."""
 import inspect
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -589,3 +590,19 @@ def test_trainable_parameters_of_flan_t5_small(tmp_path, capsys):
             shapes = {name: t.shape for name, t in AutoModelForSeq2SeqLM.from_config(config).state_dict().items()}
         tensors = {name: torch.zeros(shape) for name, shape in shapes.items() if "embed_tokens" not in name}
         save_file(tensors | {"lm_head.weight": torch.ones(shapes["lm_head.weight"])}, tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("family", ["roberta", "bert", "bart", "t5", "llama"])
+def test_rows_that_are_missing_count_nothing(task_flags, tiny, tiny_data, family):
+    """Micro-batches that are filled up, as on a GPU, have the loss, the tokens and the scores of those that are not."""
+    flags = dict(model_name=tiny("llama"), dataset=tiny_data) if family == "llama" else task_flags(family)
+    config = make_config(**flags | dict(batch_size=7, train_type="full", precision="fp32"))
+    ready = prepared(config)
+    step, batches = TrainStep(ready, config, task=task_in(config)), batches_of(config, ready)
+    (*_, last), (*_, filled) = (list(which.steps(0)) for which in (batches, replace(batches, fewest=7)))
+    assert len(last[0]["input_ids"]) < 7 == len(filled[0]["input_ids"])
+    ours, wanted = (step.loss_over(found) for found in (filled, last))
+    assert ours.tokens == wanted.tokens > 0
+    torch.testing.assert_close(torch.tensor(ours.total), torch.tensor(wanted.total), rtol=1e-6, atol=1e-6)
+    assert torch.equal(ours.sums, wanted.sums)
+    step.close()
