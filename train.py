@@ -80,6 +80,8 @@ def tell(config: TrainConfig, stopping: Stopping) -> None:
     task, model_config, tokenizer, data = read_inputs(config)
     data, held_out = hold_out(config, data, tokenizer, model_config, task=task)
     split_global_batch(config, checkpoint)
+    for note in saving.other_batch(config) if not checkpoint else ():
+        say(note)
     batches = make_batches(config, data, tokenizer, model_config, task=task)
     batches.check()
     validation = Validation(config, batches, held_out) if held_out else None

@@ -31,7 +31,11 @@ class PlanConfig:
 
     def errors(self) -> list[str]:
         wrong = [part for part in self.given if "=" not in part]
-        return [f"--extra {part}: write name=value, with commas between several" for part in wrong]
+        own = [part for part in self.given if part.partition("=")[0] in ("train_type", "context_length", "model_name")]
+        return [
+            *(f"--extra {part}: write name=value, with commas between several" for part in wrong),
+            *(f"--extra {part}: has a flag of its own; see --help" for part in own),
+        ]
 
     @property
     def given(self) -> list[str]:

@@ -49,6 +49,7 @@ from safetensors.torch import save_file
 
 from fsdp_utils.core.devices import pick_device
 from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.folders import model_folder
 from fsdp_utils.core.ranks import fail, say
 from fsdp_utils.core.safetensors_io import CheckpointReader
 from fsdp_utils.model.build import resolve_model
@@ -73,7 +74,7 @@ def cut(model: str, blocks: int, folder: Path) -> Path:
     Raises:
         UserError: no weights are there.
     """
-    source = Path(resolve_model(model))
+    source = model_folder(resolve_model(model))
     if not any(source.glob("*.safetensors")):
         raise UserError(f"--model {model}: has no safetensors to test with; name a model with weights, or demo")
     shutil.copytree(

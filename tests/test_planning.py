@@ -158,3 +158,24 @@ def test_measured_rows_are_whole():
     assert len(ROWS) >= 20
     assert all({"shape", "gpus", "flags", "gib", "card"} == row.keys() and row["card"] in CARDS for row in ROWS)
     assert len({json.dumps(row) for row in ROWS}) == len(ROWS)
+
+
+def test_cards_are_told_by_whole_words():
+    """An L4 is no L40S, and what no card is called is refused, not taken for the next best."""
+    for name, gib in CARDS.items():
+        machine = machine_of(f"2x{name.lower()}", device=CPU)
+        assert (machine.card, round(machine.memory / GIB)) == (name, gib)
+    assert machine_of("1x4090", device=CPU).card == "RTX 4090"
+    for unknown in ("1xH20", "1xRTX", "1xA", "1x00", "1xA1000"):
+        with pytest.raises(UserError, match=f"--plan_gpus {unknown}: write how many"):
+            machine_of(unknown, device=CPU)
+    assert [str(machine_of(text, device=CPU)) for text in ("2x24.5", "1x0.1")] == ["2 x 24.5 GiB", "1 x 0.1 GiB"]
+
+
+def test_what_a_plan_says_beside_sizes(tmp_path, capsys):
+    """That a folder has no weights, instead of a download; that a context is longer than the model was made for."""
+    folder = write_config("tiny", tmp_path)
+    config = make_config(model_name=folder, train_type="custom_lora", context_length=200_000)
+    said = "\n".join(report.lines(config, machine_of("1x80", device=CPU)))
+    assert f"weights: {folder} holds none; a run reads about" in said and "download" not in said
+    assert f"note: --context_length 200000: {folder} was made for 131072 tokens" in capsys.readouterr().out

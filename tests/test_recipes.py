@@ -15,6 +15,7 @@ from benchmarks.published import PUBLISHED, expanded, published
 from fsdp_utils.config import TrainConfig
 from fsdp_utils.core.flags import ConfigError, as_dict, flags, parse, parse_or_fail, save
 from fsdp_utils.folders.names import RUN_FILE
+from fsdp_utils.folders.saving import other_batch
 
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
 OF_A_RUN = [f.name for f in flags(TrainConfig) if f.metadata["belongs"] == "run"]
@@ -302,3 +303,14 @@ def test_save_config_of_the_command(tmp_path, monkeypatch, capsys):
     assert done.returncode == 2 and done.stdout == ""
     (line,) = error_lines(done.stderr)
     assert line.startswith(f"error: --save_config {path}: is there, and another; ")
+
+
+def test_another_number_of_processes_is_said(file, monkeypatch):
+    """A record is made again with the batch of its micro-batches; where that is another, how to keep it is said."""
+    record = dict(processes=2, flags=dict(batch_size=8, gradient_accumulation_steps=1, model_name="demo"))
+    path = file(json.dumps(record), RUN_FILE)
+    (note,) = other_batch(read("--config", path))
+    assert "2 processes and 16 samples a step, this one has 8; --global_batch_size 16 keeps them" in note
+    assert other_batch(read("--config", path, "--global_batch_size", "16")) == []
+    assert other_batch(read("--config", path, "--gradient_accumulation_steps", "2")) == []
+    assert other_batch(read()) == []

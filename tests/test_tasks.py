@@ -606,3 +606,20 @@ def test_rows_that_are_missing_count_nothing(task_flags, tiny, tiny_data, family
     torch.testing.assert_close(torch.tensor(ours.total), torch.tensor(wanted.total), rtol=1e-6, atol=1e-6)
     assert torch.equal(ours.sums, wanted.sums)
     step.close()
+
+
+@pytest.mark.parametrize("more", [{}, dict(optimizer_in_backward=True)], ids=["after", "in backward"])
+@pytest.mark.parametrize("family", ["roberta", "bert", "llama_base", "t5"])
+def test_muon_trains_the_blocks_of_every_task(task_flags, family, more):
+    """A classifier has no head that yields tokens; its new head and its pooler have AdamW, and all of it moves."""
+    config = make_config(**task_flags(family, train_type="full", precision="bf16", optimizer="muon", lr=1e-2, **more))
+    ready = prepared(config)
+    step = TrainStep(ready, config, task=task_in(config))
+    before = {name: p.clone() for name, p in ready.model.named_parameters()}
+    (micro_batches,) = step.batches(batches_of(config, ready)).first(1)
+    step(micro_batches, lr=config.lr)
+    moved = {name: not torch.equal(p, before[name]) for name, p in ready.model.named_parameters()}
+    heads = [name for name in moved if name.endswith("weight") and not re.search(r"\.\d+\.", name)]
+    assert heads and all(moved[name] for name in heads if "classif" in name or "score" in name or "pooler" in name)
+    assert any(moved[name] for name in moved if re.search(r"\.\d+\.", name))
+    step.close()

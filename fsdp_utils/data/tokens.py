@@ -401,7 +401,8 @@ def prepare_dataset(
                 desc="Tokenizing",
             )
         gc.unfreeze()
-    keep, report = _kept(tokenized, encoder, config, has_eos=tokenizer.eos_token_id is not None)
+    ends = tokenizer.eos_token_id is not None or "label" in encoder.features  # a classifier learns no end
+    keep, report = _kept(tokenized, encoder, config, has_eos=ends)
     rows = np.flatnonzero(keep)
     dataset, labels = encoder.finished(
         tokenized if keep.all() else tokenized.select(rows), rows, examples, labels=labels

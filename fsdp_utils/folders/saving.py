@@ -161,6 +161,20 @@ def run_record(config, planned, *, finished: bool, saved: bool, data: dict | Non
     )
 
 
+def other_batch(config) -> list[str]:
+    """A note where --config is the record of a run that had another global batch."""
+    path = Path(config.config or "")
+    if path.name != RUN_FILE or config.global_batch_size > 0:
+        return []
+    record = json.loads(path.read_text())
+    micro_batch = lambda of: of["batch_size"] * of["gradient_accumulation_steps"]
+    then, now = micro_batch(record["flags"]) * record.get("processes", 0), micro_batch(vars(config)) * world_size()
+    if then in (0, now):
+        return []
+    had = f"that run had {record['processes']} processes and {then} samples a step, this one has {now}"
+    return [f"note: --config {path}: {had}; --global_batch_size {then} keeps them"]
+
+
 def lasting_values(config) -> dict:
     """Every flag and its value; places by names that mean the same from another working directory."""
     return as_dict(config) | {name: _lasting(getattr(config, name)) for name in READ}

@@ -176,6 +176,10 @@ def check_trainable(built: Built, config, *, device: torch.device) -> None:
     if positions and config.context_length > positions:
         given = f"--context_length {config.context_length}"
         raise UserError(f"{given}: {config.source} has learned {positions} positions; lower it")
+    made_for = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if made_for and not positions and config.context_length > made_for:
+        given = f"note: --context_length {config.context_length}"
+        say(f"{given}: {config.source} was made for {made_for} tokens; it has not learned what positions beyond mean")
     chosen = config.attn_implementation == "auto" and built.task.causal
     if chosen and attention.supported(model, dtype=built.dtypes.compute, device=device):
         model.config.get_text_config()._attn_implementation = attention.NAME

@@ -11,8 +11,8 @@ from fsdp_utils.core.ranks import world_size
 
 # GiB of cards that are often asked for, the fastest of each size first
 CARDS = {
-    "B200": 180, "H200": 141, "H100": 80, "A100": 80, "L40S": 48, "RTX A6000": 48, "RTX 5090": 32, "RTX 4090": 24,
-    "RTX 3090": 24, "L4": 24, "T4": 16,
+    "B200": 180, "H200": 141, "H100": 80, "A100": 80, "L40S": 48, "L40": 48, "RTX A6000": 48, "A40": 48, "RTX 5090": 32,
+    "RTX 4090": 24, "A10": 24, "L4": 24, "A10G": 24, "RTX 3090": 24, "T4": 16,
 }  # fmt: skip
 
 
@@ -35,7 +35,7 @@ class Machine(NamedTuple):
     def __str__(self) -> str:
         if self.memory is None:
             return f"{self.gpus} process{'es' * (self.gpus > 1)} on a CPU"
-        return f"{self.gpus} x {self.memory / GIB:.0f} GiB"
+        return f"{self.gpus} x {round(self.memory / GIB, 1):g} GiB"
 
 
 def likely_card(gib: float) -> str:
@@ -59,7 +59,8 @@ def machine_of(text: str | None, *, device: torch.device) -> Machine:
     if size is not None and size < NAMES_FROM:
         gib, card = size, likely_card(size)
     else:
-        card = next((name for name in CARDS if what and what.lower() in name.lower()), None)
+        # whole words: an L4 is no L40S
+        card = next((name for name in CARDS if what.lower() in (name.lower(), name.lower().split()[-1])), None)
         gib = CARDS.get(card, 0)
     if count < 1 or not gib:
         known = ", ".join(CARDS)

@@ -1,6 +1,7 @@
 """A plan in lines: does it fit, what does it take, how long."""
 
 import math
+from pathlib import Path
 
 from fsdp_utils.core.devices import GIB
 from fsdp_utils.memory.budget import remedies
@@ -74,7 +75,11 @@ def _disk(planned: Plan, config) -> list[str]:
     written = {name: size for holds, name, size in table if holds}
     said = parts(written)
     found = [f"disk: {said} GiB" if said else "disk: next to nothing"]
-    if not is_local(config) and config.load_format != "dummy":
+    if is_local(config) or config.load_format == "dummy":
+        return found
+    if Path(config.source).is_dir():
+        found.append(f"weights: {config.source} holds none; a run reads about {gib(dense)} GiB of them")
+    else:
         found.append(f"download: about {gib(dense)} GiB of weights from {config.source}, unless they are there already")
     return found
 

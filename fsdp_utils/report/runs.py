@@ -70,6 +70,7 @@ class Run:
     def facts(self) -> dict[str, str]:
         """What is compared between runs, by its name; in the order of a table."""
         best = min(self.validations, key=lambda row: row["eval_loss"], default=None)
+        last = [row["loss"] for row in self.steps[-LAST:]]
         told = {
             "train type": self.flags.get("train_type"),
             "base": self.flags.get("model_name"),
@@ -78,7 +79,7 @@ class Run:
             "device": self._device(),
             "steps": f"{self.steps[-1]['step']:,} of {self.record.get('steps') or self.steps[-1]['step']:,}",
             "tokens learned": f"{sum(row['tokens'] for row in self.steps):,}",
-            f"training loss, mean of the last {LAST}": f"{fmean(row['loss'] for row in self.steps[-LAST:]):.4f}",
+            f"training loss, mean of the last steps, at most {LAST}": f"{fmean(last):.4f}",
             "validation loss, last": f"{self.validations[-1]['eval_loss']:.4f}" if best else None,
             "validation loss, lowest": f"{best['eval_loss']:.4f} (step {best['step']})" if best else None,
             "tokens/s, median": self._median("tokens_per_s", "{:,.0f}"),

@@ -1,5 +1,6 @@
 """`--optimizer muon`: Muon for the matrices of decoder blocks, AdamW for the rest (embedding, head, norms)."""
 
+import re
 from collections import defaultdict
 
 import torch
@@ -12,6 +13,8 @@ from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.rows import gather, row_range
 from fsdp_utils.training.optim import LocalParameters, StochasticAdamW
 from methods.kernels import adamw
+
+IN_A_BLOCK = re.compile(r"\.\d+\.")
 
 
 class RowsMuon(torch.optim.Muon):
@@ -80,14 +83,14 @@ class Together:
 
 
 def _matrices(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What Muon trains, by name: all that is 2-D but embedding and head, whose rows are of single tokens.
+    """What Muon trains, by name: all that is 2-D in the blocks. Rows of embedding and head are of single tokens or
+    classes; these, and what else is in no numbered block, as a classifier's pooler, have AdamW.
 
     Raises:
         UserError: one has so few rows that a process holds none, and could not take part in gathering it.
     """
-    ends = {id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()}
-    named = ((name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in ends)
-    found = {name: p for name, p in named if p.dim() == 2}
+    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad and p.dim() == 2)
+    found = {name: p for name, p in trained if IN_A_BLOCK.search(name)}
     for name, p in found.items():
         shards = p.device_mesh.size(p.device_mesh.ndim - 1) if isinstance(p, DTensor) else 1
         if -(-len(p) // shards) * (shards - 1) >= len(p):

@@ -213,7 +213,7 @@ class MLflow(Tracker):
         try:
             mlflow.search_experiments(max_results=1)
         except mlflow.MlflowException as error:
-            way_out = "set MLFLOW_TRACKING_URI to a server or sqlite:///FILE, or pip install mlflow"
+            way_out = "pip install mlflow (mlflow-skinny reaches servers only), or set MLFLOW_TRACKING_URI to a server"
             raise UserError(f"--log_to mlflow: {first_line(error)}; {way_out}") from None
 
     def send(self, row):
