@@ -11,6 +11,7 @@ from real_run import make_config
 
 import train
 from fsdp_utils.folders.card import OURS, Told, write_card
+from fsdp_utils.folders.names import RUN_FILE
 
 
 def card_of(folder: Path) -> ModelCard:
@@ -110,3 +111,11 @@ def test_what_somebody_wrote_stays(run, export):
     (folder / "README.md").write_text(f"an older one\n{OURS}\n")
     export(run, "merged", overwrite=True)
     assert "an older one" not in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("room", [0, 1])
+def test_card_of_a_model_that_needs_room(tmp_path, room):
+    """That its batches have to be padded by one more is said where it is so."""
+    (tmp_path / RUN_FILE).write_text(json.dumps(dict(flags={}, task=dict(name="sequence_classification", room=room))))
+    write_card(tmp_path, Told(tmp_path, base="google/t5gemma", base_folder=None))
+    assert ("Pad every batch by one token more" in (tmp_path / "README.md").read_text()) == bool(room)

@@ -52,6 +52,12 @@ class Told:
     scores: dict | None = None
 
 
+ROOM = (
+    "Pad every batch by one token more than its longest row, also a single row: transformers takes the place behind a "
+    "row's last token, where this model was trained and evaluated, and has none there for the longest."
+)
+
+
 def is_users(folder: Path) -> bool:
     """Whether a README.md lies there that no card of ours may replace."""
     path = folder / CARD
@@ -81,6 +87,7 @@ def write_card(folder: Path, told: Told) -> None:
         rows += [("format", _command({"infer_type": told.infer_type} | told.settings))]
     blocks = [f"# {folder.name}", _table(("", ""), rows)]
     blocks += [_scores(told.scores)] if told.scores else []
+    blocks += [ROOM] if (record.get("task") or {}).get("room") else []
     blocks += [] if licenses else [NO_LICENSE]
     (folder / CARD).write_text(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join([*blocks, OURS]) + "\n")
 
