@@ -31,7 +31,7 @@ import evaluate
 from evaluate import EvalConfig
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.flags import parse
-from fsdp_utils.data.labels import MULTI, REGRESSION, SINGLE
+from fsdp_utils.data.labels import MULTI, REGRESSION, SINGLE, Labels
 from fsdp_utils.inference import seq2seq
 from fsdp_utils.training import sinks
 from fsdp_utils.training.scores import SCORES
@@ -549,3 +549,10 @@ def test_a_head_that_is_missing_is_refused(trained, data_of, tmp_path):
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="no tensor for classifier"):
         result_of(folder, data_of(SINGLE, 11, seed=5), tmp_path / "x.json", **CLASSES)
+
+
+def test_scores_are_named_as_they_are_written():
+    """Not with the digits that fp32 adds to them."""
+    labels = Labels(REGRESSION)
+    for score in (4.1, -0.3, 1e-3, 1234.567):
+        assert labels.named([np.float32(score).item()]) == score

@@ -77,7 +77,7 @@ class Labels:
             return self.names[int(numbers[0])]
         if self.problem == MULTI:
             return [name for name, holds in zip(self.names, numbers, strict=True) if holds]
-        return float(numbers[0])
+        return float(f"{float(numbers[0]):.7g}")  # kept in fp32: 4.1 is 4.1, not 4.099999904632568
 
     def _number(self, value, label: str) -> int:
         if str(value) in self.names:
