@@ -59,7 +59,7 @@ def test_a_plan_in_lines(large):
     said = "\n".join(report.lines(config_of(large["70b"], **flags), machine_of("2x24", device=CPU)))
     for words in ("trainable params: 750,551,040", "plan for 2 x 24 GiB", "it fits", "80 of 80 blocks recompute"):
         assert words in said
-    for words in ("host memory: 21.", "in all", "disk: result 1.40, 2 checkpoints 8.39", "download: about 131 GiB"):
+    for words in ("host memory: 21.", "in all", "disk: result 1.40, 2 checkpoints 8.39", "a run reads about 131 GiB"):
         assert words in said
     assert "4 rows, at most 8,192 tokens; 1,000 steps" in said and "s a full step on RTX 4090" in said
 
@@ -179,3 +179,8 @@ def test_what_a_plan_says_beside_sizes(tmp_path, capsys):
     said = "\n".join(report.lines(config, machine_of("1x80", device=CPU)))
     assert f"weights: {folder} holds none; a run reads about" in said and "download" not in said
     assert f"note: --context_length 200000: {folder} was made for 131072 tokens" in capsys.readouterr().out
+    planned = report.planned_for(config, machine_of("1x80", device=CPU))
+    config.model_name, config.load_format = "some/model", "safetensors"  # of the hub
+    assert any(
+        line.startswith("download: about") and "from some/model" in line for line in report._disk(planned, config)
+    )
