@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.common import SHAPES, write_config, write_results
 from benchmarks.published import with_tokenizer
 from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.processes import python
 from fsdp_utils.core.ranks import say
 from fsdp_utils.model.compiling import CACHE
 
@@ -51,8 +52,7 @@ def command(args: argparse.Namespace, folder: Path) -> list[str]:
     flags |= dict(dataset=args.data, dataset_samples=4000, batch_size=4, context_length=512, lora_dropout=0)
     flags |= dict(use_cpu_offload=False, max_steps=args.steps, log_to="stdout", output_dir=folder / "run")
     flags |= dict(overwrite=True) | dict(pair.split("=") for pair in args.extra.split(",") if pair)
-    several = ["-m", "torch.distributed.run", "--nproc_per_node", str(args.processes)] if args.processes > 1 else []
-    return [sys.executable, *several, "train.py", *(f"--{name}={value}" for name, value in flags.items())]
+    return [*python(args.processes), "train.py", *(f"--{name}={value}" for name, value in flags.items())]
 
 
 def timed(words: list[str], cache: Path) -> tuple[list[float], str]:
@@ -78,16 +78,15 @@ def summary(ends: list[float], said: str) -> dict:
     """What a user waits for."""
     steps = [after - before for before, after in pairwise(ends)]
     steady = median(steps[len(steps) // 2 :])
-    waited = [number for number, seconds in enumerate(steps, 2) if seconds > 1.5 * steady]
-    lost = sum(seconds - steady for seconds in steps if seconds > 1.5 * steady)
-    last = waited[-1] if waited else 1
+    waited = {number: seconds - steady for number, seconds in enumerate(steps, 2) if seconds > 1.5 * steady}
+    last = max(waited, default=1)
     return dict(
         first_step_ended_s=round(ends[0], 1),
         steady_after_s=round(ends[last - 1], 1),
         step_s=round(steady, 3),
-        waited_at=waited,
-        waited_s=round(lost, 1),
-        marked=[int(found) for found in re.findall(r" step=(\d+) .*compiled=True", said, re.MULTILINE)],
+        waited_at=[*waited],
+        waited_s=round(sum(waited.values()), 1),
+        marked=[int(found) for found in re.findall(r" step=(\d+) .*compiled=True", said)],
     )
 
 
@@ -95,11 +94,8 @@ def main(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         with_tokenizer(write_config(args.shape, folder / "model"), args.tokenizer)
-        say(
-            "| | first step ended, s | steady after, s | a step, s | waited at steps | compiled at steps |\n|---"
-            + "|---" * 5
-            + "|"
-        )
+        say("| | first step ended, s | steady after, s | a step, s | waited at steps | compiled at steps |")
+        say("|---" * 6 + "|")
         for name in ("first time", "second time"):
             ends, said = timed(command(args, folder), folder / "code")
             found = summary(ends, said)

@@ -28,12 +28,13 @@ import yaml
 from benchmarks.common import write_results
 from benchmarks.published import PUBLISHED, expanded, published, with_tokenizer
 from fsdp_utils.core.folders import read_rows
+from fsdp_utils.core.processes import python
 from fsdp_utils.core.ranks import say
+from fsdp_utils.folders.opening import PLANNED
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 OWN = ("dataset", "columns", "output_dir", "log_to", "llama_pro_path", "resume", "push_to_hub")  # of a user's run
-MEMORY = re.compile(r"memory: planned ([\d.]+) GiB, measured ([\d.]+)")
 PEAK = re.compile(r"^tokens/s: .* peak ([\d.]+) GiB", re.MULTILINE)
 
 
@@ -49,19 +50,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def columns_for(recipe: dict, row: dict) -> dict:
-    """A row of question and answer with the columns that a recipe's data has."""
-    question, answer = row["question"], row["answer"]
-    if recipe.get("task") == "sequence_classification":
-        return dict(text=question, label=len(answer) % 4)
-    if "t5" in recipe["model_name"]:
-        return dict(source=question, target=answer)
-    if "pretraining" in recipe["output_dir"]:
-        return dict(text=f"{question} {answer}")
-    if "chat" in recipe["output_dir"]:
-        said = dict(user=question, assistant=answer)
-        return dict(messages=[dict(role=role, content=text) for role, text in said.items()])
-    return row
+def as_chat(question: str, answer: str) -> dict:
+    said = dict(user=question, assistant=answer)
+    return dict(messages=[dict(role=role, content=text) for role, text in said.items()])
+
+
+# of recipes whose data have other columns: a row of theirs
+COLUMNS = {
+    "classification": lambda question, answer: dict(text=question, label=len(answer) % 4),
+    "flan_t5": lambda question, answer: dict(source=question, target=answer),
+    "continued_pretraining": lambda question, answer: dict(text=f"{question} {answer}"),
+    "chat": as_chat,
+}
 
 
 def prepared(path: Path, args: argparse.Namespace, folder: Path) -> tuple[int, list[str]]:
@@ -71,7 +71,8 @@ def prepared(path: Path, args: argparse.Namespace, folder: Path) -> tuple[int, l
     flags = {name: value for name, value in recipe.items() if name not in OWN and not name.startswith(("eval", "save"))}
     folder.mkdir()
     if recipe["model_name"] in PUBLISHED:
-        rows = [columns_for(recipe, row) for row in read_rows(Path(args.data))]
+        row_of = COLUMNS.get(path.stem, dict)
+        rows = [row_of(question=row["question"], answer=row["answer"]) for row in read_rows(Path(args.data))]
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         flags |= dict(model_name=published(recipe["model_name"], folder / "model"), dataset=folder / "rows.jsonl")
         if "llama_pro_path" in recipe:
@@ -114,16 +115,14 @@ def run(path: Path, args: argparse.Namespace, folder: Path, cards: Cards) -> dic
         return dict(recipe=path.stem, failed=f"needs {processes} GPUs")
     taken = cards.take(processes)
     visible = dict(CUDA_VISIBLE_DEVICES=",".join(map(str, taken))) if taken else {}
-    port = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    several = ["-m", "torch.distributed.run", *port, "--nproc_per_node", str(processes)] if processes > 1 else []
     done = subprocess.run(
-        [sys.executable, *several, *words], cwd=ROOT, env=os.environ | visible, capture_output=True, text=True
+        [*python(processes), *words], cwd=ROOT, env=os.environ | visible, capture_output=True, text=True
     )
     cards.give(taken)
     if args.logs:
         Path(args.logs).mkdir(parents=True, exist_ok=True)
         (Path(args.logs) / f"{path.stem}.log").write_text(done.stdout + done.stderr)
-    memory, peak = MEMORY.search(done.stdout), PEAK.search(done.stdout)
+    memory, peak = PLANNED.search(done.stdout), PEAK.search(done.stdout)
     if done.returncode or not peak:
         said = (done.stderr + done.stdout).splitlines()
         why = [line for line in said if "error" in line.lower()] or ["no peak was said"]

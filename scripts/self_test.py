@@ -50,14 +50,15 @@ from safetensors.torch import save_file
 from fsdp_utils.core.devices import pick_device
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.folders import model_folder
+from fsdp_utils.core.processes import python
 from fsdp_utils.core.ranks import fail, say
 from fsdp_utils.core.safetensors_io import CheckpointReader
+from fsdp_utils.folders.opening import PLANNED
 from fsdp_utils.model.build import resolve_model
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, TOLERANCE, OF_MEMORY = 4, 1e-4, 0.05
 COUNTS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer", "encoder_layers", "decoder_layers")
-PLANNED = re.compile(r"memory: planned ([\d.]+) GiB, measured ([\d.]+)")
 
 
 class Check(NamedTuple):
@@ -95,10 +96,7 @@ def cut(model: str, blocks: int, folder: Path) -> Path:
 
 def launched(words: list[str], *, processes: int) -> subprocess.CompletedProcess:
     """A train.py, by torchrun if there are several processes."""
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return subprocess.run([*start, ROOT / "train.py", *words], capture_output=True, text=True)
+    return subprocess.run([*python(processes), ROOT / "train.py", *words], capture_output=True, text=True)
 
 
 class Runs:

@@ -110,3 +110,15 @@ def test_every_method_is_a_run(sums, tmp_path):
     for job in gsm8k.jobs_of(study, []):
         flags = gsm8k.train_flags(gsm8k.flags_of(job, study))
         assert flags.lr == job.lr and json.loads(json.dumps(job)) == list(job)
+
+
+def test_runs_that_are_not_reported():
+    """Those of a rate that a wider search has given up, and those that diverged."""
+    tried = [dict(method="LoRA", lr=lr, seed=0, eval_loss=abs(lr - 2e-3)) for lr in gsm8k.METHODS["LoRA"].rates]
+    made = dict(method="LoRA", eval_loss=1.0, steps=9, asked=4, exact_match=0.5, train_peak_gib=1, train_seconds=1)
+    kept = [made | dict(lr=2e-3, seed=1), made | dict(lr=2e-3, seed=2, eval_loss=3.0)]
+    others = [made | dict(lr=1e-3, seed=1, eval_loss=9.0), dict(method="LoRA", lr=2e-3, seed=3, eval_loss=None)]
+    (line,) = [
+        line for line in gsm8k_report.methods([*tried, *kept, *others]).splitlines() if line.startswith("| LoRA")
+    ]
+    assert line.startswith("| LoRA | 0.002 | 2 | 2.0000 ")

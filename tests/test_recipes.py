@@ -314,3 +314,5 @@ def test_another_number_of_processes_is_said(file, monkeypatch):
     assert other_batch(read("--config", path, "--global_batch_size", "16")) == []
     assert other_batch(read("--config", path, "--gradient_accumulation_steps", "2")) == []
     assert other_batch(read()) == []
+    early = file(json.dumps(record | dict(flags=dict(batch_size=8))), RUN_FILE)  # it had fewer flags
+    assert "16 samples a step" in other_batch(read("--config", early))[0]

@@ -39,7 +39,8 @@ def methods(rows: list[dict]) -> str:
     reported: dict[str, list[dict]] = {}
     chosen = {name: best_rate(rows, name) for name, method in METHODS.items() if len(method.rates) > 1}
     for row in rows:
-        if row["seed"] and row["lr"] == chosen.get(row["method"].removesuffix(NF4), row["lr"]):
+        current = row["lr"] == chosen.get(row["method"].removesuffix(NF4), row["lr"])
+        if row["seed"] and row["eval_loss"] is not None and current:
             reported.setdefault(row["method"], []).append(row)
     for name, found in reported.items():
         scores, asked = [row["exact_match"] for row in found], found[0]["asked"]

@@ -104,6 +104,13 @@ def from_main(make: Callable[[], T]) -> T:
     return value
 
 
+def python(processes: int) -> list[str]:
+    """How a command line for so many processes of this host begins; several take any free port."""
+    if processes == 1:
+        return [sys.executable]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+
+
 def _spawned(index: int, function, count: int, config) -> None:
     os.environ.update(RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
     run(function, config)

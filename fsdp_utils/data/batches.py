@@ -94,9 +94,9 @@ def _width(longest: int, *, multiple: int, context_length: int) -> int:
     return max(longest, min(-(-longest // multiple) * multiple, context_length))
 
 
-def width_of(rows: list, *, multiple: int, context_length: int) -> int:
-    """Columns of a micro-batch of these rows, int arrays `[tokens]`."""
-    return _width(max(map(len, rows)), multiple=multiple, context_length=context_length)
+def width_of(rows: list, *, multiple: int, context_length: int, room: int = 0) -> int:
+    """Columns of a micro-batch of these rows, int arrays `[tokens]`, with `room` for more behind the longest."""
+    return _width(max(map(len, rows)) + room, multiple=multiple, context_length=context_length)
 
 
 def pad_rows(rows: list, *, fill: int, width: int) -> torch.Tensor:

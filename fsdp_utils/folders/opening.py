@@ -1,5 +1,7 @@
 """What a run says before its first step, and after its last: what it is, plans and leaves; what it took."""
 
+import re
+
 from fsdp_utils.core.devices import GIB, peak_memory_gib
 from fsdp_utils.data.prepare import batch_arithmetic
 from fsdp_utils.folders.session import Session
@@ -62,6 +64,9 @@ def _kept(config, planned) -> list[str]:
         (config.save_best, "the checkpoint of the lowest validation loss"),
     )
     return [what for holds, what in table if holds] + ["metrics.jsonl", "report.html"]
+
+
+PLANNED = re.compile(r"memory: planned ([\d.]+) GiB, measured ([\d.]+)")  # of `closing`, to find it in what was said
 
 
 def closing(prepared: Prepared, clock: Clock) -> list[str]:

@@ -168,7 +168,8 @@ def other_batch(config) -> list[str]:
         return []
     record = json.loads(path.read_text())
     micro_batch = lambda of: of["batch_size"] * of["gradient_accumulation_steps"]
-    then, now = micro_batch(record["flags"]) * record.get("processes", 0), micro_batch(vars(config)) * world_size()
+    before = vars(config) | record["flags"]  # an early record has not all of them
+    then, now = micro_batch(before) * record.get("processes", 0), micro_batch(vars(config)) * world_size()
     if then in (0, now):
         return []
     had = f"that run had {record['processes']} processes and {then} samples a step, this one has {now}"

@@ -158,7 +158,7 @@ class SequenceClassification(Task):
         types = [np.zeros(1)] if rows and len(rows[0]) > 2 else []
         rows = at_least(rows, fewest, (np.array([pad_token_id]), nothing, *types))
         ids, labels = ([row[i] for row in rows] for i in range(2))
-        width = width_of([range(len(row) + self.room) for row in ids], multiple=multiple, context_length=context_length)
+        width = width_of(ids, multiple=multiple, context_length=context_length, room=self.room)
         batch = dict(
             input_ids=pad_rows(ids, fill=pad_token_id, width=width),
             attention_mask=pad_rows([np.ones(len(row)) for row in ids], fill=0, width=width),
