@@ -31,6 +31,14 @@ def trio():
     workers.close()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_group():
+    """A run with --use_cpu_offload starts a process group of one, which would be the next file's too."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """`tiny("llama", **config)`: the folder of a tiny model, made once."""

@@ -1,6 +1,5 @@
 """--use_gradient_checkpointing auto: what a block keeps, what is free, who recomputes, and that no gradient changes."""
 
-from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from fsdp_utils.config import TrainConfig
 from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.flags import as_dict
 from fsdp_utils.core.ranks import rank
 from fsdp_utils.core.rows import local
 from fsdp_utils.data.batches import with_targets
@@ -147,12 +147,12 @@ def test_measured_with_other_flags(tiny, how):
     """Precision, packing, dropout and attention change what is kept; the measurement follows."""
     config = make_config(model_name=tiny("llama"), train_type="bnb_dora", batch_size=2, **how)
     kept = planned_and_kept(config)[1]
-    real, _ = kept_by_real_blocks(make_config(**{**asdict_flags(config), "use_gradient_checkpointing": False}))
+    real, _ = kept_by_real_blocks(make_config(**{**given(config), "use_gradient_checkpointing": False}))
     assert real <= kept.block <= 1.01 * real
 
 
-def asdict_flags(config) -> dict:
-    return {n: v for n, v in asdict(config).items() if v is not None and n[0] != "_" and n != "explicit_flags"}
+def given(config) -> dict:
+    return {name: value for name, value in as_dict(config).items() if value is not None}
 
 
 def test_attention_of_the_gpu(tiny):
