@@ -23,6 +23,7 @@ from fsdp_utils.core.ranks import rank, say, world_size
 from fsdp_utils.data.batches import accumulation_for
 from fsdp_utils.data.chats import give_template
 from fsdp_utils.data.layouts import Reading
+from fsdp_utils.data.parts import readers
 from fsdp_utils.data.prepare import hold_out, make_batches, prepare_data
 from fsdp_utils.data.show import in_colour, shown
 from fsdp_utils.folders import checkpoints, saving
@@ -40,9 +41,9 @@ from fsdp_utils.report import page as report
 from fsdp_utils.sharding.mesh import mesh_for
 from fsdp_utils.tasks import task_for
 from fsdp_utils.training import metrics
+from fsdp_utils.training.checks import check_packing, check_sharing
 from fsdp_utils.training.clock import Clock
 from fsdp_utils.training.flops import meter_of
-from fsdp_utils.training.loss import check_packing
 from fsdp_utils.training.optim import schedule_factor
 from fsdp_utils.training.step import TrainStep
 from fsdp_utils.training.stopping import Stopping
@@ -136,6 +137,8 @@ def carry_out(session: Session, *, mesh, device) -> None:
     try:
         if config.packing:
             check_packing(prepared.model, device=device, autocast=prepared.autocast)
+        if config.context_parallel > 1:
+            check_sharing(prepared, config)
         train(prepared, session)
     except torch.OutOfMemoryError as error:
         raise out_of_memory(prepared, config, error) from None
@@ -186,7 +189,7 @@ def split_global_batch(config, checkpoint) -> None:
     if checkpoint and rows < 1:
         rows, named = checkpoints.read_state(checkpoint)["rows_per_step"], f"--resume {checkpoint}"
     if rows > 0:
-        split = dict(batch_size=config.batch_size, world_size=world_size())
+        split = dict(batch_size=config.batch_size, world_size=readers(config, world_size()))
         config.gradient_accumulation_steps = accumulation_for(rows, named=named, **split)
 
 

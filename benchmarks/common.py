@@ -18,6 +18,7 @@ from fsdp_utils.core.devices import pick_device, synchronize
 from fsdp_utils.core.flags import parse
 from fsdp_utils.core.ranks import is_main
 from fsdp_utils.data.batches import with_targets
+from fsdp_utils.data.parts import Part
 from fsdp_utils.model.assemble import load, plan
 from fsdp_utils.model.compiling import compiler
 from fsdp_utils.sharding.mesh import mesh_for
@@ -162,22 +163,26 @@ class Run:
         self.load_s = time.perf_counter() - start
         self.model = self.prepared.model
         self.train_step = TrainStep(self.prepared, config, task=CAUSAL_LM)
+        shares = config.context_parallel > 1
+        self.part = Part.of_rows(config, self.model.config) if shares else lambda batch: batch
 
     def step(self, batch: int, length: int) -> None:
-        """One optimizer step on micro-batches of `batch` rows of `length` random tokens, all of them in the loss."""
+        """One optimizer step on micro-batches of `batch` rows of `length` random tokens, all of them in the loss, or on
+        this process's part of such rows."""
         multiple = self.train_step.micro_step.targets_multiple
-        random = lambda: with_targets(random_batch(self.model.config.vocab_size, batch, length), multiple=multiple)
+        batches = lambda: with_targets(random_batch(self.model.config.vocab_size, batch, length), multiple=multiple)
         accumulation = range(self.config.gradient_accumulation_steps)
-        self.train_step([random() for _ in accumulation], lr=self.config.lr)
+        self.train_step([self.part(batches()) for _ in accumulation], lr=self.config.lr)
 
     def step_on(self, batch: dict[str, torch.Tensor]) -> None:
         """One optimizer step on a micro-batch of the data pipeline."""
         self.train_step([batch], lr=self.config.lr)
 
     def measure(self, batch: int, length: int, *, steps: int = 6, warmup: int = 3) -> dict:
-        """What `median_step` says of this run, and the seconds that loading took."""
+        """What `median_step` says of this run, of this process's tokens, and the seconds that loading took."""
         timed = median_step(self.step, batch=batch, length=length, device=self.device, steps=steps, warmup=warmup)
         timed["tokens_s"] *= self.config.gradient_accumulation_steps
+        timed["tokens_s"] //= self.config.context_parallel
         return dict(**timed, load_s=round(self.load_s, 1))
 
     def close(self) -> None:

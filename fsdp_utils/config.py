@@ -187,6 +187,9 @@ class TrainConfig:
         "waits for another process; auto: on GPUs of one host that can, without CPU offload; false: FSDP2 gathers all",
         choices=(True, False, "auto"),
     )
+    context_parallel: int = flag(
+        1, "neighbouring processes that share each row, a part of its tokens each: rows too long for one", minimum=1
+    )
     hybrid_shard_size: int = flag(-1, "processes that share one copy (hybrid_*); -1: those of a node", minimum=-1)
     use_cpu_offload: bool = flag(True, "keep parameters in host memory between uses")
     use_gradient_checkpointing: bool | str = flag(
@@ -290,9 +293,10 @@ class TrainConfig:
 
     @property
     def row_tokens(self) -> int:
-        """Tokens of the longest row: what memory is planned for."""
+        """Tokens that a process has of the longest row: what memory is planned for."""
         padded = -(-self.longest_sample // 64) * 64
-        return min(padded, self.context_length) if padded and not self.packing else self.context_length
+        whole = min(padded, self.context_length) if padded and not self.packing else self.context_length
+        return -(-whole // self.context_parallel)
 
     @property
     def validates(self) -> bool:
@@ -329,6 +333,12 @@ class TrainConfig:
         ]
         if self.max_steps == 0:
             found.append("--max_steps 0: trains nothing; pass -1 for all epochs")
+        if self.context_length % (2 * self.context_parallel) and self.context_parallel > 1:
+            nearest = -(-self.context_length // (2 * self.context_parallel)) * 2 * self.context_parallel
+            found.append(
+                f"--context_length {self.context_length}: {self.context_parallel} processes share no row of it evenly; "
+                f"use {nearest}"
+            )
         if self.peer_gather is True and self.use_cpu_offload:
             found.append("--peer_gather true: shards in host memory are not gathered so; add --use_cpu_offload false")
         if self.checkpoint_policy != "full" and self.reentrant_checkpointing:

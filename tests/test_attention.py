@@ -18,7 +18,8 @@ from fsdp_utils.data.batches import (
 from fsdp_utils.data.tokens import prepare_dataset
 from fsdp_utils.model import attention
 from fsdp_utils.model.build import read_tokenizer
-from fsdp_utils.training.loss import CausalLMLoss, check_packing
+from fsdp_utils.training.checks import check_packing
+from fsdp_utils.training.loss import CausalLMLoss
 
 
 def samples(count=5):

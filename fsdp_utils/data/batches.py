@@ -336,7 +336,7 @@ class Batches:
             raise DataError(
                 f"--dataset {self.data.name}: {rows} {kind} do not fill one global batch of {needed} (batch_size "
                 f"{self.batch_size} x gradient_accumulation_steps {self.accumulation} x {self.world_size} "
-                "processes); lower one of these or give more data"
+                "processes or groups of them); lower one of these or give more data"
             )
 
     def steps(self, epoch: int, *, start: int = 0) -> Iterator[list[dict[str, torch.Tensor]]]:

@@ -6,6 +6,7 @@ from fsdp_utils.core.errors import DataError, UserError, naming
 from fsdp_utils.core.ranks import rank, say, world_size
 from fsdp_utils.data.batches import Batches
 from fsdp_utils.data.layouts import Reading
+from fsdp_utils.data.parts import Part, readers
 from fsdp_utils.data.sources import Place, held_out_rows, load_examples
 from fsdp_utils.data.tokens import TokenizedData, prepare_dataset
 
@@ -62,13 +63,20 @@ def hold_out(
 def make_batches(config, data: TokenizedData, tokenizer, model_config, *, task) -> Batches:
     """How this process's micro-batches are made."""
     pad = task.pad_token_id(tokenizer, model_config, largest=data.report.max_token_id)
-    return Batches.of(config, data, collate=task.collate, rank=rank(), world_size=world_size(), pad_token_id=pad)
+    readers_of_data = dict(rank=rank() // config.context_parallel, world_size=readers(config, world_size()))
+    if config.context_parallel == 1:
+        return Batches.of(config, data, collate=task.collate, pad_token_id=pad, **readers_of_data)
+    part = Part.of_rows(config, model_config)
+    shape = dict(collate=part.collating(task.collate), multiple=part.multiple)
+    return Batches.of(config, data, pad_token_id=pad, **shape, **readers_of_data)
 
 
 def batch_arithmetic(batches: Batches, *, steps: int) -> str:
     """How samples become optimizer steps, in one line."""
+    several = world_size() // batches.world_size
+    who = "processes" if several == 1 else f"groups of {several} processes"
     return (
-        f"global batch: {batches.batch_size} rows x {batches.world_size} processes x {batches.accumulation} "
+        f"global batch: {batches.batch_size} rows x {batches.world_size} {who} x {batches.accumulation} "
         f"accumulation = {batches.rows_per_step} {'packs' if batches.packing else 'samples'}; "
         f"{len(batches.data)} samples, {steps} steps"
     )

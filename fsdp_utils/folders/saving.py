@@ -167,9 +167,12 @@ def other_batch(config) -> list[str]:
     if path.name != RUN_FILE or config.global_batch_size > 0:
         return []
     record = json.loads(path.read_text())
-    micro_batch = lambda of: of["batch_size"] * of["gradient_accumulation_steps"]
-    before = vars(config) | record["flags"]  # an early record has not all of them
-    then, now = micro_batch(before) * record.get("processes", 0), micro_batch(vars(config)) * world_size()
+    micro_batch = lambda of: of["batch_size"] * of["gradient_accumulation_steps"] / of["context_parallel"]
+    before = vars(type(config)()) | record["flags"]  # an early record has not all of them
+    then, now = (
+        int(micro_batch(flags) * processes)
+        for flags, processes in ((before, record.get("processes", 0)), (vars(config), world_size()))
+    )
     if then in (0, now):
         return []
     had = f"that run had {record['processes']} processes and {then} samples a step, this one has {now}"

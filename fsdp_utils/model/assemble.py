@@ -19,6 +19,7 @@ from fsdp_utils.core.folders import refuse_cache
 from fsdp_utils.core.processes import from_main
 from fsdp_utils.core.ranks import say
 from fsdp_utils.core.rows import local
+from fsdp_utils.data.parts import Part
 from fsdp_utils.memory import budget, recompute
 from fsdp_utils.model import attention
 from fsdp_utils.model.build import build_on_meta, quantize_on_meta, read_model_config, resolve_model
@@ -35,7 +36,7 @@ from fsdp_utils.model.weights import (
     whole_reader,
 )
 from fsdp_utils.options import OPTIMIZERS, PRECISIONS
-from fsdp_utils.sharding import fsdp, offload, peer_gather, wrapping
+from fsdp_utils.sharding import context_parallel, fsdp, offload, peer_gather, wrapping
 from fsdp_utils.sharding.prepared import Prepared
 from methods import make_quantizer, method_of
 from methods.base import Method
@@ -181,7 +182,10 @@ def check_trainable(built: Built, config, *, device: torch.device) -> None:
         given = f"note: --context_length {config.context_length}"
         say(f"{given}: {config.source} was made for {made_for} tokens; it has not learned what positions beyond mean")
     chosen = config.attn_implementation == "auto" and built.task.causal
-    if chosen and attention.supported(model, dtype=built.dtypes.compute, device=device):
+    if config.context_parallel > 1:
+        attention.check_shared(model, config)
+        model.config.get_text_config()._attn_implementation = attention.SHARED
+    elif chosen and attention.supported(model, dtype=built.dtypes.compute, device=device):
         model.config.get_text_config()._attn_implementation = attention.NAME
 
 
@@ -227,7 +231,16 @@ def load(planned: Plan, config, *, mesh, device: torch.device, compile_block: Ca
     fsdp.shard(model, blocks, config, mesh=mesh, dtype=dtypes.stored, apart=apart, frozen=frozen, **groups)
     _fill(planned, config, on_host=on_host, rows_on_host=mesh is not None and config.use_cpu_offload, device=device)
     peers = peer_gather.PeerGather(shards, device) if shards else None
-    return Prepared(model, method, blocks, device, mesh, dtypes.autocast, peers=peers, **groups, **layout._asdict())
+    more = dict(peers=peers, sharing=sharing(config, model, device=device), **groups, **layout._asdict())
+    return Prepared(model, method, blocks, device, mesh, dtypes.autocast, **more)
+
+
+def sharing(config, model: nn.Module, *, device: torch.device) -> dict:
+    """What attention is told where processes share rows. Collective."""
+    if config.context_parallel == 1:
+        return {}
+    group = context_parallel.join(config.context_parallel, device)
+    return dict(sharing_rows=group, folded_rows=Part.of_rows(config, model.config).folded)
 
 
 def offloads(config, device: torch.device) -> bool:

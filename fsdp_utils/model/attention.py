@@ -1,5 +1,6 @@
-"""Causal attention without a mask: over whole rows, or over the samples of packed rows (flash attention of variable
-lengths). Where neither runs, transformers builds its masks.
+"""Causal attention without transformers' masks: over whole rows, over the samples of packed rows, and over rows that
+several processes share. On GPUs by flash attention (of variable lengths where samples or pieces are); where that does
+not run, with masks of our own for shared rows, and with transformers' for others.
 """
 
 import inspect
@@ -8,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from fsdp_utils.core.errors import UserError
+from fsdp_utils.sharding.context_parallel import attend_by_heads, attend_by_keys
 from methods.targets import family_dropout
 
 try:
@@ -16,33 +19,154 @@ except ImportError:
     varlen_attn = None
 
 NAME = "causal_or_packed"
+SHARED = "shared_rows"  # also takes whole rows, on every device
+WINDOWED = "sliding_attention"
+
+Tensor = torch.Tensor
+
+
+def window_of(model) -> int | None:
+    """How many tokens a token of some layers attends to, itself included; None: all before it."""
+    text = model.config.get_text_config()
+    return getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+
+
+def obstacle(model, *, layers: set[str]) -> str | None:
+    """Why a model's attention is not causal attention of queries, keys and values alone; None where it is.
+
+    Args:
+        layers: kinds that its layers may be of.
+    """
+    text = model.config.get_text_config()
+    others = set(getattr(text, "layer_types", None) or ()) - layers
+    dropped = [name for name in family_dropout(model) if "att" in name]
+    table = (
+        (not getattr(model, "_supports_attention_backend", False), "does not leave attention to others"),
+        (getattr(text, "is_heterogeneous", False), "has layers with heads of different sizes"),  # Gemma 4
+        (others, f"has layers of {', '.join(sorted(others))}"),
+        (dropped, f"drops attention ({', '.join(dropped)})"),
+        (getattr(text, "attn_logit_softcapping", None), "caps the scores of attention (attn_logit_softcapping)"),
+    )
+    return next((why for holds, why in table if holds), None)
+
+
+def _has_kernel(*, dtype: torch.dtype, device: torch.device, head_dim: int) -> bool:
+    """Whether flash attention of variable lengths is there."""
+    fits = head_dim <= 256 and head_dim % 8 == 0
+    return varlen_attn is not None and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and fits
 
 
 def supported(model, *, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether every layer is plain causal attention in 16 bits on CUDA, which is all that the kernels know, and asks
     transformers' attention interface for it."""
-    text = model.config.get_text_config()
-    if getattr(text, "is_heterogeneous", False):  # Gemma 4: its layers differ in head_dim
+    if obstacle(model, layers={"full_attention"}) or window_of(model):
         return False
+    text = model.config.get_text_config()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    windows = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
-    full = set(getattr(text, "layer_types", None) or ()) <= {"full_attention"}
-    dropped = any("att" in name for name in family_dropout(model))
-    plain = full and not windows and not dropped and not getattr(text, "attn_logit_softcapping", None)
-    fits = head_dim <= 256 and head_dim % 8 == 0 and dtype in (torch.bfloat16, torch.float16) and device.type == "cuda"
-    return varlen_attn is not None and getattr(model, "_supports_attention_backend", False) and plain and fits
+    return _has_kernel(dtype=dtype, device=device, head_dim=head_dim)
 
 
-def _varlen_settings() -> dict:
-    """How this version of torch is told that attention is causal and heads are shared."""
+def check_shared(model, config) -> None:
+    """Raises UserError for a model whose rows processes cannot share (--context_parallel)."""
+    given = f"--context_parallel {config.context_parallel}"
+    why = obstacle(model, layers={"full_attention", WINDOWED})
+    if why:
+        raise UserError(f"{given}: {config.source} {why}; pass 1")
+    if config.attn_implementation != "auto":
+        raise UserError(f"{given}: has attention of its own; drop --attn_implementation {config.attn_implementation}")
+
+
+def _varlen_settings(window: int | None) -> dict:
+    """How this version of torch is told that attention is causal, how far it goes, and that heads are shared."""
     known = inspect.signature(varlen_attn).parameters
-    causal = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
+    if "is_causal" in known and window is not None:
+        raise UserError(f"sliding windows need a newer torch than {torch.__version__}")
+    causal = {"is_causal": True} if "is_causal" in known else {"window_size": (-1 if window is None else window - 1, 0)}
     return causal | ({"enable_gqa": True} if "enable_gqa" in known else {})
 
 
-def causal_attention(
-    module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **_
-):
+def _starts(boundaries: Tensor | None, *, rows: int, length: int, device: torch.device) -> Tensor:
+    """Where samples begin in the flattened rows, and the end, int32 `[n]`; where that is not told, rows begin."""
+    if boundaries is not None:
+        return boundaries
+    return torch.arange(0, (rows + 1) * length, length, device=device, dtype=torch.int32)
+
+
+def _attend_flash(query, key, value, *, starts: Tensor, first: int, window: int | None, scaling: float | None):
+    """`attend` by the kernel. Of each row it is told where its samples begin among its queries and among its keys; it
+    lets the last query of a sample attend to the last key, so keys end where queries do. What is left of a row are keys
+    that nobody asks for."""
+    rows, heads, asked, size = query.shape
+    length, settings = key.shape[2], _varlen_settings(window)
+    if asked == length:
+        of_queries = of_keys = starts
+    else:
+        row = torch.arange(rows, device=query.device, dtype=torch.int32)[:, None]
+        inside = starts[None] - row * length  # [rows, n], where they begin seen from a row's first token
+        of_keys = (inside.clamp(0, first + asked) + row * length).flatten()
+        of_queries = ((inside - first).clamp(0, asked) + row * asked).flatten()
+        # the last keys of the last row
+        of_keys, of_queries = F.pad(of_keys, (0, 1), value=rows * length), F.pad(of_queries, (0, 1), value=rows * asked)
+    flat = [t.transpose(1, 2).reshape(-1, t.shape[1], size) for t in (query, key, value)]
+    if "enable_gqa" not in settings and flat[1].shape[1] != heads:
+        flat[1:] = [t.repeat_interleave(heads // t.shape[1], dim=1) for t in flat[1:]]
+    if scaling is not None and scaling != size**-0.5:
+        flat[0] = flat[0] * (scaling * size**0.5)  # the kernel divides by sqrt(d)
+    return varlen_attn(*flat, of_queries, of_keys, asked, length, **settings).view(rows, asked, heads, size)
+
+
+def _attend_masked(query, key, value, *, starts: Tensor, first: int, window: int | None, scaling: float | None):
+    """`attend` with a mask: the plain definition."""
+    rows, length, asked = query.shape[0], key.shape[2], query.shape[2]
+    flat = torch.arange(rows * length, device=query.device)
+    sample = torch.searchsorted(starts, flat.to(starts.dtype), right=True).view(rows, 1, 1, length)
+    column = torch.arange(length, device=query.device)
+    mine = slice(first, first + asked)
+    distance = column[mine, None] - column
+    seen = (sample[..., mine].transpose(2, 3) == sample) & (distance >= 0)
+    if window is not None:
+        seen = seen & (distance < window)
+    shared = query.shape[1] != key.shape[1]
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scaling, enable_gqa=shared)
+    return out.transpose(1, 2)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    boundaries: Tensor | None = None,
+    first: int = 0,
+    window: int | None = None,
+    scaling: float | None = None,
+) -> Tensor:
+    """Causal attention over rows, or over the samples in them.
+
+    Args:
+        query: `[b, heads, l, d]`, the tokens of each row from column `first` on.
+        key, value: `[b, kv heads, L, d]`, all tokens of each row.
+        boundaries: int32 `[n]`, where samples begin in the flattened rows, and the end, any number of times; None: each
+            row is a sample.
+        window: a token attends to so many, itself included; None: to all before it.
+        scaling: of scores; None: 1 / sqrt(d).
+
+    Returns:
+        `[b, l, heads, d]`.
+    """
+    rows, _, length, size = key.shape
+    window = None if window is None or window >= length else window
+    if boundaries is None and window is None and query.shape[2] == length:
+        shared = query.shape[1] != key.shape[1]
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=shared)
+        return out.transpose(1, 2)
+    fast = _has_kernel(dtype=query.dtype, device=query.device, head_dim=size)
+    starts = _starts(boundaries, rows=rows, length=length, device=query.device)
+    where = dict(starts=starts, first=first, window=window, scaling=scaling)
+    return (_attend_flash if fast else _attend_masked)(query, key, value, **where)
+
+
+def causal_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **_):
     """transformers' attention interface. query `[b, heads, L, d]`, key and value `[b, kv heads, L, d]`.
 
     transformers makes no mask for a name it does not know, nor reads position ids from the GPU to see if it should.
@@ -53,19 +177,36 @@ def causal_attention(
     Returns:
         `[b, L, heads, d]` and None.
     """
-    if cu_seq_lens_q is None:
-        shared = query.shape[1] != key.shape[1]
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=shared)
-        return out.transpose(1, 2), None
-    batch, heads, length, size = query.shape
-    settings = _varlen_settings()
-    flat = [t.transpose(1, 2).reshape(batch * length, t.shape[1], size) for t in (query, key, value)]
-    if "enable_gqa" not in settings and flat[1].shape[1] != heads:
-        flat[1:] = [t.repeat_interleave(heads // t.shape[1], dim=1) for t in flat[1:]]
-    if scaling is not None and scaling != size**-0.5:
-        flat[0] = flat[0] * (scaling * size**0.5)  # the kernel divides by sqrt(d)
-    out = varlen_attn(*flat, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, **settings)
-    return out.view(batch, length, heads, size), None
+    return attend(query, key, value, boundaries=cu_seq_lens_q, scaling=scaling), None
+
+
+def shared_attention(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    cu_seq_lens_q=None,
+    sliding_window=None,
+    sharing_rows=None,
+    folded_rows=False,
+    **_,
+):
+    """`causal_attention` where several processes share rows.
+
+    Args:
+        cu_seq_lens_q: of whole rows.
+        sharing_rows: name of those processes (`context_parallel.join`); None: rows are whole.
+        folded_rows: `data.parts.Part.folded`.
+    """
+    known = dict(boundaries=cu_seq_lens_q, window=sliding_window, scaling=scaling)
+    over = lambda *tensors, **more: attend(*tensors, **known, **more)
+    if sharing_rows is None:
+        return over(query, key, value), None
+    together = attend_by_keys if folded_rows else attend_by_heads
+    return together(query, key, value, over, group=sharing_rows), None
 
 
 AttentionInterface.register(NAME, causal_attention)
+AttentionInterface.register(SHARED, shared_attention)

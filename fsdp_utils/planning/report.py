@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 from fsdp_utils.core.devices import GIB
+from fsdp_utils.data.parts import readers
 from fsdp_utils.memory.budget import remedies
 from fsdp_utils.model.assemble import Plan, is_local, plan_only, trainable_report
 from fsdp_utils.model.build import read_raw_config
@@ -85,7 +86,7 @@ def _disk(planned: Plan, config) -> list[str]:
 
 
 def _time(planned: Plan, config, machine: Machine, found: Forecast) -> list[str]:
-    rows = config.batch_size * machine.gpus * config.gradient_accumulation_steps
+    rows = config.batch_size * readers(config, machine.gpus) * config.gradient_accumulation_steps
     steps = config.max_steps if config.max_steps > 0 else None
     length = f"; {steps:,} steps of them: {steps * rows:,} rows" if steps else "; as many steps as the data make"
     said = [f"step: {rows:,} rows, at most {rows * config.context_length:,} tokens{length}"]

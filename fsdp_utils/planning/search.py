@@ -6,6 +6,7 @@ from functools import cached_property
 from itertools import count, islice, takewhile
 from typing import NamedTuple
 
+from fsdp_utils.data.parts import readers
 from fsdp_utils.model.assemble import Plan
 from fsdp_utils.planning.forecast import Forecast, forecast
 from fsdp_utils.planning.machines import CARDS, Machine, machine_of
@@ -56,7 +57,7 @@ class Search:
         if not found.fits(machine):
             return None
         seconds = seconds_a_step(planned, config, machine, found)
-        tokens = config.batch_size * config.context_length * machine.gpus
+        tokens = config.batch_size * config.context_length * readers(config, machine.gpus)
         return Choice(flags, found, seconds and tokens / seconds)
 
     def _largest(self, flags: dict) -> Choice | None:

@@ -25,7 +25,7 @@ def seconds_a_step(planned: Plan, config, machine: Machine, found: Forecast) -> 
     listed, length = list(blocks.values()), config.context_length
     pairs = (length + 1) / 2 if planned.task.causal else length
     each = [model_cost(model, listed), recomputed_cost(model, listed[: found.recomputed], config)]
-    tokens = config.batch_size * config.gradient_accumulation_steps * length
+    tokens = config.batch_size * config.gradient_accumulation_steps * length / config.context_parallel
     work = tokens * sum(cost.token + cost.predicting * planned.task.writes + cost.pair * pairs for cost in each)
     reached = speed * REACHED * (1 if config.compile else EAGER) * (SHARDED if machine.gpus > 1 else 1)
     # with CPU offload every row comes for forward and for backward, of each micro-batch

@@ -22,6 +22,7 @@ class Prepared:
         gathered_with_root: what trains in the blocks is one FSDP2 group with the rest of the model, and whole during a
             step; else each block is a group.
         peers: gathers the frozen weights of blocks, or None where FSDP2 does.
+        sharing: what attention is told where processes share rows (`model.attention.shared_attention`).
         sizes: bytes of this process's GPU memory by purpose, from `memory.budget`.
         host_activations: bytes of host memory that activations take, from the same numbers.
     """
@@ -36,6 +37,7 @@ class Prepared:
     fused_loss: bool = False
     gathered_with_root: bool = False
     peers: PeerGather | None = None
+    sharing: dict = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     host_activations: int = 0
 

@@ -69,6 +69,9 @@ class Task(ABC):
                 f"--train_type {config.train_type}: new blocks are added to decoders, and {model_config.model_type} "
                 "models have an encoder; choose another"
             )
+        if config.context_parallel > 1 and not self.causal:
+            given = f"--context_parallel {config.context_parallel}"
+            raise UserError(f"{given}: --task {self.name} needs whole rows; pass 1")
         for flag, why in self.forbidden.items():
             if getattr(config, flag):
                 raise UserError(f"--{flag} {str(getattr(config, flag)).lower()}: {why}")

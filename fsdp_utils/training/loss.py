@@ -1,44 +1,15 @@
 """The causal-language-model loss: the summed cross entropy of the places that predict."""
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fsdp_utils.core.errors import UserError, first_line
-from fsdp_utils.data.batches import model_inputs, with_targets
+from fsdp_utils.data.batches import model_inputs
 from fsdp_utils.sharding.fsdp import leave_out_of_backward
 from methods.kernels.cross_entropy import linear_cross_entropy
 from methods.quantizers.linear import compute_dtype, dense_weight
-
-
-@torch.no_grad()
-def check_packing(model: nn.Module, *, device: torch.device, autocast: torch.dtype | None) -> None:
-    """Runs two rows of two samples that differ in the first: some families (OPT, Bloom, Falcon) attend across samples,
-    whatever `position_ids` say.
-
-    Raises:
-        UserError: the second sample's logits depend on the first.
-    """
-    length, vocabulary = 8, model.config.get_text_config().vocab_size
-    ids = torch.randint(0, vocabulary, (2, 2 * length), generator=torch.Generator().manual_seed(0))
-    ids[1, length:] = ids[0, length:]
-    places = torch.arange(length).repeat(2).expand(2, -1)
-    batch = with_targets(dict(input_ids=ids, labels=ids, position_ids=places))
-    inputs = model_inputs({name: tensor.to(device) for name, tensor in batch.items()})
-    eager = torch.compiler.set_stance("force_eager")  # two short rows are not worth compiling for
-    with eager, torch.autocast(device.type, autocast) if autocast else nullcontext():
-        try:
-            one, other = model.eval()(**inputs, use_cache=False).logits[:, length:].float()
-        except (
-            ImportError,
-            ValueError,
-        ) as error:  # a state-space layer that needs another kernel to keep samples apart
-            raise UserError(f"--packing true: {first_line(error)}; or pass --packing false") from None
-    if (one - other).norm() > 1e-2 * one.norm():
-        kind = model.config.model_type
-        raise UserError(f"--packing true: samples in one row see each other in {kind} models; pass --packing false")
 
 
 class _LossHead:
@@ -78,16 +49,17 @@ class CausalLMLoss:
     Args:
         fused: the head computes the loss, and whole logits never exist. Not for families that change their logits after
             the head (capping, scaling): `memory.activations` finds them out.
+        sharing: what attention is told where processes share rows: `model.attention.shared_attention`.
     """
 
-    def __init__(self, model: nn.Module, *, fused: bool):
-        self.model = model
+    def __init__(self, model: nn.Module, *, fused: bool, **sharing):
+        self.model, self.sharing = model, sharing
         self.head = _LossHead(model.get_output_embeddings()) if fused else None
 
     def inputs(self, batch: dict[str, torch.Tensor]) -> dict:
         """What the model is called with."""
         # use_cache=True would make transformers ignore the sequence boundaries in position_ids
-        return dict(**model_inputs(batch), use_cache=False)
+        return dict(**model_inputs(batch), **self.sharing, use_cache=False)
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         inputs = self.inputs(batch)

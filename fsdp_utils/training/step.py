@@ -184,7 +184,7 @@ class TrainStep:
         fsdp.leave_sharded(prepared)  # a forward pass without backward may have left it whole
         self.prepared, self.model, self.device = prepared, prepared.model.train(), prepared.device
         self.micro_step = MicroStep(
-            task.loss(self.model, fused=prepared.fused_loss),
+            task.loss(self.model, fused=prepared.fused_loss, **prepared.sharing),
             device=self.device,
             autocast=prepared.autocast,
             # a mask of padding makes transformers look at it on the host
@@ -287,7 +287,7 @@ class TrainStep:
         if self.device.type != "cuda":
             return batches
         # rows of which each is nearly full had better be of one length
-        multiple = batches.context_length if batches.packing else 64
+        multiple = batches.context_length if batches.packing else math.lcm(64, batches.multiple)
         shape = dict(multiple=multiple, fewest=batches.batch_size, targets_multiple=self.micro_step.targets_multiple)
         return replace(batches, **shape)
 

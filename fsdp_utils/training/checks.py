@@ -1,0 +1,71 @@
+"""What is tried out on a loaded model before the first step, since no configuration tells it."""
+
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fsdp_utils.core.errors import UserError, first_line
+from fsdp_utils.core.processes import all_reduce
+from fsdp_utils.data.batches import model_inputs, with_targets
+from fsdp_utils.data.parts import Part
+from fsdp_utils.model import attention
+from fsdp_utils.sharding.prepared import Prepared
+
+
+@torch.no_grad()
+def check_packing(model: nn.Module, *, device: torch.device, autocast: torch.dtype | None) -> None:
+    """Runs two rows of two samples that differ in the first: some families (OPT, Bloom, Falcon) attend across samples,
+    whatever `position_ids` say.
+
+    Raises:
+        UserError: the second sample's logits depend on the first.
+    """
+    length, vocabulary = 8, model.config.get_text_config().vocab_size
+    ids = torch.randint(0, vocabulary, (2, 2 * length), generator=torch.Generator().manual_seed(0))
+    ids[1, length:] = ids[0, length:]
+    places = torch.arange(length).repeat(2).expand(2, -1)
+    batch = with_targets(dict(input_ids=ids, labels=ids, position_ids=places))
+    inputs = model_inputs({name: tensor.to(device) for name, tensor in batch.items()})
+    eager = torch.compiler.set_stance("force_eager")  # two short rows are not worth compiling for
+    with eager, torch.autocast(device.type, autocast) if autocast else nullcontext():
+        try:
+            one, other = model.eval()(**inputs, use_cache=False).logits[:, length:].float()
+        except (
+            ImportError,
+            ValueError,
+        ) as error:  # a state-space layer that needs another kernel to keep samples apart
+            raise UserError(f"--packing true: {first_line(error)}; or pass --packing false") from None
+    if (one - other).norm() > 1e-2 * one.norm():
+        kind = model.config.model_type
+        raise UserError(f"--packing true: samples in one row see each other in {kind} models; pass --packing false")
+
+
+@torch.no_grad()
+def check_sharing(prepared: Prepared, config) -> None:
+    """Runs a short row whole, with transformers' attention, and shared: what mixes tokens otherwise than by attention,
+    or counts positions itself, would take a part for a row.
+
+    Raises:
+        UserError: the logits differ.
+    """
+    model, device, part = prepared.model.eval(), prepared.device, Part.of_rows(config, prepared.model.config)
+    text = model.config.get_text_config()
+    reach = attention.window_of(model) or 0
+    tokens = 8 + (reach if reach < config.context_length else 0)  # so that the window matters
+    length = min(-(-tokens // part.multiple) * part.multiple, config.context_length)
+    ids = torch.randint(0, text.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
+    columns = part.columns(length).to(device)
+    shared = dict(input_ids=ids[:, columns], position_ids=columns[None], **prepared.sharing)
+    found, kinds = [], (("sdpa" if model._supports_sdpa else "eager", dict(input_ids=ids)), (attention.SHARED, shared))
+    eager = torch.compiler.set_stance("force_eager")
+    with eager, torch.autocast(device.type, prepared.autocast) if prepared.autocast else nullcontext():
+        for text._attn_implementation, inputs in kinds:
+            found.append(model(**inputs, use_cache=False).logits.float())
+    whole, mine = found[0][:, columns], found[1]
+    difference = all_reduce(((mine - whole).norm() / whole.norm()).item(), device, op=dist.ReduceOp.MAX)
+    # kernels differ by a few per cent in 16 bits; a part that is taken for a row, by about as much as there is
+    if not difference < (1e-3 if config.precision == "fp32" else 0.1):
+        given, kind = f"--context_parallel {config.context_parallel}", model.config.model_type
+        raise UserError(f"{given}: a row that processes share is another row to {kind} models; pass 1")
