@@ -40,8 +40,7 @@ from fsdp_utils.planning.machines import machine_of
 from fsdp_utils.report import page as report
 from fsdp_utils.sharding.mesh import mesh_for
 from fsdp_utils.tasks import task_for
-from fsdp_utils.training import metrics
-from fsdp_utils.training.checks import check_packing, check_sharing
+from fsdp_utils.training import checks, metrics
 from fsdp_utils.training.clock import Clock
 from fsdp_utils.training.flops import meter_of
 from fsdp_utils.training.optim import schedule_factor
@@ -135,10 +134,7 @@ def carry_out(session: Session, *, mesh, device) -> None:
     if config.verbose:
         say(prepared.model)
     try:
-        if config.packing:
-            check_packing(prepared.model, device=device, autocast=prepared.autocast)
-        if config.context_parallel > 1:
-            check_sharing(prepared, config)
+        checks.try_out(prepared, config)
         train(prepared, session)
     except torch.OutOfMemoryError as error:
         raise out_of_memory(prepared, config, error) from None

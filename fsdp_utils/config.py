@@ -208,6 +208,12 @@ class TrainConfig:
     reentrant_checkpointing: bool = flag(False, "use re-entrant checkpointing")
     embedding_on_host: bool = flag(True, "keep a frozen embedding, whole, in the host memory of each process (GPUs)")
     use_activation_cpu_offload: bool = flag(False, "keep hidden states that checkpointed blocks save in host memory")
+    tile_tokens: int = flag(
+        0,
+        "rows with more tokens than this go through feed-forward layers so many at a time, for rows of tens of "
+        "thousands (8192 fits them); 0: at once",
+        minimum=0,
+    )
     no_sync: bool = flag(False, "reduce gradients only at the last accumulation step")
     compile: bool = flag(True, "compile decoder blocks (CUDA with Triton; ignored elsewhere)")
     cuda_graphs: bool = flag(
@@ -341,6 +347,8 @@ class TrainConfig:
             )
         if self.peer_gather is True and self.use_cpu_offload:
             found.append("--peer_gather true: shards in host memory are not gathered so; add --use_cpu_offload false")
+        if self.tile_tokens and self.checkpoint_policy != "full":
+            found.append(f"--tile_tokens {self.tile_tokens}: not with --checkpoint_policy {self.checkpoint_policy}")
         if self.checkpoint_policy != "full" and self.reentrant_checkpointing:
             found.append(f"--checkpoint_policy {self.checkpoint_policy}: not with --reentrant_checkpointing true")
         if self.quantize_lm_head and self.quantizer == "none":

@@ -13,30 +13,32 @@ from methods.kernels.rounding import scramble_
 Tensor = torch.Tensor
 
 
-def kept(x: Tensor, rate: float, seed: Tensor) -> Tensor:
+def kept(x: Tensor, rate: float, seed: Tensor, first: Tensor | None = None) -> Tensor:
     """Which elements of `x` stay, bool, each dropped with probability `rate`.
 
     Args:
         seed: int32 scalar on any device.
+        first: likewise, the row of the whole that `x` begins with; None: it is the whole.
     """
     columns = x.shape[-1] if x.dim() else 1
-    row = scramble_(torch.arange(x.numel() // columns, dtype=torch.int32, device=x.device) ^ seed)
+    rows = torch.arange(x.numel() // columns, dtype=torch.int32, device=x.device)
+    row = scramble_((rows if first is None else rows + first) ^ seed)
     column = scramble_(torch.arange(columns, dtype=torch.int32, device=x.device) ^ ~seed)
     bits = scramble_(row.unsqueeze(1) + column)
     return (bits >= round(rate * 2**32) - 2**31).view(x.shape)
 
 
 class SeededDropout(nn.Dropout):
-    """`nn.Dropout` with the mask of `kept`. `seed` is this layer's, see `DropoutSeeds`."""
+    """`nn.Dropout` with the mask of `kept`. `seed` is this layer's, see `DropoutSeeds`; `first` as there."""
 
     def __init__(self, rate: float):
         super().__init__(rate)
-        self.seed = torch.zeros((), dtype=torch.int32, device="cpu")
+        self.seed, self.first = torch.zeros((), dtype=torch.int32, device="cpu"), None
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not x.numel():
             return x
-        return torch.where(kept(x, self.p, self.seed), x * (1 / (1 - self.p)), 0)
+        return torch.where(kept(x, self.p, self.seed, self.first), x * (1 / (1 - self.p)), 0)
 
 
 def seed_dropout(model: nn.Module) -> None:

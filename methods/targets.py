@@ -21,7 +21,7 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     lists: list[str] = []
     for path, module in model.named_modules():
         inside = path.startswith(tuple(f"{other}." for other in lists))
-        if isinstance(module, nn.ModuleList) and not inside and any(map(_has_linears, module)):
+        if isinstance(module, nn.ModuleList) and not inside and any(map(has_linears, module)):
             lists.append(path)
     named = set(model._no_split_modules or ())
     members = {path: list(model.get_submodule(path).named_children()) for path in lists}
@@ -32,7 +32,8 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return blocks
 
 
-def _has_linears(module: nn.Module) -> bool:
+def has_linears(module: nn.Module) -> bool:
+    """Whether there are linears inside a module, which is none itself."""
     kinds = (nn.Linear, QuantizedLinear, Conv1D)
     return not isinstance(module, kinds) and any(isinstance(m, kinds) for m in module.modules())
 

@@ -92,7 +92,7 @@ def test_attend(window, packed, first, asked):
     places = torch.stack([torch.cat([torch.arange(10), torch.arange(14)]), torch.arange(24)])
     sample = [[0] * 10 + [1] * 14, [0] * 24] if packed else [[0] * 24] * 2
     known = dict(boundaries=boundaries(places) if packed else None, window=window, first=first)
-    got = attention.attend(query, key, value, **known)
+    got = attention.attend(query, key, value, masked=True, **known)
     torch.testing.assert_close(got, by_hand(query, key, value, sample=sample, window=window, first=first))
 
 
@@ -107,7 +107,7 @@ def test_attend_by_kernel(window, packed, first, asked):
     tensors = make(4, asked), make(2, 24), make(2, 24)
     places = torch.stack([torch.cat([torch.arange(10), torch.arange(14)]), torch.arange(24)]).cuda()
     known = dict(boundaries=boundaries(places) if packed else None, window=window, first=first)
-    plain = attention.attend(*tensors, **known)
+    plain = attention.attend(*tensors, masked=True, **known)
     fast = attention.attend(*(t.bfloat16() for t in tensors), **known)
     weights = torch.randn_like(plain)
     wanted = torch.autograd.grad((plain * weights).sum(), tensors)

@@ -51,9 +51,9 @@ OTHERS = {  # built otherwise, and supported in part
     ),
     "gpt2": lambda: GPT2Config(**OTHER, n_embd=64, n_layer=2, n_head=4),  # Conv1D
     "falcon": lambda: FalconConfig(**OTHER, hidden_size=64, num_hidden_layers=2, num_attention_heads=4),  # own linears
-    "opt": lambda: OPTConfig(  # learned positions
+    "opt": lambda **kw: OPTConfig(  # learned positions
         **OTHER, hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=64,
-        max_position_embeddings=512,
+        max_position_embeddings=512, **kw,
     ),
 }  # fmt: skip
 

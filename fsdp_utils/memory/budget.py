@@ -321,6 +321,7 @@ def remedies(config, *, gathered_with_root: bool = False) -> list[str]:
         (config.method == "full" and _can_step_in_backward(config), "--optimizer_in_backward true"),
         (optimizer_bytes(config.optimizer, 1, 2) > optimizer_bytes("adamw_8bit", 1, 2), "--optimizer adamw_8bit"),
         (not config.use_activation_cpu_offload, "--use_activation_cpu_offload true"),
+        (config.batch_size * config.row_tokens > 2**14 and not config.tile_tokens, "--tile_tokens 8192"),
         (not config.use_cpu_offload, "--use_cpu_offload true"),
         (config.context_length > 256, "a shorter --context_length"),
     )

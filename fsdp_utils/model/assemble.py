@@ -36,7 +36,7 @@ from fsdp_utils.model.weights import (
     whole_reader,
 )
 from fsdp_utils.options import OPTIMIZERS, PRECISIONS
-from fsdp_utils.sharding import context_parallel, fsdp, offload, peer_gather, wrapping
+from fsdp_utils.sharding import context_parallel, fsdp, offload, peer_gather, tiles, wrapping
 from fsdp_utils.sharding.prepared import Prepared
 from methods import make_quantizer, method_of
 from methods.base import Method
@@ -102,7 +102,10 @@ def plan_anywhere(config, *, task, device: torch.device) -> Plan:
         other = f"; {', '.join(weights.dropped[:2])} of the checkpoint is another task's" if weights.dropped else ""
         say(f"note: new, and trained in full: {', '.join(weights.new)}{other}")
     check_trainable(built, config, device=device)
-    return attach(built, config)
+    planned = attach(built, config)
+    if config.tile_tokens:
+        tiles.install(planned.model, decoder_blocks(planned.model), config)
+    return planned
 
 
 def check_hardware(config, *, device: torch.device) -> None:
@@ -182,11 +185,13 @@ def check_trainable(built: Built, config, *, device: torch.device) -> None:
         given = f"note: --context_length {config.context_length}"
         say(f"{given}: {config.source} was made for {made_for} tokens; it has not learned what positions beyond mean")
     chosen = config.attn_implementation == "auto" and built.task.causal
+    name, kinds = None, dict(dtype=built.dtypes.compute, device=device)
     if config.context_parallel > 1:
-        attention.check_shared(model, config)
-        model.config.get_text_config()._attn_implementation = attention.SHARED
-    elif chosen and attention.supported(model, dtype=built.dtypes.compute, device=device):
-        model.config.get_text_config()._attn_implementation = attention.NAME
+        name = attention.for_shared_rows(model, config, **kinds)
+    elif chosen and attention.supported(model, **kinds):
+        name = attention.NAME
+    if name:
+        model.config.get_text_config()._attn_implementation = name
 
 
 def attach(built: Built, config) -> Plan:
@@ -221,7 +226,7 @@ def load(planned: Plan, config, *, mesh, device: torch.device, compile_block: Ca
     placed = dict(mesh=mesh, device=device, on_host=on_host, slot_bytes=slot_bytes)
     held = budget.resident(model, blocks, config, **placed, **groups)
     types = dict(dtype=dtypes.stored, autocast=dtypes.autocast)
-    compiled = compile_block is not None
+    compiled = compile_block is not None and not config.tile_tokens  # else attention is, and what is in a tile
     here = dict(mesh=mesh, device=device, compiled=compiled, available=recompute.free_memory(device))
     layout = recompute.lay_out(model, blocks, config, held, task=planned.task, **here, **types)
     offloader = offload.InputOffloader() if offloads(config, device) else None

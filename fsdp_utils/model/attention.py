@@ -4,6 +4,7 @@ not run, with masks of our own for shared rows, and with transformers' for other
 """
 
 import inspect
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from transformers import AttentionInterface
 
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.sharding.context_parallel import attend_by_heads, attend_by_keys
+from methods.quantizers.linear import compute_dtype
 from methods.targets import family_dropout
 
 try:
@@ -18,8 +20,8 @@ try:
 except ImportError:
     varlen_attn = None
 
-NAME = "causal_or_packed"
-SHARED = "shared_rows"  # also takes whole rows, on every device
+# names in transformers' attention interface: by kernels, for whole rows, and for rows that are shared; with masks
+NAME, SHARED, SHARED_MASKED = "causal_or_packed", "shared_rows", "shared_rows_masked"
 WINDOWED = "sliding_attention"
 
 Tensor = torch.Tensor
@@ -50,8 +52,10 @@ def obstacle(model, *, layers: set[str]) -> str | None:
     return next((why for holds, why in table if holds), None)
 
 
-def _has_kernel(*, dtype: torch.dtype, device: torch.device, head_dim: int) -> bool:
-    """Whether flash attention of variable lengths is there."""
+def has_kernel(model, *, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether there is flash attention of variable lengths for a model."""
+    text = model.config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     fits = head_dim <= 256 and head_dim % 8 == 0
     return varlen_attn is not None and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and fits
 
@@ -59,21 +63,23 @@ def _has_kernel(*, dtype: torch.dtype, device: torch.device, head_dim: int) -> b
 def supported(model, *, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether every layer is plain causal attention in 16 bits on CUDA, which is all that the kernels know, and asks
     transformers' attention interface for it."""
-    if obstacle(model, layers={"full_attention"}) or window_of(model):
-        return False
-    text = model.config.get_text_config()
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return _has_kernel(dtype=dtype, device=device, head_dim=head_dim)
+    plain = not obstacle(model, layers={"full_attention"}) and not window_of(model)
+    return plain and has_kernel(model, dtype=dtype, device=device)
 
 
-def check_shared(model, config) -> None:
-    """Raises UserError for a model whose rows processes cannot share (--context_parallel)."""
+def for_shared_rows(model, config, *, dtype: torch.dtype, device: torch.device) -> str:
+    """The name of the attention of rows that processes share (--context_parallel).
+
+    Raises:
+        UserError: they cannot.
+    """
     given = f"--context_parallel {config.context_parallel}"
     why = obstacle(model, layers={"full_attention", WINDOWED})
     if why:
         raise UserError(f"{given}: {config.source} {why}; pass 1")
     if config.attn_implementation != "auto":
         raise UserError(f"{given}: has attention of its own; drop --attn_implementation {config.attn_implementation}")
+    return SHARED if has_kernel(model, dtype=dtype, device=device) else SHARED_MASKED
 
 
 def _varlen_settings(window: int | None) -> dict:
@@ -107,7 +113,8 @@ def _attend_flash(query, key, value, *, starts: Tensor, first: int, window: int 
         of_queries = ((inside - first).clamp(0, asked) + row * asked).flatten()
         # the last keys of the last row
         of_keys, of_queries = F.pad(of_keys, (0, 1), value=rows * length), F.pad(of_queries, (0, 1), value=rows * asked)
-    flat = [t.transpose(1, 2).reshape(-1, t.shape[1], size) for t in (query, key, value)]
+    dtype = compute_dtype(query)  # autocast leaves rotated queries in fp32
+    flat = [t.transpose(1, 2).reshape(-1, t.shape[1], size).to(dtype) for t in (query, key, value)]
     if "enable_gqa" not in settings and flat[1].shape[1] != heads:
         flat[1:] = [t.repeat_interleave(heads // t.shape[1], dim=1) for t in flat[1:]]
     if scaling is not None and scaling != size**-0.5:
@@ -140,6 +147,7 @@ def attend(
     first: int = 0,
     window: int | None = None,
     scaling: float | None = None,
+    masked: bool = False,
 ) -> Tensor:
     """Causal attention over rows, or over the samples in them.
 
@@ -150,20 +158,20 @@ def attend(
             row is a sample.
         window: a token attends to so many, itself included; None: to all before it.
         scaling: of scores; None: 1 / sqrt(d).
+        masked: by the plain definition, for devices and dtypes that no kernel knows.
 
     Returns:
         `[b, l, heads, d]`.
     """
-    rows, _, length, size = key.shape
+    rows, length = key.shape[0], key.shape[2]
     window = None if window is None or window >= length else window
     if boundaries is None and window is None and query.shape[2] == length:
         shared = query.shape[1] != key.shape[1]
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=shared)
         return out.transpose(1, 2)
-    fast = _has_kernel(dtype=query.dtype, device=query.device, head_dim=size)
     starts = _starts(boundaries, rows=rows, length=length, device=query.device)
     where = dict(starts=starts, first=first, window=window, scaling=scaling)
-    return (_attend_flash if fast else _attend_masked)(query, key, value, **where)
+    return (_attend_masked if masked else _attend_flash)(query, key, value, **where)
 
 
 def causal_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **_):
@@ -191,6 +199,7 @@ def shared_attention(
     sliding_window=None,
     sharing_rows=None,
     folded_rows=False,
+    masked=False,
     **_,
 ):
     """`causal_attention` where several processes share rows.
@@ -199,8 +208,9 @@ def shared_attention(
         cu_seq_lens_q: of whole rows.
         sharing_rows: name of those processes (`context_parallel.join`); None: rows are whole.
         folded_rows: `data.parts.Part.folded`.
+        masked: as of `attend`.
     """
-    known = dict(boundaries=cu_seq_lens_q, window=sliding_window, scaling=scaling)
+    known = dict(boundaries=cu_seq_lens_q, window=sliding_window, scaling=scaling, masked=masked)
     over = lambda *tensors, **more: attend(*tensors, **known, **more)
     if sharing_rows is None:
         return over(query, key, value), None
@@ -210,3 +220,4 @@ def shared_attention(
 
 AttentionInterface.register(NAME, causal_attention)
 AttentionInterface.register(SHARED, shared_attention)
+AttentionInterface.register(SHARED_MASKED, partial(shared_attention, masked=True))

@@ -10,8 +10,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.options import POLICIES, Product
 from fsdp_utils.sharding.offload import InputOffloader
+from fsdp_utils.sharding.tiles import Tiled
 from methods.quantizers.linear import QuantizedEmbedding
-from methods.targets import family_dropout
+from methods.targets import family_dropout, has_linears
 
 Forward = Callable
 
@@ -110,13 +111,15 @@ def wrap_blocks(
     reentrant = config.reentrant_checkpointing
     checkpointing = partial(checkpointed, reentrant=reentrant, preserve_rng=bool(family_dropout(model)))
     for number, block in enumerate(blocks.values()):
+        if config.tile_tokens and compiled:
+            _compile_parts(block, compiled)
         adapted = any(p.requires_grad for p in block.parameters())
         wrappers = wrappers_of(
             number < recomputed,
             reentrant=reentrant,
             checkpointing=partial(checkpointing, policy=config.checkpoint_policy),
             products_only=partial(checkpointing, policy="products"),
-            compiled=compiled,
+            compiled=None if config.tile_tokens else compiled,
             alike=with_gradient if compiled and adapted else None,
             offloaded=offloader and offloader.wrap,
         )
@@ -124,6 +127,13 @@ def wrap_blocks(
             block.forward = wrapper(block.forward)
     if recomputed and reentrant:
         require_input_gradients(model)
+
+
+def _compile_parts(block: nn.Module, compiled: Callable[[Forward], Forward]) -> None:
+    """Of a block whose feed-forward layers run by tiles, which is more than one graph."""
+    for child in filter(has_linears, block.children()):
+        owner = child.forward if isinstance(child.forward, Tiled) else child
+        owner.forward = compiled(owner.forward)
 
 
 def wrappers_of(

@@ -1,6 +1,6 @@
 """What is tried out on a loaded model before the first step, since no configuration tells it."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -12,9 +12,27 @@ from fsdp_utils.data.batches import model_inputs, with_targets
 from fsdp_utils.data.parts import Part
 from fsdp_utils.model import attention
 from fsdp_utils.sharding.prepared import Prepared
+from fsdp_utils.sharding.tiles import give
 
 
-@torch.no_grad()
+def try_out(prepared: Prepared, config) -> None:
+    """Raises UserError for what the flags ask of a family that it does not bear. Collective."""
+    if config.packing:
+        check_packing(prepared.model, device=prepared.device, autocast=prepared.autocast)
+    if config.context_parallel > 1:
+        check_sharing(prepared, config)
+    if config.tile_tokens:
+        check_tiles(prepared, config)
+
+
+@contextmanager
+def _briefly(device: torch.device, autocast: torch.dtype | None):
+    """For short rows, which are not worth compiling for, of a model in eval mode."""
+    eager = torch.compiler.set_stance("force_eager")
+    with torch.no_grad(), eager, torch.autocast(device.type, autocast) if autocast else nullcontext():
+        yield
+
+
 def check_packing(model: nn.Module, *, device: torch.device, autocast: torch.dtype | None) -> None:
     """Runs two rows of two samples that differ in the first: some families (OPT, Bloom, Falcon) attend across samples,
     whatever `position_ids` say.
@@ -28,8 +46,7 @@ def check_packing(model: nn.Module, *, device: torch.device, autocast: torch.dty
     places = torch.arange(length).repeat(2).expand(2, -1)
     batch = with_targets(dict(input_ids=ids, labels=ids, position_ids=places))
     inputs = model_inputs({name: tensor.to(device) for name, tensor in batch.items()})
-    eager = torch.compiler.set_stance("force_eager")  # two short rows are not worth compiling for
-    with eager, torch.autocast(device.type, autocast) if autocast else nullcontext():
+    with _briefly(device, autocast):
         try:
             one, other = model.eval()(**inputs, use_cache=False).logits[:, length:].float()
         except (
@@ -42,7 +59,6 @@ def check_packing(model: nn.Module, *, device: torch.device, autocast: torch.dty
         raise UserError(f"--packing true: samples in one row see each other in {kind} models; pass --packing false")
 
 
-@torch.no_grad()
 def check_sharing(prepared: Prepared, config) -> None:
     """Runs a short row whole, with transformers' attention, and shared: what mixes tokens otherwise than by attention,
     or counts positions itself, would take a part for a row.
@@ -58,9 +74,11 @@ def check_sharing(prepared: Prepared, config) -> None:
     ids = torch.randint(0, text.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
     columns = part.columns(length).to(device)
     shared = dict(input_ids=ids[:, columns], position_ids=columns[None], **prepared.sharing)
-    found, kinds = [], (("sdpa" if model._supports_sdpa else "eager", dict(input_ids=ids)), (attention.SHARED, shared))
-    eager = torch.compiler.set_stance("force_eager")
-    with eager, torch.autocast(device.type, prepared.autocast) if prepared.autocast else nullcontext():
+    found, kinds = (
+        [],
+        (("sdpa" if model._supports_sdpa else "eager", dict(input_ids=ids)), (text._attn_implementation, shared)),
+    )
+    with _briefly(device, prepared.autocast):
         for text._attn_implementation, inputs in kinds:
             found.append(model(**inputs, use_cache=False).logits.float())
     whole, mine = found[0][:, columns], found[1]
@@ -69,3 +87,25 @@ def check_sharing(prepared: Prepared, config) -> None:
     if not difference < (1e-3 if config.precision == "fp32" else 0.1):
         given, kind = f"--context_parallel {config.context_parallel}", model.config.model_type
         raise UserError(f"{given}: a row that processes share is another row to {kind} models; pass 1")
+
+
+def check_tiles(prepared: Prepared, config) -> None:
+    """Runs a short row with and without tiles: a layer that mixes tokens would come to something else.
+
+    Raises:
+        UserError: the logits differ.
+    """
+    model, device = prepared.model.eval(), prepared.device
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(0, vocabulary, (1, 24), generator=torch.Generator().manual_seed(0)).to(device)
+
+    def logits(tokens: int) -> torch.Tensor:
+        give(model, tokens)
+        with _briefly(device, prepared.autocast):
+            return model(input_ids=ids, use_cache=False).logits.float()
+
+    whole, by_tiles = logits(24), logits(8)
+    give(model, config.tile_tokens)
+    if (by_tiles - whole).norm() > 1e-2 * whole.norm():
+        given, kind = f"--tile_tokens {config.tile_tokens}", model.config.model_type
+        raise UserError(f"{given}: feed-forward layers of {kind} models see more than their own token; pass 0")
