@@ -74,12 +74,10 @@ def check_sharing(prepared: Prepared, config) -> None:
     ids = torch.randint(0, text.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
     columns = part.columns(length).to(device)
     shared = dict(input_ids=ids[:, columns], position_ids=columns[None], **prepared.sharing)
-    found, kinds = (
-        [],
-        (("sdpa" if model._supports_sdpa else "eager", dict(input_ids=ids)), (text._attn_implementation, shared)),
-    )
+    stock, ours = "sdpa" if model._supports_sdpa else "eager", text._attn_implementation
+    found = []
     with _briefly(device, prepared.autocast):
-        for text._attn_implementation, inputs in kinds:
+        for text._attn_implementation, inputs in ((stock, dict(input_ids=ids)), (ours, shared)):
             found.append(model(**inputs, use_cache=False).logits.float())
     whole, mine = found[0][:, columns], found[1]
     difference = all_reduce(((mine - whole).norm() / whole.norm()).item(), device, op=dist.ReduceOp.MAX)
