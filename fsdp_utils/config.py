@@ -208,6 +208,11 @@ class TrainConfig:
     reentrant_checkpointing: bool = flag(False, "use re-entrant checkpointing")
     embedding_on_host: bool = flag(True, "keep a frozen embedding, whole, in the host memory of each process (GPUs)")
     use_activation_cpu_offload: bool = flag(False, "keep hidden states that checkpointed blocks save in host memory")
+    compute: str = flag(
+        "precision",
+        "products with frozen weights of blocks: as --precision says, or fp8, of 8-bit floats (Ada, Hopper, Blackwell)",
+        choices=("precision", "fp8"),
+    )
     tile_tokens: int = flag(
         0,
         "rows with more tokens than this go through feed-forward layers so many at a time, for rows of tens of "
@@ -347,6 +352,12 @@ class TrainConfig:
             )
         if self.peer_gather is True and self.use_cpu_offload:
             found.append("--peer_gather true: shards in host memory are not gathered so; add --use_cpu_offload false")
+        computes = PRECISIONS[self.precision].autocast or PRECISIONS[self.precision].stored
+        if self.compute == "fp8" and computes != "bfloat16":
+            found.append(f"--compute fp8: adds up in bf16, not with --precision {self.precision}; use bf16")
+        if self.compute == "fp8" and self.quantizer == "none" and not METHODS[self.method].fused:
+            own = [name for name, row in TRAIN_TYPES.items() if METHODS[row.method].fused]
+            found.append(f"--compute fp8: not with --train_type {self.train_type}; use one of {', '.join(own)}")
         if self.tile_tokens and self.checkpoint_policy != "full":
             found.append(f"--tile_tokens {self.tile_tokens}: not with --checkpoint_policy {self.checkpoint_policy}")
         if self.checkpoint_policy != "full" and self.reentrant_checkpointing:

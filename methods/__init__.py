@@ -49,11 +49,13 @@ QUANTIZERS = {
 
 
 class MethodRow(NamedTuple):
-    """A method; `adapts`: it adds adapters, which the flags lora_* describe; `starts`: the values of --lora_init."""
+    """A method; `adapts`: it adds adapters, which the flags lora_* describe; `starts`: the values of --lora_init;
+    `fused`: it multiplies by the base itself, also by a dense one."""
 
     target: str
     adapts: bool = False
     starts: tuple[str, ...] = ("default",)
+    fused: bool = False
 
 
 # how A and B begin (--lora_init)
@@ -67,8 +69,8 @@ SCALINGS = {False: "methods.adapter:Scaling", True: "methods.rslora:RankStabiliz
 METHODS = {
     "full": MethodRow("methods.full:Full"),
     "peft_lora": MethodRow("methods.peft_lora:PeftLoRA", adapts=True),
-    "lora": MethodRow("methods.lora:LoRA", adapts=True, starts=tuple(STARTS)),
-    "dora": MethodRow("methods.dora:DoRA", adapts=True, starts=tuple(STARTS)),
+    "lora": MethodRow("methods.lora:LoRA", adapts=True, starts=tuple(STARTS), fused=True),
+    "dora": MethodRow("methods.dora:DoRA", adapts=True, starts=tuple(STARTS), fused=True),
     "llama_pro": MethodRow("methods.llama_pro:LlamaPro"),
 }
 

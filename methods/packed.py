@@ -45,6 +45,9 @@ class Quantizer(Protocol):
             out: where to write, `[n, in_features]` with any row stride, or None for a new tensor.
         """
 
+    def row_peaks(self, packed) -> torch.Tensor:
+        """What no weight of a row is larger than, fp32 `[n]`, from the scales alone."""
+
     def row_norms(self, packed, weight_norm, lora_a, lora_b, scaling: float) -> torch.Tensor | None:
         """`methods.dora.row_norms` straight from packed rows, or None where there is no such way: the default."""
         return None

@@ -41,7 +41,8 @@ from fsdp_utils.sharding.prepared import Prepared
 from methods import make_quantizer, method_of
 from methods.base import Method
 from methods.dropout import seed_dropout
-from methods.quantizers.linear import QuantizedWeight
+from methods.kernels import fp8
+from methods.quantizers.linear import QuantizedWeight, compute_in_fp8
 from methods.targets import decoder_blocks, learned_positions, refuse_experts, refuse_in_place
 
 
@@ -103,8 +104,13 @@ def plan_anywhere(config, *, task, device: torch.device) -> Plan:
         say(f"note: new, and trained in full: {', '.join(weights.new)}{other}")
     check_trainable(built, config, device=device)
     planned = attach(built, config)
+    blocks = decoder_blocks(planned.model)
     if config.tile_tokens:
-        tiles.install(planned.model, decoder_blocks(planned.model), config)
+        tiles.install(planned.model, blocks, config)
+    if config.compute == "fp8":
+        left = compute_in_fp8(m for block in blocks.values() for m in block.modules())
+        if left:
+            say(f"note: --compute fp8: {len(left)} linears stay in 16 bits: a side of theirs is no multiple of 16")
     return planned
 
 
@@ -112,6 +118,8 @@ def check_hardware(config, *, device: torch.device) -> None:
     """Raises UserError for a precision that the GPU lacks, or a cache that cannot be written."""
     if "bfloat16" in PRECISIONS[config.precision] and device.type == "cuda" and not _has_bf16():
         raise UserError(f"--precision {config.precision}: this GPU has no bf16; use fp16_autocast or fp32")
+    if config.compute == "fp8" and not fp8.available(device):
+        raise UserError("--compute fp8: this GPU has no products of 8-bit floats; drop it")
     if config.quantized_cache:
         check_cache_root(config.quantized_cache)
 

@@ -21,7 +21,7 @@ def product_of(op, args) -> Product | None:
     """The matrix product or attention that an operator is, None of anything else."""
     name = str(op)
     if "adapted_linear." in name:
-        return Product(args[0].shape[-1], args[2].shape[0], adapted=True, factor=args[-1] is not None)
+        return Product(args[0].shape[-1], args[2].shape[0], adapted=True, factor=args[8] is not None)
     if "_attention" in name:
         return Product(args[0].shape[-1], args[0].shape[-1])
     if "aten.mm." in name or "aten.addmm." in name:

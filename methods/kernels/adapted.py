@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from methods.kernels import reduce
+from methods.kernels import fp8, reduce
 from methods.packed import parse_quantizer
 
 Tensor = torch.Tensor
@@ -28,12 +28,21 @@ class BaseWeight(NamedTuple):
 
     p0, p1, p2: the one tensor of a dense weight or the two or three of a packed one, `out` rows each; None for no more.
     spec: how to read them: "dense", or the quantizer as `methods.packed.spec_of` writes it.
+    fp8: products with it are of 8-bit floats (`methods.kernels.fp8`).
     """
 
     p0: Tensor
     p1: Tensor | None
     p2: Tensor | None
     spec: str
+    fp8: bool = False
+
+    def peaks(self) -> Tensor:
+        """What no weight of a row is larger than, fp32 `[out]`."""
+        if self.spec == "dense":
+            return self.p0.abs().amax(1).float()
+        packed = (self.p0, self.p1) if self.p2 is None else (self.p0, self.p1, self.p2)
+        return parse_quantizer(self.spec).row_peaks(packed)
 
 
 class LowRank(NamedTuple):
@@ -78,14 +87,34 @@ class Weights(NamedTuple):
 
     def scaled_base(self, out: Tensor | None = None) -> Tensor:
         """c W, `[out, in]`, written into `out` if given."""
-        p0, p1, p2, spec = self.base
+        return self._times(self.factor, dtype=self.dtype, out=out)
+
+    def _times(self, factor: Tensor | None, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """W with its rows multiplied by `factor`, fp32 `[out]`."""
+        p0, p1, p2, spec, _ = self.base
         if spec == "dense":
-            weight = p0 if self.factor is None else p0 * self.factor.unsqueeze(1)
-            return weight.to(self.dtype) if out is None else out.copy_(weight)
+            weight = p0 if factor is None else p0 * factor.unsqueeze(1)
+            return weight.to(dtype) if out is None else out.copy_(weight)
         packed = (p0, p1) if p2 is None else (p0, p1, p2)
         return parse_quantizer(spec).dequantize(
-            packed, in_features=self.in_features, dtype=self.dtype, row_factor=self.factor, out=out
+            packed, in_features=self.in_features, dtype=dtype, row_factor=factor, out=out
         )
+
+    def row_scale(self) -> Tensor:
+        """Of `in_fp8`, fp32 `[out, 1]`."""
+        peaks = self.base.peaks()
+        return fp8.scale_of(peaks if self.factor is None else peaks * self.factor.abs()).unsqueeze(1)
+
+    def in_fp8(self) -> fp8.Scaled:
+        """c W, `[out, in]`, which is never there in 16 bits."""
+        scale = self.row_scale()
+        factor = 1 / scale[:, 0] if self.factor is None else self.factor / scale[:, 0]
+        return fp8.Scaled(self._times(factor, dtype=fp8.E4M3), scale)
+
+    def columns_in_fp8(self) -> fp8.Scaled:
+        """`in_fp8` without its scale, `[in, out]`: in backward that is in the gradient (`_gradient_in_fp8`)."""
+        values = self.in_fp8().values.T.contiguous()
+        return fp8.Scaled(values, torch.ones(len(values), 1, dtype=torch.float32, device=values.device))
 
     def beside_b(self) -> Tensor:
         """`[c W, s c B]`, `[out, in + r]`."""
@@ -115,9 +144,15 @@ class Kept(NamedTuple):
     out: Tensor | None
 
 
-def forward(x: Tensor, hidden: Tensor | None, weights: Weights) -> Tensor:
-    """`c W x + (s c B) hidden`, `[..., in] -> [..., out]`; hidden is A x `[..., r]`, or None without an adapter."""
+def forward(x: Tensor, hidden: Tensor | None, weights: Weights, eight: fp8.Scaled | None = None) -> Tensor:
+    """`c W x + (s c B) hidden`, `[..., in] -> [..., out]`; hidden is A x `[..., r]`, or None without an adapter;
+    `eight` is x by rows `[t, in]`, where products with W are in 8 bits."""
     shape, rows = x.shape[:-1], x.reshape(-1, weights.in_features)  # [t, in]
+    if eight is not None:
+        out = fp8.product(eight, weights.in_fp8())
+        if hidden is not None:
+            out.addmm_(hidden.reshape(len(out), -1), weights.scaled_b.T)
+        return out.view(*shape, -1)
     if hidden is None:
         return (rows @ weights.scaled_base().T).view(*shape, -1)
     hidden = hidden.reshape(-1, hidden.shape[-1])  # [t, r]
@@ -143,9 +178,20 @@ def _through_both(grads: Tensor, grad_hidden: Tensor, both: Tensor) -> Tensor:
     return out
 
 
-def _gradient_of_x(grads: Tensor, weights: Weights) -> tuple[Tensor, Tensor | None]:
-    """`[t, in]`, with A's share if A is given, and the gradient of A x, `[t, r]`, if there is a B."""
+def _gradient_in_fp8(grads: Tensor, weights: Weights) -> fp8.Scaled:
+    """The gradient of the output, `[t, out]`, as `columns_in_fp8` is multiplied by: with the scales of W's rows, over
+    which that product sums."""
+    return fp8.by_rows(grads * weights.row_scale().T)
+
+
+def _gradient_of_x(grads: Tensor, weights: Weights, eight: fp8.Scaled | None) -> tuple[Tensor, Tensor | None]:
+    """`[t, in]`, with A's share if A is given, and the gradient of A x, `[t, r]`, if there is a B; `eight` is what
+    `_gradient_in_fp8` made, or None."""
     width, a = weights.in_features, weights.a
+    if eight is not None:
+        grad_x = fp8.product(eight, weights.columns_in_fp8())
+        grad_hidden = None if weights.scaled_b is None else grads @ weights.scaled_b
+        return grad_x if a is None else grad_x.addmm_(grad_hidden, a.to(grads.dtype)), grad_hidden
     if weights.scaled_b is None:
         return grads @ weights.scaled_base(), None
     if weights.widens:
@@ -160,14 +206,16 @@ def _gradient_of_x(grads: Tensor, weights: Weights) -> tuple[Tensor, Tensor | No
     return (grad_hidden @ a.to(grads.dtype)).addmm_(grads, weights.scaled_base()), grad_hidden
 
 
-def backward(grad: Tensor, kept: Kept, weights: Weights, needs_x: bool) -> tuple[Tensor, ...]:
+def backward(
+    grad: Tensor, kept: Kept, weights: Weights, needs_x: bool, eight: fp8.Scaled | None = None
+) -> tuple[Tensor, ...]:
     """From the gradient of the output, `[..., out]`, those of x, of A x where A is not given, of A and of s c B, and
     the sum over tokens of grad * out, fp32 `[out]`, where the output was kept; empty tensors for what is absent."""
     x, hidden, out = kept
     grads = grad.reshape(-1, grad.shape[-1])  # [t, out]
     grad_x = through_b = grad_hidden = grad_a = grad_b = dots = None
     if needs_x:
-        grad_x, through_b = _gradient_of_x(grads, weights)  # through_b: of A x, [t, r]
+        grad_x, through_b = _gradient_of_x(grads, weights, eight)  # through_b: of A x, [t, r]
         grad_x = grad_x.view(*grad.shape[:-1], weights.in_features)
     elif hidden is not None:
         through_b = grads @ weights.scaled_b
@@ -187,10 +235,12 @@ def _without_none(like: Tensor, *results: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if result is None else result for result in results)
 
 
-def backward_shapes(grad: Tensor, kept: Kept, weights: Weights, needs_x: bool) -> tuple[Tensor, ...]:
+def backward_shapes(
+    grad: Tensor, kept: Kept, weights: Weights, needs_x: bool, eight: fp8.Scaled | None = None
+) -> tuple[Tensor, ...]:
     """What `backward` returns, without values."""
     grad_x, width = None, weights.in_features
-    if needs_x and weights.scaled_b is not None and weights.widens:  # columns of a wider matrix
+    if needs_x and eight is None and weights.scaled_b is not None and weights.widens:  # columns of a wider matrix
         grad_x = grad.new_empty(*grad.shape[:-1], width + weights.scaled_b.shape[1])[..., :width]
     elif needs_x:
         grad_x = grad.new_empty(*grad.shape[:-1], width)
@@ -200,17 +250,22 @@ def backward_shapes(grad: Tensor, kept: Kept, weights: Weights, needs_x: bool) -
 
 
 # A schema knows no groups: what torch.library calls takes the arguments one by one, and only groups them.
-def _flat_forward(x, hidden, p0, p1, p2, spec, a, scaled_b, factor):
-    return forward(x, hidden, Weights(BaseWeight(p0, p1, p2, spec), a, scaled_b, factor, x.shape[-1], x.dtype))
+def _flat_forward(x, hidden, p0, p1, p2, spec, a, scaled_b, factor, *eight):
+    weights = Weights(BaseWeight(p0, p1, p2, spec), a, scaled_b, factor, x.shape[-1], x.dtype)
+    return forward(x, hidden, weights, _scaled(*eight))
 
 
 def _flat_forward_shape(x, hidden, p0, *others):
     return x.new_empty(*x.shape[:-1], p0.shape[0])
 
 
-def _grouped(grad, x, hidden, out, p0, p1, p2, spec, a, scaled_b, factor, in_features, needs_x):
+def _scaled(values, scale):
+    return None if values is None else fp8.Scaled(values, scale)
+
+
+def _grouped(grad, x, hidden, out, p0, p1, p2, spec, a, scaled_b, factor, in_features, needs_x, *eight):
     weights = Weights(BaseWeight(p0, p1, p2, spec), a, scaled_b, factor, in_features, grad.dtype)
-    return grad, Kept(x, hidden, out), weights, needs_x
+    return grad, Kept(x, hidden, out), weights, needs_x, _scaled(*eight)
 
 
 def _flat_backward(*arguments):
@@ -225,11 +280,12 @@ def _flat_backward_shapes(*arguments):
 _library = torch.library.Library("fsdp_qlora", "DEF")
 _library.define(
     "adapted_linear(Tensor x, Tensor? hidden, Tensor p0, Tensor? p1, Tensor? p2, str spec, Tensor? a, "
-    "Tensor? scaled_b, Tensor? factor) -> Tensor"
+    "Tensor? scaled_b, Tensor? factor, Tensor? eight, Tensor? scale) -> Tensor"
 )
 _library.define(
     "adapted_linear_backward(Tensor grad, Tensor? x, Tensor? hidden, Tensor? out, Tensor p0, Tensor? p1, Tensor? p2, "
-    "str spec, Tensor? a, Tensor? scaled_b, Tensor? factor, SymInt in_features, bool needs_x) "
+    "str spec, Tensor? a, Tensor? scaled_b, Tensor? factor, SymInt in_features, bool needs_x, "
+    "Tensor? eight, Tensor? scale) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 for _name, _run, _shapes in (
@@ -241,17 +297,21 @@ for _name, _run, _shapes in (
 
 
 def _keep(ctx, inputs, output):
-    x, hidden, p0, p1, p2, spec, a, scaled_b, factor = inputs
+    x, hidden, p0, p1, p2, spec, a, scaled_b, factor, eight, _ = inputs
     # what backward does not need is not kept: x only for A, the output only for the row factor, the ninth input
     kept = Kept(x if a is not None else None, hidden, output if ctx.needs_input_grad[8] else None)
     ctx.save_for_backward(*kept, p0, p1, p2, a, scaled_b, factor)
-    ctx.spec, ctx.in_features, ctx.needs_x = spec, x.shape[-1], ctx.needs_input_grad[0]
+    ctx.spec, ctx.in_features, ctx.needs_x, ctx.fp8 = spec, x.shape[-1], ctx.needs_input_grad[0], eight is not None
 
 
 def _backward(ctx, grad):
     x, hidden, out, p0, p1, p2, a, scaled_b, factor = ctx.saved_tensors
+    weights = Weights(BaseWeight(p0, p1, p2, ctx.spec), a, scaled_b, factor, ctx.in_features, grad.dtype)
+    eight = (None, None)
+    if ctx.fp8 and ctx.needs_x:  # here, where the compiler makes it part of what made the gradient
+        eight = _gradient_in_fp8(grad.reshape(-1, grad.shape[-1]), weights)
     grad_x, grad_hidden, grad_a, grad_b, dots = torch.ops.fsdp_qlora.adapted_linear_backward(
-        grad, x, hidden, out, p0, p1, p2, ctx.spec, a, scaled_b, factor, ctx.in_features, ctx.needs_x
+        grad, x, hidden, out, p0, p1, p2, ctx.spec, a, scaled_b, factor, ctx.in_features, ctx.needs_x, *eight
     )
     return (
         grad_x if ctx.needs_x else None,
@@ -260,6 +320,8 @@ def _backward(ctx, grad):
         grad_a if a is not None else None,
         grad_b if hidden is not None else None,
         factor_gradient(dots, factor) if out is not None else None,  # here, where the compiler sees it
+        None,
+        None,
     )
 
 
@@ -276,8 +338,10 @@ def adapted_linear(
         x: `[..., in]` in the dtype to compute in.
         dropout: None where it changes nothing.
     """
+    eight = fp8.by_rows(x.detach().reshape(-1, x.shape[-1])) if base.fp8 else (None, None)
+    p0, p1, p2, spec, _ = base
     if adapter is None:
-        return torch.ops.fsdp_qlora.adapted_linear(x, None, *base, None, None, None)
+        return torch.ops.fsdp_qlora.adapted_linear(x, None, p0, p1, p2, spec, None, None, None, *eight)
     a, b, factor, scaling = adapter
     # A x apart from the operator: backward needs it, but not the output, which recomputation can then leave out
     if dropout is None:
@@ -287,4 +351,4 @@ def adapted_linear(
     # the operator's gradient of c is that of the whole output
     scale = scaling if factor is None else (factor.detach() * scaling).unsqueeze(1)
     scaled_b = (b * scale).to(x.dtype)
-    return torch.ops.fsdp_qlora.adapted_linear(x, hidden, *base, a, scaled_b, factor)
+    return torch.ops.fsdp_qlora.adapted_linear(x, hidden, p0, p1, p2, spec, a, scaled_b, factor, *eight)

@@ -68,14 +68,13 @@ class Bnb4bit(Quantizer):
         absmax = self.absmax(*scales)
         if row_factor is not None:
             absmax = absmax * row_factor.unsqueeze(1)
-        return torch.ops.bitsandbytes.dequantize_4bit(
-            as_bytes(codes),
-            absmax.reshape(-1),
-            self.group_size,
-            self.quant_type,
-            (codes.shape[0], in_features),
-            dtype,
-        )
+        known = dtype if dtype.itemsize > 1 else torch.float32
+        shape, settings = (codes.shape[0], in_features), (self.group_size, self.quant_type)
+        rows = torch.ops.bitsandbytes.dequantize_4bit(as_bytes(codes), absmax.reshape(-1), *settings, shape, known)
+        return rows.to(dtype)
+
+    def row_peaks(self, packed):
+        return self.absmax(*packed[1:]).amax(1)  # the largest code is 1
 
     def row_norms(self, packed, weight_norm, lora_a, lora_b, scaling) -> torch.Tensor | None:
         """`methods.dora.row_norms` from packed rows, without their weight; None where the kernel does not run."""

@@ -81,6 +81,11 @@ class HQQ(Quantizer):
             out = torch.empty(packed[0].shape[0], in_features, dtype=dtype, device=packed[0].device)
         return kernels.affine_rows(*packed, out, bits=self.bits, group_size=self.group_size, row_factor=row_factor)
 
+    def row_peaks(self, packed):
+        zeros = packed[2].float()
+        furthest = torch.maximum(zeros.abs(), (2**self.bits - 1 - zeros).abs())
+        return (furthest * packed[1].float()).amax(1)
+
     def dequantize_plain(self, packed, *, in_features, dtype, row_factor=None):
         """The definition, in torch."""
         codes, scales, zeros = packed

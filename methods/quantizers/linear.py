@@ -1,6 +1,7 @@
 """Layers whose weight is packed codes and scales laid out row by row: ordinary parameters to FSDP2."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -89,13 +90,14 @@ def packed_parts(base: nn.Module) -> BaseWeight:
     Raises:
         ValueError: the quantizer lays a weight out in other than two or three tensors.
     """
+    fp8 = getattr(base, "fp8", False)
     if not isinstance(base, QuantizedLinear):
-        return BaseWeight(base.weight, None, None, "dense")
+        return BaseWeight(base.weight, None, None, "dense", fp8)
     packed = base.packed()
     if len(packed) == 2:
-        return BaseWeight(*packed, None, base.spec)
+        return BaseWeight(*packed, None, base.spec, fp8)
     if len(packed) == 3:
-        return BaseWeight(*packed, base.spec)
+        return BaseWeight(*packed, base.spec, fp8)
     names = ", ".join(base.packed_names)
     raise ValueError(f"{base.quantizer} packs {len(packed)} tensors ({names}); adapted_linear takes two or three")
 
@@ -103,9 +105,20 @@ def packed_parts(base: nn.Module) -> BaseWeight:
 def matmul(base: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """`x @ W.T` of a base linear of any kind, without its bias; keeps only the packed weight for backward."""
     x = x.to(compute_dtype(x))
-    if not isinstance(base, QuantizedLinear):
+    if not isinstance(base, QuantizedLinear) and not getattr(base, "fp8", False):
         return F.linear(x, base.weight)
     return adapted_linear(x, packed_parts(base))
+
+
+def compute_in_fp8(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Makes products with the frozen weights among these modules those of 8-bit floats: packed ones, and dense ones
+    behind an adapter (by itself, a dense linear is the family's own). Returns those whose sides no such product takes.
+    """
+    inner = (getattr(m, "base_layer", m if isinstance(m, QuantizedLinear) else None) for m in modules)
+    bases = {id(base): base for base in inner if base is not None}.values()
+    for base in bases:
+        base.fp8 = base.in_features % 16 == base.out_features % 16 == 0
+    return [base for base in bases if not base.fp8]
 
 
 def add_bias(y: torch.Tensor, base: nn.Module) -> torch.Tensor:
