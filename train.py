@@ -35,6 +35,7 @@ from fsdp_utils.memory.budget import out_of_memory
 from fsdp_utils.model.assemble import load, plan
 from fsdp_utils.model.build import read_model_config, read_tokenizer
 from fsdp_utils.model.compiling import cannot_compile, compiler
+from fsdp_utils.model.prequantized import check_flags
 from fsdp_utils.planning import report as planning
 from fsdp_utils.planning.machines import machine_of
 from fsdp_utils.report import page as report
@@ -101,6 +102,7 @@ def read_inputs(config: TrainConfig):
         trusted = dict(trust_remote_code=config.trust_remote_code)
         model_config = read_model_config(config.source, task=task, **trusted)
         tokenizer = read_tokenizer(config.source, **trusted)
+    check_flags(config, model_config)
     if said:
         say(said)
     config.task = task.name

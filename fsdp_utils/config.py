@@ -5,10 +5,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
+from fsdp_utils.core.errors import ConfigError
 from fsdp_utils.core.flags import boolean, flag, section
 from fsdp_utils.core.folders import repository_errors
 from fsdp_utils.options import OPTIMIZERS, POLICIES, PRECISIONS, SCHEDULES, SINKS, STRATEGIES, TASKS
-from methods import METHODS, QUANTIZERS, SCALINGS, STARTS, TRAIN_TYPES
+from methods import GROUP_SIZES, METHODS, QUANTIZERS, SCALINGS, STARTS, TRAIN_TYPES, bits
 
 # Adam moves a weight by about the rate, and a bf16 number of 0.02 by 6e-5 or not at all: at 1e-5, weights of that size
 # went 8 % as far as in fp32, at 1e-4 65 %, at 1e-3 99 %
@@ -51,7 +52,8 @@ class TrainConfig:
     lora_dropout: float = flag(0.1, "dropout before the adapters", minimum=0.0, maximum=0.99)
     lora_target_modules: str = flag(
         "all",
-        "`all` (q,k,v,gate,up,down or their like), `all_linear`, `default` (PEFT's choice), or names: q_proj,v_proj",
+        "`all` (q,k,v,gate,up,down or their like), `all_linear`, `default` (PEFT's choice), or names: q_proj,v_proj; "
+        "with `experts` beside it those of a mixture too: all,experts",
         several=True,
     )
     lora_init: str = flag(
@@ -61,9 +63,10 @@ class TrainConfig:
         choices=tuple(STARTS),
     )
     use_rslora: bool = flag(False, "scale adapters by alpha / sqrt(r) instead of alpha / r", choices=tuple(SCALINGS))
+    train_router: bool = flag(False, "train the routers of a mixture of experts too, whole")
     n_bits: int = flag(4, "bits of the quantized base: 4 for bnb; 8, 4, 3, 2 or 1 for hqq")
     quant_type: str = flag("nf4", "4-bit code of bitsandbytes", choices=("nf4", "fp4"))
-    quant_group_size: int = flag(64, "weights that share one scale", choices=(32, 64, 128, 256))
+    quant_group_size: int = flag(64, "weights that share one scale", choices=GROUP_SIZES)
     quant_scales: str = flag(
         "auto",
         "how scales are stored: bf16 (half the bytes, lossless for bf16 weights), fp32, double (8-bit scales), "
@@ -71,6 +74,9 @@ class TrainConfig:
         choices=("auto", "bf16", "fp32", "double"),
     )
     quantize_lm_head: bool = flag(False, "quantize embedding and head too: less memory, a little less exact")
+    bits_plan: str | None = flag(
+        None, "JSON file of patterns of module paths and the bits of what they match (docs/memory.md); or its content"
+    )
 
     _data: str = section("data")
     dataset: str = flag(
@@ -268,11 +274,16 @@ class TrainConfig:
 
     explicit_flags: frozenset = field(default=frozenset(), init=False, repr=False)
     longest_sample: int = field(default=0, init=False, repr=False, compare=False)  # in tokens, once data has been read
+    bits_plan_file: str | None = field(default=None, repr=False, compare=False)  # whose content --bits_plan is by then
 
     def __post_init__(self):
         for name in ("use_gradient_checkpointing", "peer_gather"):
             with suppress(ArgumentTypeError):  # what is neither true nor false is auto, or found wrong by its choices
                 setattr(self, name, boolean(str(getattr(self, name))))
+        if self.bits_plan is not None:
+            with suppress(ConfigError):  # a plan that cannot be read is found by `errors`
+                given, self.bits_plan = self.bits_plan, bits.text_of(self.bits_plan)
+                self.bits_plan_file = self.bits_plan_file if bits.is_text(given) else given
 
     @property
     def quantizer(self) -> str:
@@ -281,6 +292,11 @@ class TrainConfig:
     @property
     def method(self) -> str:
         return TRAIN_TYPES[self.train_type].method
+
+    @property
+    def takes_double_scales(self) -> bool:
+        """Whether all quantizers in use know --quant_scales double."""
+        return all("double" in QUANTIZERS[name].scales for name in bits.quantizers_of(self))
 
     @property
     def source(self) -> str:
@@ -315,7 +331,7 @@ class TrainConfig:
 
     def errors(self) -> list[str]:
         """One line for each flag that cannot work beside the others."""
-        found = self._quantizer_errors()
+        found = [*self._quantizer_errors(), *bits.errors(self)]
         if self.lora_init not in METHODS[self.method].starts:
             able = [name for name, row in TRAIN_TYPES.items() if self.lora_init in METHODS[row.method].starts]
             found.append(f"--lora_init {self.lora_init}: not with {self.train_type}; use one of {', '.join(able)}")
@@ -456,6 +472,7 @@ class TrainConfig:
                 "--sharding_strategy ddp shards nothing",
                 ("peer_gather",),
             ),
+            (self.method == "full", "--train_type full trains everything", ("train_router",)),
             (not self.apply_gradient_clipping, "--apply_gradient_clipping is false", ("grad_norm",)),
             (not self.stores_bf16, f"--precision {self.precision} stores no bf16 weights", ("stochastic_rounding",)),
             (

@@ -48,6 +48,9 @@ QUANTIZERS = {
 }
 
 
+GROUP_SIZES = (32, 64, 128, 256)
+
+
 class MethodRow(NamedTuple):
     """A method; `adapts`: it adds adapters, which the flags lora_* describe; `starts`: the values of --lora_init;
     `fused`: it multiplies by the base itself, also by a dense one."""

@@ -161,9 +161,28 @@ class Adapter(Method):
         """What an adapter folder holds: `<module path>.<suffix>` and the tensor."""
         for path, layer in self.layers(model).items():
             for suffix, stored in self.layer_tensors(layer).items():
-                yield f"{path}.{suffix}", stored
-        for name, parameter in self.whole_parameters(model).items():
-            yield name, Stored.of(parameter)
+                yield f"{self.saved_path(path, layer)}.{suffix}", stored
+        for name, tensor in (self.whole_parameters(model) | self._whole_buffers(model)).items():
+            yield name, Stored.of(tensor)
+
+    def saved_path(self, path: str, layer: nn.Module) -> str:
+        """What PEFT calls an adapted layer in its files."""
+        return path
+
+    def by_layer(self, model: nn.Module, tensors: Tensors) -> dict[str, Tensors]:
+        """A saved adapter, as by `tensors`, by the path of each layer."""
+        found = by_layer(tensors)
+        return {path: found[self.saved_path(path, layer)] for path, layer in self.layers(model).items()}
+
+    def _whole_buffers(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """What PEFT saves and expects beside `whole_parameters`, though it does not train."""
+        modules = {path: model.get_submodule(path) for path in self.whole}
+        return {
+            f"{path}.{name}": buffer
+            for path, module in modules.items()
+            for name, buffer in module.named_buffers()
+            if name in module.state_dict()
+        }
 
     def whole_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """What trains in full, which PEFT calls `modules_to_save`."""
@@ -180,7 +199,7 @@ class Adapter(Method):
     @torch.no_grad()
     def fill(self, model: nn.Module, tensors: Tensors, *, device: torch.device) -> None:
         """Copies a saved adapter, as by `tensors`, into a loaded model."""
-        saved = by_layer(tensors)
+        saved = self.by_layer(model, tensors)
         for path, layer in self.layers(model).items():
             self.fill_layer(layer, saved[path], device=device)
         for name, parameter in self.whole_parameters(model).items():
@@ -193,7 +212,7 @@ class Adapter(Method):
 
     def peft_config(self, model: nn.Module) -> dict:
         """PEFT's description of the adapter, without task and base."""
-        c, paths = self.config, list(self.layers(model))
+        c, paths = self.config, [p for p, layer in self.layers(model).items() if hasattr(layer, "in_features")]
         names = {path.split(".")[-1] for path in paths}
         matched = {path for path, _ in model.named_modules() if path.split(".")[-1] in names}
         return dict(
@@ -202,7 +221,7 @@ class Adapter(Method):
             lora_dropout=c.lora_dropout,
             bias="none",
             # names where they say exactly which modules have adapters, else full paths
-            target_modules=sorted(names) if matched == set(paths) else paths,
+            target_modules=(sorted(names) if matched == set(paths) else paths) or None,
             use_dora=False,
             inference_mode=True,
             **(dict(modules_to_save=list(self.whole)) if self.whole else {}),
@@ -219,7 +238,7 @@ class Adapter(Method):
         """What training multiplies each output row by, fp32 `[out]`; None for one.
 
         Args:
-            weight: `[out, in]` of the base as forward uses it.
+            weight: `[out, in]` of the base as forward uses it, `[experts, out, in]` of a stack.
             tensors: the layer's, as saved, on the device of `weight`.
         """
         return None

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from methods.packed import Quantizer
+from methods.quantizers.experts import expert_stacks
 from methods.targets import block_linears
 
 
@@ -31,8 +32,8 @@ class Method(ABC):
         return {path: quantizer_for(path) for path in [*self.packed_in_blocks(model), *self._packed_ends(model)]}
 
     def packed_in_blocks(self, model: nn.Module) -> list[str]:
-        """Paths of the linears of decoder blocks whose weights are packed."""
-        return list(block_linears(model))
+        """Paths of the linears and of the stacks of experts in decoder blocks whose weights are packed."""
+        return [*block_linears(model), *expert_stacks(model)]
 
     def _packed_ends(self, model: nn.Module) -> list[str]:
         """Paths of embedding and head, if the user wants them packed too."""

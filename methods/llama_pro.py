@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fsdp_utils.core.errors import UserError
 from methods.base import Method
-from methods.targets import block_linears, decoder_blocks
+from methods.targets import decoder_blocks
 
 EXPANDED_LAYERS_FILE = "expanded_layers.json"
 
@@ -53,7 +53,7 @@ class LlamaPro(Method):
 
     def packed_in_blocks(self, model):
         new = tuple(f"{path}." for path in self._new_blocks(model))
-        return [path for path in block_linears(model) if not path.startswith(new)]
+        return [path for path in super().packed_in_blocks(model) if not path.startswith(new)]
 
     def attach(self, model, *, dtype):
         for block in self._new_blocks(model).values():

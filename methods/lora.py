@@ -6,6 +6,7 @@ from torch import nn
 
 from methods.adapter import Adapter, Pair
 from methods.dropout import SeededDropout
+from methods.expert_lora import LoRAStack, merged_stack, saved_path, split_targets, stacks_to_adapt, target_parameters
 from methods.kernels.adapted import LowRank, adapted_linear
 from methods.quantizers.linear import add_bias, compute_dtype, matmul, packed_parts
 from methods.targets import adapter_targets, replace_module
@@ -66,7 +67,11 @@ class LoRA(Adapter):
 
     def attach(self, model, *, dtype):
         c = self.config
-        for path in adapter_targets(model, c.lora_target_modules):
+        linears, experts = split_targets(c.lora_target_modules)
+        for path in stacks_to_adapt(model, c) if experts else ():
+            stack = LoRAStack(model.get_submodule(path), rank=c.lora_rank, scaling=self.scaling, dtype=dtype)
+            replace_module(model, path, stack)
+        for path in adapter_targets(model, linears) if linears else ():
             base = model.get_submodule(path)
             how = dict(rank=c.lora_rank, scaling=self.scaling, dropout=c.lora_dropout, fused=c.fused_kernels)
             layer = self.layer(base, dtype=dtype, **how)
@@ -74,7 +79,20 @@ class LoRA(Adapter):
             replace_module(model, path, layer)
 
     def layers(self, model):
-        return {path: m for path, m in model.named_modules() if isinstance(m, self.layer)}
+        return {path: m for path, m in model.named_modules() if isinstance(m, (self.layer, LoRAStack))}
 
     def pair(self, layer):
         return Pair(layer.lora_A, layer.lora_B)
+
+    def saved_path(self, path, layer):
+        return saved_path(path) if isinstance(layer, LoRAStack) else path
+
+    def peft_config(self, model):
+        stacks = [path for path, layer in self.layers(model).items() if isinstance(layer, LoRAStack)]
+        more = dict(target_parameters=target_parameters(stacks)) if stacks else {}
+        return super().peft_config(model) | more
+
+    def merge(self, weight, tensors):
+        if weight.dim() == 2:
+            return super().merge(weight, tensors)
+        return merged_stack(weight, *self.start.trained(tensors), scaling=self.scaling)

@@ -30,6 +30,10 @@ class Quantizer(Protocol):
     @classmethod
     def from_config(cls, config, *, checkpoint_dtype: torch.dtype) -> "Quantizer": ...
 
+    def at(self, path: str) -> "Quantizer":
+        """How the module at a path is stored: one quantizer does it alike for all, `methods.bits.Mixed` do not."""
+        return self
+
     def layout(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name, shape and dtype of each parameter; dim 0 is always `rows`."""
 

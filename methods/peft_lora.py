@@ -2,7 +2,9 @@
 
 import warnings
 
+from fsdp_utils.core.errors import UserError
 from methods.adapter import Adapter, Pair
+from methods.expert_lora import split_targets
 from methods.quantizers.linear import QuantizedLinear
 from methods.targets import adapter_targets
 
@@ -13,6 +15,8 @@ class PeftLoRA(Adapter):
         from peft.tuners.lora.layer import Linear
 
         c = self.config
+        if split_targets(c.lora_target_modules)[1]:
+            raise UserError(f"--lora_target_modules {c.lora_target_modules}: experts get adapters by custom_qlora only")
         config = LoraConfig(
             r=c.lora_rank,
             lora_alpha=c.lora_alpha,

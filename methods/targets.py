@@ -6,6 +6,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fsdp_utils.core.errors import UserError
+from methods.quantizers.experts import expert_stacks, is_experts
 from methods.quantizers.linear import QuantizedLinear
 
 ATTENTION_OUTPUTS = ("o_proj", "out_proj", "out_lin", "dense", "c_proj", "wo", "o")
@@ -39,13 +40,35 @@ def has_linears(module: nn.Module) -> bool:
 
 
 def block_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Path and module of every linear, quantized or not, inside a decoder block; lm_head and embeddings are outside."""
+    """Path and module of every linear, quantized or not, inside a decoder block; lm_head and embeddings are outside,
+    and what weighs experts beside a router."""
     return {
         f"{block_path}.{path}": m
         for block_path, block in decoder_blocks(model).items()
         for path, m in block.named_modules()
-        if isinstance(m, (nn.Linear, QuantizedLinear))
+        if isinstance(m, (nn.Linear, QuantizedLinear)) and not _routes(block.get_submodule(path.rpartition(".")[0]))
     }
+
+
+def _routes(module: nn.Module) -> bool:
+    """Whether a module hands tokens to experts."""
+    return any(map(is_experts, module.children()))
+
+
+def routers(model: nn.Module) -> list[str]:
+    """Paths of the modules that choose experts: beside these, neither a feed-forward layer nor what weighs a shared
+    one."""
+    return [
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        for experts in filter(is_experts, module.children())
+        for name, child in module.named_children()
+        if not is_experts(child) and not has_linears(child) and _chooses(child, among=experts.num_experts)
+    ]
+
+
+def _chooses(module: nn.Module, *, among: int) -> bool:
+    return any(p.shape[:1] == (among,) and p.dim() == 2 for p in module.parameters(recurse=False))
 
 
 def learned_positions(model: nn.Module) -> int | None:
@@ -67,14 +90,16 @@ def family_dropout(model: nn.Module) -> set[str]:
 
 
 def refuse_experts(model: nn.Module) -> None:
-    """Raises UserError for stacks of expert weights, which are no linears: replacing nn.Linear would leave them in 16
-    bits (bitsandbytes#1849). Other weights of three dimensions, as those of convolutions, are small and may stay so."""
+    """Raises UserError for stacks of expert weights that are not built as transformers builds them now: replacing
+    nn.Linear would leave them in 16 bits (bitsandbytes#1849). Other weights of three dimensions, as those of
+    convolutions, are small and may stay so."""
+    known = set(expert_stacks(model))
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             where = f"{path}.{name}"
-            if parameter.dim() == 3 and "expert" in f"{where} {type(module).__name__}".lower():
+            if parameter.dim() == 3 and where not in known and "expert" in f"{where} {type(module).__name__}".lower():
                 what = f"{where} {tuple(parameter.shape)}"
-                raise UserError(f"{type(model).__name__}: {what} holds experts, which are not supported yet")
+                raise UserError(f"{type(model).__name__}: {what} holds experts in a way that is not supported")
 
 
 def refuse_in_place(model: nn.Module) -> None:

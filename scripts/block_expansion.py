@@ -51,6 +51,7 @@ from fsdp_utils.core.errors import CheckpointError, UserError, naming
 from fsdp_utils.core.ranks import fail
 from fsdp_utils.core.safetensors_io import INDEX_NAME, CheckpointReader, StreamingWriter
 from fsdp_utils.model.build import read_model_config, resolve_model
+from fsdp_utils.model.prequantized import settings_of
 from fsdp_utils.tasks import task_of_model
 from fsdp_utils.tasks.causal_lm import CAUSAL_LM
 
@@ -175,6 +176,8 @@ def opened(name, *, trust_remote_code=False):
         config = read_model_config(name, task=CAUSAL_LM, trust_remote_code=trust_remote_code)
         if task_of_model(config) != "causal_lm":
             raise UserError(f"{name}: {config.model_type} models of this kind have an encoder; {FITTING}")
+        if settings_of(config):
+            raise UserError(f"{name}: its weights are quantized already; give the 16-bit model")
         return source, CheckpointReader(source), config
 
 

@@ -32,12 +32,13 @@ def start(command: list, **environment) -> subprocess.CompletedProcess:
     return subprocess.run([str(word) for word in command], capture_output=True, **settings)
 
 
-def forked(words: list, scratch: Path, **environment) -> subprocess.CompletedProcess:
-    """As `start` of `python WORDS`, in a process that has imported train.py already; its words go through `scratch`."""
+def forked(words: list, scratch: Path, *, folder: Path = REPOSITORY, **environment) -> subprocess.CompletedProcess:
+    """As `start` of `python WORDS`, in a process that has imported train.py already, in `folder`; its words go through
+    `scratch`."""
     said = dict(said=scratch / "forked.out", errors=scratch / "forked.err")
     for path in said.values():
         path.write_text("")
-    command = Command(words, environment=clean_environment(**environment), folder=REPOSITORY, **said)
+    command = Command(words, environment=clean_environment(**environment), folder=folder, **said)
     try:
         code = command.wait(timeout=120)
     finally:

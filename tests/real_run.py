@@ -14,11 +14,12 @@ from fsdp_utils.folders import saving
 from fsdp_utils.model import assemble
 from fsdp_utils.model.build import read_model_config, read_tokenizer
 from fsdp_utils.model.compiling import compiler
+from fsdp_utils.model.weights import packed_name
 from fsdp_utils.sharding.mesh import mesh_for
 from fsdp_utils.sharding.prepared import Prepared
 from fsdp_utils.tasks.causal_lm import CAUSAL_LM
 from fsdp_utils.training.step import TrainStep
-from methods.quantizers.linear import QuantizedLinear, weight_rows
+from methods.quantizers.linear import QuantizedLinear, QuantizedWeight, weight_rows
 
 CPU = torch.device("cpu")
 
@@ -79,12 +80,13 @@ def tokenized(config):
 
 
 def perturb(model, seed: int = 1) -> None:
-    """Moves every trained parameter off its start, alike for any number of processes: LoRA's B begins at zero."""
-    for i, (_, parameter) in enumerate(sorted(model.named_parameters())):
-        if parameter.requires_grad:
-            generator = torch.Generator().manual_seed(seed * 1000 + i)
-            noise = torch.randn(parameter.shape, generator=generator) * 0.02
-            fill(parameter, (gather(parameter.detach()).cpu().float() + noise).to(parameter.dtype))
+    """Moves every trained parameter off its start, alike for any number of processes and any base: LoRA's B begins at
+    zero."""
+    trained = sorted((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    for i, (_, parameter) in enumerate(trained):
+        generator = torch.Generator().manual_seed(seed * 1000 + i)
+        noise = torch.randn(parameter.shape, generator=generator) * 0.02
+        fill(parameter, (gather(parameter.detach()).cpu().float() + noise).to(parameter.dtype))
 
 
 def save_trained(config):
@@ -109,6 +111,15 @@ def dequantized(model) -> dict[str, torch.Tensor]:
         f"{path.replace('.base_layer', '')}.weight": weight_rows(module, gather, dtype=torch.float32)
         for path, module in model.named_modules()
         if isinstance(module, QuantizedLinear)
+    }
+
+
+def dense_of(model) -> dict[str, torch.Tensor]:
+    """The quantized weights of a run's model under their names in the model, as the checkpoint has them."""
+    return {
+        packed_name(path, module): module.as_stored(weight_rows(module, gather, dtype=torch.float32))
+        for path, module in model.named_modules()
+        if isinstance(module, QuantizedWeight)
     }
 
 

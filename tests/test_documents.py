@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from commands import REPOSITORY, clean_environment
+from commands import REPOSITORY, clean_environment, forked
 
 import evaluate
 import prepare_weights
@@ -118,7 +118,8 @@ def test_flags_are_there(block, recorded):
 def call(folder: str, script: str, argv: list[str]) -> None:
     """A script of ours, in this process if it is one of the three that many commands start."""
     if script not in RUNS:
-        subprocess.run([sys.executable, script, *argv], check=True, cwd=folder, env=clean_environment(), timeout=120)
+        done = forked([script, *argv], Path(folder), folder=Path(folder))
+        assert done.returncode == 0, done.stderr
         return
     config, main, short = RUNS[script]
     with chdir(folder):

@@ -20,12 +20,15 @@ from methods.kernels.reduce import column_dot_kernel, column_dot_plain
 from methods.lora import LoRALinear
 from methods.quantizers.bnb import Bnb4bit
 from methods.quantizers.hqq import HQQ
+from methods.quantizers.int4 import Int4
 from methods.quantizers.linear import QuantizedLinear, packed_parts
 
 BNB = [Bnb4bit(), Bnb4bit("fp4", 128, "fp32"), Bnb4bit("nf4", 32, "double")]
 QUANTIZERS = [
     *BNB,
     *[HQQ(bits) for bits in (8, 4, 3, 2, 1)],
+    Int4(64, "bf16"),
+    Int4(128, "fp16"),
     None,
 ]
 IN, OUT = 256, 192

@@ -11,6 +11,7 @@ from fsdp_utils.core.rows import gather, row_range
 from methods.packed import STORED_BYTES, as_bytes, parse_quantizer, spec_of
 from methods.quantizers.bnb import Bnb4bit
 from methods.quantizers.hqq import HQQ, PLANES, pack, unpack
+from methods.quantizers.int4 import Int4
 
 QUANTIZERS = [
     *[
@@ -19,6 +20,7 @@ QUANTIZERS = [
         for scales in ("bf16", "fp32", "double")
     ],
     *[HQQ(bits, group, scales) for bits in PLANES for group, scales in ((64, "bf16"), (32, "fp32"))],
+    *[Int4(group, scales) for group, scales in ((64, "bf16"), (128, "fp32"))],
 ]
 WIDTH = 256
 

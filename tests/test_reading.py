@@ -11,7 +11,7 @@ from all_families import make
 from real_run import logits, make_config, prepared, set_json
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, OTHERS, SHAPE, byte_tokenizer
-from transformers import AutoModelForCausalLM, Gemma4TextConfig, Lfm2Config, MixtralConfig
+from transformers import AutoModelForCausalLM, Gemma4TextConfig, Lfm2Config, Llama4TextConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -224,9 +224,10 @@ def test_kinds_of_layers(kind_of, save_run, export, kind, train_type):
 
 
 def test_experts_are_refused_by_their_name(tmp_path):
-    """Evaluation and export refuse what training refuses, and name it."""
-    AutoModelForCausalLM.from_config(MixtralConfig(**SHAPE, num_local_experts=2)).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"mlp\.experts\.gate_up_proj \(2, 256, 64\) holds experts"):
+    """Evaluation and export refuse what training refuses, and name it: stacks of another kind."""
+    shape = SHAPE | dict(head_dim=16, intermediate_size_mlp=64, num_local_experts=2, moe_layers=[1])
+    AutoModelForCausalLM.from_config(Llama4TextConfig(**shape)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"feed_forward\.experts\.gate_up_proj \(2, 64, 256\) holds experts"):
         load_for_inference(describe(tmp_path), device=CPU)
 
 

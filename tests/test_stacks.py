@@ -51,7 +51,7 @@ def test_a_stack_is_its_matrices(pair, tmp_path, quantizer):
     """Loaded whole by one process, and by two whose border lies inside a matrix: the bytes are those of each matrix
     quantized by itself."""
     whole = stack()
-    save_file({"experts.weight": whole}, tmp_path / "model.safetensors")
+    save_file({"experts": whole}, tmp_path / "model.safetensors")
     apart = [quantizer.quantize(matrix) for matrix in whole]
     expected = [
         torch.cat([as_bytes(t.contiguous().view(torch.uint8)) for t in parts]) for parts in zip(*apart, strict=True)

@@ -8,18 +8,27 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
     FalconConfig,
     Gemma2Config,
     GemmaConfig,
+    Glm4MoeConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
+    GraniteMoeConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
     OPTConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 SHAPE = dict(
@@ -57,6 +66,32 @@ OTHERS = {  # built otherwise, and supported in part
     ),
 }  # fmt: skip
 
+CHOSEN = dict(**SHAPE, moe_intermediate_size=64, num_experts_per_tok=2)
+LATENT = dict(kv_lora_rank=64, q_lora_rank=64, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16,
+              num_key_value_heads=4)  # fmt: skip
+SHARING = dict(n_routed_experts=5, n_shared_experts=1, first_k_dense_replace=1)  # the first block is dense
+EXPERTS = {  # mixtures, of 5 experts of which 2 take a token
+    "mixtral": lambda **kw: MixtralConfig(**{**CHOSEN, "num_local_experts": 5, **kw}),
+    "qwen2_moe": lambda **kw: Qwen2MoeConfig(
+        **{**CHOSEN, "num_experts": 5, "shared_expert_intermediate_size": 64, **kw}
+    ),
+    "qwen3_moe": lambda **kw: Qwen3MoeConfig(**{**CHOSEN, "head_dim": 16, "num_experts": 5, **kw}),
+    "olmoe": lambda **kw: OlmoeConfig(**{**CHOSEN, "num_experts": 5, **kw}),
+    "granitemoe": lambda **kw: GraniteMoeConfig(**{**CHOSEN, "num_local_experts": 5, **kw}),  # stored as stacks
+    "gpt_oss": lambda **kw: GptOssConfig(  # biases, gate and up by turns, matrices the other way round
+        **{**CHOSEN, "head_dim": 16, "num_local_experts": 5, "layer_types": ["full_attention"] * 2, **kw}
+    ),
+    "deepseek_v2": lambda **kw: DeepseekV2Config(
+        **{**CHOSEN, **LATENT, **SHARING, "n_group": 1, "topk_group": 1, **kw}
+    ),
+    "deepseek_v3": lambda **kw: DeepseekV3Config(
+        **{**CHOSEN, **LATENT, **SHARING, "n_group": 1, "topk_group": 1, **kw}
+    ),
+    "glm4_moe": lambda **kw: Glm4MoeConfig(
+        **{**CHOSEN, **SHARING, "head_dim": 16, "n_group": 1, "topk_group": 1, **kw}
+    ),
+}
+
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """256 bytes and three special tokens."""
@@ -71,10 +106,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def make_model(folder, family: str = "llama", *, dtype=torch.float32, seed: int = 0, **config) -> Path:
     """Writes a random tiny model and its tokenizer; returns the folder."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config((FAMILIES | OTHERS)[family](**config)).to(dtype)
+    model = AutoModelForCausalLM.from_config((FAMILIES | OTHERS | EXPERTS)[family](**config)).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() > 1:
                 parameter.normal_(0, 0.1)
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.1)  # transformers starts biases at zero, which would hide a lost one

@@ -75,6 +75,10 @@ class CheckpointReader:
         """Rows [start, stop) of dim 0, without reading the others; of a scalar itself."""
         return self._file(name).get_slice(name)[start:stop] if self.shape(name) else self.tensor(name)
 
+    def columns(self, name, start, stop):
+        """Columns [start, stop) of a matrix, without reading the others."""
+        return self._file(name).get_slice(name)[:, start:stop]
+
     def _file(self, name):
         self._entry(name)
         return self._files[self.shard_of[name]]

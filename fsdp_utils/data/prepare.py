@@ -74,7 +74,7 @@ def make_batches(config, data: TokenizedData, tokenizer, model_config, *, task) 
 def batch_arithmetic(batches: Batches, *, steps: int) -> str:
     """How samples become optimizer steps, in one line."""
     several = world_size() // batches.world_size
-    who = "processes" if several == 1 else f"groups of {several} processes"
+    who = "processes" if several == 1 else f"groups (of {several} processes)"
     return (
         f"global batch: {batches.batch_size} rows x {batches.world_size} {who} x {batches.accumulation} "
         f"accumulation = {batches.rows_per_step} {'packs' if batches.packing else 'samples'}; "

@@ -150,10 +150,15 @@ class BnbDoRA(Bnb):
     def __init__(self, trained, options):
         super().__init__(trained, options)
         if trained.run.kind != "adapter" or not isinstance(trained.quantizer, Bnb4bit):
+            mixed = trained.run.config and trained.run.config.bits_plan
+            alike = " that is alike everywhere (--bits_plan)" if mixed else ""
             raise UserError(
                 f"--infer_type bnb_dora: {trained.run.folder} ({trained.run.train_type or trained.run.kind}) is no "
-                "adapter on a bitsandbytes base; use merged, bnb_nf4 or w4a16"
+                f"adapter on a bitsandbytes base{alike}; use merged, bnb_nf4 or w4a16"
             )
+        for path in sorted(self.packed):
+            if trained.quantizer_at(path) is None:  # its base came so; rows of 16 bits cannot be scaled without loss
+                raise UserError(f"--infer_type bnb_dora: {path} of {trained.run.base} is in 16 bits; use merged")
         self.quantizer, self._factors = trained.quantizer, {}
 
     @property

@@ -74,6 +74,8 @@ class Format:
         if odd or self.trained.has_conv1d:
             kind = odd.pop() if odd else "Conv1D"
             raise UserError(f"{self.trained.run.folder}: stock loaders read no packed {kind} layers; use merged")
+        if self.trained.stacks:  # they would stay in 16 bits, most of the model
+            raise UserError(f"{self.trained.run.folder}: its experts cannot be packed so yet; use merged")
 
     def unpacked_linears(self) -> list[str]:
         """Paths of the linears that a stock loader must leave alone."""
@@ -136,8 +138,11 @@ class Format:
         found = {}
         for name, shape in self.trained.shapes.items():
             path = name.removesuffix(".weight")
-            plain = {self.trained.weights.stored_name(name): (self._dtype_of(name), shape)}
-            found |= self.linear_specs(path) if path in self.packed else plain
+            if path in self.packed:
+                found |= self.linear_specs(path)
+                continue
+            whole, dtype = torch.empty(shape, device="meta"), self._dtype_of(name)
+            found |= {stored: (dtype, tuple(cut(whole).shape)) for stored, cut in self._pieces(name)}
         return found
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -147,8 +152,14 @@ class Format:
             if path in self.packed:
                 yield from self.linear_tensors(path).items()
                 continue
-            whole = self.trained.merged(path) if path in self.trained.linears else self.trained.tensor(name)
-            yield self.trained.weights.stored_name(name), self.in_dtype(name, whole, self._dtype_of(name))
+            merges = path in self.trained.linears or path in self.trained.adapted()
+            whole = self.trained.merged(path) if merges else self.trained.tensor(name)
+            whole = self.in_dtype(name, whole, self._dtype_of(name))
+            yield from ((stored, cut(whole).contiguous()) for stored, cut in self._pieces(name))
+
+    def _pieces(self, name: str):
+        """What the base's files call a tensor of the model, or the pieces of one, and how each is cut from it."""
+        return self.trained.weights.pieces(name).items()
 
     def in_dtype(self, name: str, whole: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """A tensor of the model in the dtype it is stored in. What training changed is rounded at random where that

@@ -173,7 +173,7 @@ class GGUF(Merged):
     def tensors(self):
         if (freqs := self.rope_freqs()) is not None:
             yield ROPE_FREQS, freqs
-        places = {self.trained.weights.stored_name(name): name for name in self.trained.shapes}
+        places = {stored: name for name in self.trained.shapes for stored in self.trained.weights.pieces(name)}
         for stored, tensor in super().tensors():
             name = places[stored]
             dtype = SIXTEEN_BITS.get(self.kind_of(name, tensor.shape), torch.float32)

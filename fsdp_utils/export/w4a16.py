@@ -144,9 +144,9 @@ class W4A16(Format):
 
     def _hqq(self, path):
         """HQQ's own (scale, zero) of each group, its zero to be rounded: it may be any fraction there."""
-        quantizer = self.trained.quantizer
+        quantizer = self.trained.quantizer_at(path)
         same = isinstance(quantizer, HQQ) and (quantizer.bits, quantizer.group_size) == (4, self.group_size)
-        if self.symmetric or not same or self.trained.run.kind != "adapter":
+        if self.symmetric or not same:
             return
         _, scales, zeros = self.trained.packed(path)
         factor = self.trained.row_factor(path).abs().unsqueeze(1)

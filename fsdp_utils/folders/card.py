@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -174,7 +175,7 @@ def _telling() -> list[str]:
 
 def _command(given: dict) -> str:
     """Flags as they are typed."""
-    as_typed = lambda value: str(value).lower() if isinstance(value, bool) else _placeless(str(value))
+    as_typed = lambda value: str(value).lower() if isinstance(value, bool) else shlex.quote(_placeless(str(value)))
     return "`" + " ".join(f"--{name} {as_typed(value)}" for name, value in given.items()) + "`"
 
 

@@ -613,6 +613,12 @@ class Keeper:
         return error is None
 
 
+def _brief(value, most: int = 80) -> str:
+    """A flag's value in a message; of a long one, as a plan of bits, its beginning and a hash."""
+    text = str(value)
+    return text if len(text) <= most else f"{text[:most]}… ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
+
+
 DATA_FLAGS = ("dataset", "dataset_samples", "dataset_split", "dataset_config", "columns", "prompt_template",
               "chat_template", "eval_samples")  # fmt: skip
 
@@ -625,7 +631,7 @@ def differences(state: dict, config, *, facts: dict) -> list[str]:
     """
     now = lasting_values(config)
     found = [
-        f"--{name} {now[name]}: the checkpoint has {state['flags'].get(name)}"
+        f"--{name} {_brief(now[name])}: the checkpoint has {_brief(state['flags'].get(name))}"
         for name in lasting_flags(config)
         if state["flags"].get(name, now[name]) != now[name]
     ]

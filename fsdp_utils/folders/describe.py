@@ -54,8 +54,8 @@ class Run:
     Args:
         folder: the folder itself (of a hub name: its snapshot).
         kind: "base" (no run.json), "model" (full fine-tune), "llama_pro", "adapter",
-            "stock" (quantized in a format that transformers reads), "stock_adapter" (PEFT adapter on one of those) or
-            "checkpoint" (new blocks only: `inference.whole` makes a model of it).
+            "stock" (quantized in a format that transformers reads), "stock_adapter" (an adapter on one of those that
+            was not trained here) or "checkpoint" (new blocks only: `inference.whole` makes a model of it).
         base: folder or hub name of the weights under an adapter; of the other kinds the folder.
         config: the flags it was trained with, `model_name` being `base`; None without run.json.
         quantizer: fields of the quantizer it was trained with; None if there was none or it is not known.
@@ -177,7 +177,7 @@ def _quantization(folder: Path) -> dict:
 def _describe_adapter(folder: Path, record: dict | None) -> Run:
     adapter = _read_adapter_config(folder)
     base = _find_base(folder, adapter, record)
-    kind = "stock_adapter" if _quantization(base) else "adapter"
+    kind = "stock_adapter" if _quantization(base) and record is None else "adapter"
     return Run(folder, kind, base, **_known_from(record, base=base), adapter=adapter, adapter_folder=folder)
 
 
@@ -198,8 +198,10 @@ def _read_adapter_config(folder: Path) -> dict:
     header = read_header(folder / ADAPTER_WEIGHTS)
     for name, entry in header.items():
         ranks = {LORA_A: entry["shape"][:1], LORA_B: entry["shape"][-1:]}
-        for suffix, found in ranks.items():
-            if name.endswith(suffix) and found != [config["r"]]:
+        of_stack = config.get("target_parameters") and len(entry["shape"]) == 2  # which have r for each expert
+        for suffix, (found, *_) in ranks.items():
+            fits = found == config["r"] or (of_stack and found % config["r"] == 0)
+            if name.endswith(suffix) and not fits:
                 says = f"{ADAPTER_CONFIG} says r = {config['r']}"
                 raise UserError(f"{folder}: {name} has shape {entry['shape']}, but {says}")
     if not any(name.endswith(LORA_A) for name in header):

@@ -18,7 +18,7 @@ def opening(session: Session, prepared: Prepared) -> list[str]:
     return [
         _model(config, planned, blocks=len(prepared.blocks)),
         _method(config),
-        *size_report(prepared.model, planned.quantizer),
+        *size_report(prepared.model),
         batch_arithmetic(session.batches, steps=session.total_steps),
         *_memory(prepared),
         _device(prepared),

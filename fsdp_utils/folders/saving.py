@@ -48,7 +48,7 @@ from fsdp_utils.folders.names import (
     RUN_FILE,
 )
 from fsdp_utils.model.build import resolve_model
-from fsdp_utils.model.weights import saved_buffers
+from fsdp_utils.model.weights import packed_name, saved_buffers
 from methods.adapter import KEY_PREFIX
 from methods.llama_pro import EXPANDED_LAYERS_FILE
 from methods.quantizers.linear import QuantizedWeight, weight_rows
@@ -294,7 +294,7 @@ def dense_tensors(model: nn.Module) -> dict[str, object]:
         prefix = f"{path}." if path else ""
         if isinstance(module, QuantizedWeight) and id(module.packed()[0]) not in seen:
             seen.add(id(module.packed()[0]))
-            found[f"{prefix}weight"] = module
+            found[packed_name(path, module)] = module
         for name, parameter in module.named_parameters(recurse=False):
             if name not in getattr(module, "packed_names", ()) and id(parameter) not in seen:
                 seen.add(id(parameter))
@@ -302,29 +302,46 @@ def dense_tensors(model: nn.Module) -> dict[str, object]:
     return found | saved_buffers(model)
 
 
-def _stored_tensors(model, planned) -> dict[str, object]:
-    """`dense_tensors` under the names of the base's files."""
-    return {planned.weights.stored_name(name): source for name, source in dense_tensors(model).items()}
+class _Pieces:
+    """`dense_tensors` under the names of the base's files, where a stack of matrices may be many tensors."""
+
+    def __init__(self, model, planned):
+        self.dtype, self.last = planned.dtype, None
+        tensors = dense_tensors(model).items()
+        self.of = {
+            stored: (source, cut) for name, source in tensors for stored, cut in planned.weights.pieces(name).items()
+        }
+
+    def spec(self, name: str) -> tuple[torch.dtype, tuple]:
+        source, cut = self.of[name]
+        packed = isinstance(source, QuantizedWeight)
+        whole = torch.empty(source.shape, device="meta")
+        whole = source.as_stored(whole) if packed else whole
+        return self.dtype if packed else source.dtype, tuple(cut(whole).shape)
+
+    def whole(self, name: str) -> torch.Tensor:
+        """Collective. What a tensor is a piece of is made once, if its pieces are asked for one after the other."""
+        source, cut = self.of[name]
+        if self.last is None or self.last[0] is not source:
+            self.last = source, self._gathered(source)
+        return cut(self.last[1])
+
+    def _gathered(self, source) -> torch.Tensor:
+        if not isinstance(source, QuantizedWeight):
+            return gather(source)
+        return source.as_stored(weight_rows(source, gather, dtype=self.dtype))
 
 
 def _model_specs(model, planned, config) -> dict[str, tuple[torch.dtype, tuple]]:
-    dtype_of = lambda source: planned.dtype if isinstance(source, QuantizedWeight) else source.dtype
-    sources = _stored_tensors(model, planned)
-    return {name: (dtype_of(source), tuple(source.shape)) for name, source in sources.items()}
+    pieces = _Pieces(model, planned)
+    return {name: pieces.spec(name) for name in pieces.of}
 
 
 def write_weights(model, planned, config, folder: Path) -> None:
     """The weights of a Hugging Face folder. A quantized base is written dequantized: what the trained blocks were
     trained on. Collective."""
-    sources, specs = _stored_tensors(model, planned), _model_specs(model, planned, config)
-
-    def whole(name):
-        source = sources[name]
-        if not isinstance(source, QuantizedWeight):
-            return gather(source)
-        return weight_rows(source, gather, dtype=planned.dtype).view(source.shape)
-
-    _write_tensors(folder, specs, whole)
+    pieces = _Pieces(model, planned)
+    _write_tensors(folder, _model_specs(model, planned, config), pieces.whole)
 
 
 def describe_whole(model, tokenizer, planned, config, folder: Path) -> None:
@@ -338,7 +355,7 @@ def describe_whole(model, tokenizer, planned, config, folder: Path) -> None:
     describe_generation(folder, source, tokenizer=tokenizer, is_model=True)
     if (source / EXPANDED_LAYERS_FILE).exists():
         shutil.copyfile(source / EXPANDED_LAYERS_FILE, folder / EXPANDED_LAYERS_FILE)
-    more = planned.task.described(model.config)
+    more = planned.task.described(model.config) | dict(quantization_config=None)  # a base that came so was unpacked
     describe_model(folder, source, dtype=planned.dtype, untied=planned.weights.untied, **more)
 
 

@@ -23,8 +23,9 @@ from fsdp_utils.model.assemble import Dtypes, Plan, attach, build, load_whole
 from fsdp_utils.model.build import build_on_meta, quantize_on_meta, read_model_config
 from fsdp_utils.model.checkpoint import match
 from fsdp_utils.model.weights import check_loaded, checkpoint_dtype, load_weights, materialize
-from methods import METHODS, TRAIN_TYPES, make_quantizer, method_of
+from methods import METHODS, TRAIN_TYPES, bits, method_of
 from methods.adapter import flags_of
+from methods.quantizers.experts import expert_stacks
 from methods.targets import block_linears, refuse_experts
 
 PRECISION_OF = {torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -92,11 +93,11 @@ def _load_model(run: Run, *, device, dtype, eval_type) -> nn.Module:
     if quantized:
         train_type = "qlora" if eval_type == "full_post_quantized" else eval_type
         config = _config_for(run, train_type=train_type)
-        quantizer = make_quantizer(train_type, config, checkpoint_dtype=checkpoint_dtype(weights))
+        quantizer = bits.quantizer_of_flags(config, checkpoint_dtype=checkpoint_dtype(weights))
         if run.kind == "llama_pro" and eval_type != "full_post_quantized":  # its new blocks stay as they are
-            quantizers = method_of(train_type)(config).to_quantize(built, lambda path: quantizer)
+            quantizers = method_of(train_type)(config).to_quantize(built, quantizer.at)
         else:
-            quantizers = dict.fromkeys(block_linears(built), quantizer)
+            quantizers = {path: quantizer.at(path) for path in [*block_linears(built), *expert_stacks(built)]}
         if not quantizers:
             raise UserError(f"--eval_type {eval_type}: the decoder blocks of {run.folder} have no linears to quantize")
         quantize_on_meta(built, quantizers)
@@ -121,9 +122,14 @@ def build_dense(run: Run, *, dtype: torch.dtype) -> nn.Module:
 def _config_for(run: Run, *, train_type: str) -> TrainConfig:
     """The run's flags with another train type; the defaults where it was trained elsewhere."""
     is_pro = TRAIN_TYPES[train_type].method == "llama_pro"
-    return replace(
-        run.config or TrainConfig(), train_type=train_type, llama_pro_path=str(run.folder) if is_pro else None
-    )
+    config = _of_type(run.config or TrainConfig(), train_type)
+    return replace(config, llama_pro_path=str(run.folder) if is_pro else None)
+
+
+def _of_type(config: TrainConfig, train_type: str) -> TrainConfig:
+    """The flags with another train type; a plan of bits is of the quantizer that it was written for."""
+    same = TRAIN_TYPES[train_type].quantizer == config.quantizer
+    return replace(config, train_type=train_type, bits_plan=config.bits_plan if same else None)
 
 
 def inference_config(run: Run, *, dtype: torch.dtype, eval_type: str | None = None) -> TrainConfig:
@@ -136,7 +142,7 @@ def inference_config(run: Run, *, dtype: torch.dtype, eval_type: str | None = No
         raise UserError(f"--dtype {dtype}: choose from bf16, fp32")
     config = run.config or _foreign_config(run)
     if eval_type:
-        config = replace(config, train_type=eval_type)
+        config = _of_type(config, eval_type)
     if config.lora_init not in METHODS[config.method].starts:
         began = f"{run.folder} began with --lora_init {config.lora_init}, which it cannot"
         raise UserError(f"--eval_type {eval_type}: {began}; leave --eval_type away")

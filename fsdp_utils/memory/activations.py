@@ -178,10 +178,10 @@ def _watched(blocks: dict, kinds: list[tuple], ledger: _Ledger, *, fake: FakeTen
 
 @contextmanager
 def _in_silence(name: str):
-    """Without the warnings of a logger."""
+    """Without what a logger says."""
     logger = logging.getLogger(name)
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
@@ -216,6 +216,7 @@ def measure(model: nn.Module, blocks: dict[str, nn.Module], config, *, task, dty
             saved_tensors_hooks(ledger.pack, lambda packed: packed),
             compute,
             _in_silence("transformers.modeling_layers"),  # embeddings do not show padding, it says: there is none
+            _in_silence("torch._subclasses.fake_tensor"),  # says at length what is said below in a line
         ):
             out = functional_call(model, state, (), arguments)
     except (RuntimeError, TypeError, ValueError) as error:

@@ -4,6 +4,7 @@ The same numbers choose how many blocks recompute (`memory.recompute`) and make 
 of memory.
 """
 
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -231,7 +232,9 @@ def block_bytes(blocks: dict[str, nn.Module], kept: Kept, config, *, dtype: torc
         within = kept.input + outputs.fed if kept.fused_adapters else kept.block
     away = _away(config, kept, compiled=compiled)
     linears = [m for block in blocks.values() for m in block.modules() if hasattr(m, "in_features")]
-    weight = max((m.in_features * m.out_features * dtype.itemsize for m in linears), default=0)
+    # a stack of experts is dequantized whole
+    shapes = (getattr(m, "shape", (m.out_features, m.in_features)) for m in linears)
+    weight = max((math.prod(shape) * dtype.itemsize for shape in shapes), default=0)
     whole = kept.input + needed if compiled else needed
     inside = within + 2 * weight + 2 * away
     return Block(whole, kept.input + by_policy - away, max(needed - by_policy, 0), inside, leaving=3 * away)
@@ -306,15 +309,16 @@ def _can_step_in_backward(config) -> bool:
     return not config.optimizer_in_backward and not replace(config, optimizer_in_backward=True).in_backward_errors()
 
 
-def remedies(config, *, gathered_with_root: bool = False) -> list[str]:
+def remedies(config, model_config=None, *, gathered_with_root: bool = False) -> list[str]:
     """Flags that lower memory and are not in use, cheapest first; `gathered_with_root` as `fsdp.shard` takes it."""
+    as_it_comes = bool(getattr(model_config, "quantization_config", None))  # scales are those of the base
     offered = (
         (config.use_gradient_checkpointing is not True, "--use_gradient_checkpointing true"),  # auto estimates
         (config.checkpoint_policy != "full", "--checkpoint_policy full"),
         (not config.fused_loss, "--fused_loss true"),
         (config.batch_size > 1, "a smaller --batch_size with more --gradient_accumulation_steps"),
         (config.quantizer == "none" and config.method != "full", "a quantized --train_type such as bnb_dora"),
-        (config.quantizer == "bnb" and config.quant_scales != "double", "--quant_scales double"),
+        (config.takes_double_scales and config.quant_scales != "double" and not as_it_comes, "--quant_scales double"),
         (config.quantizer != "none" and not config.quantize_lm_head, "--quantize_lm_head true"),
         (world_size() > 1 and config.sharding_strategy != "full_shard", "--sharding_strategy full_shard"),
         (gathered_with_root, "--peer_gather false"),
@@ -332,7 +336,7 @@ def out_of_memory(prepared: Prepared, config, error: Exception) -> OutOfMemory:
     """The error to raise in place of torch's: one message, parts first, then the flags that would help."""
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in prepared.sizes.items())
     first = str(error).splitlines()[0]
-    helpful = remedies(config, gathered_with_root=prepared.gathered_with_root)
+    helpful = remedies(config, prepared.model.config, gathered_with_root=prepared.gathered_with_root)
     return OutOfMemory(
         f"out of GPU memory ({first}). GiB by purpose: {parts}. Would help, in order: {'; '.join(helpful)}"
     )

@@ -5,6 +5,7 @@ load:  peers, memory -> wrap blocks -> shard -> memory for rows -> weights -> wh
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -21,7 +22,7 @@ from fsdp_utils.core.ranks import say
 from fsdp_utils.core.rows import local
 from fsdp_utils.data.parts import Part
 from fsdp_utils.memory import budget, recompute
-from fsdp_utils.model import attention
+from fsdp_utils.model import attention, prequantized
 from fsdp_utils.model.build import build_on_meta, quantize_on_meta, read_model_config, resolve_model
 from fsdp_utils.model.quantized_cache import QuantizedCache, cache_folder, check_cache_root
 from fsdp_utils.model.weights import (
@@ -38,12 +39,13 @@ from fsdp_utils.model.weights import (
 from fsdp_utils.options import OPTIMIZERS, PRECISIONS
 from fsdp_utils.sharding import context_parallel, fsdp, offload, peer_gather, tiles, wrapping
 from fsdp_utils.sharding.prepared import Prepared
-from methods import make_quantizer, method_of
+from methods import METHODS, bits, method_of
 from methods.base import Method
 from methods.dropout import seed_dropout
 from methods.kernels import fp8
+from methods.quantizers.experts import expert_stacks
 from methods.quantizers.linear import QuantizedWeight, compute_in_fp8
-from methods.targets import decoder_blocks, learned_positions, refuse_experts, refuse_in_place
+from methods.targets import decoder_blocks, learned_positions, refuse_experts, refuse_in_place, routers
 
 
 class Dtypes(NamedTuple):
@@ -77,7 +79,7 @@ class Plan(Built):
     """A model on meta with quantized layers and adapters; no weight has been read."""
 
     method: Method
-    quantizer: object | None
+    quantizer: object | None  # `bits.Mixed` where a plan chooses
 
     @property
     def dtype(self) -> torch.dtype:
@@ -104,6 +106,10 @@ def plan_anywhere(config, *, task, device: torch.device) -> Plan:
         say(f"note: new, and trained in full: {', '.join(weights.new)}{other}")
     check_trainable(built, config, device=device)
     planned = attach(built, config)
+    for note in adapters_beside_experts(planned) if METHODS[config.method].adapts else ():
+        say(f"note: --lora_target_modules {config.lora_target_modules}: {note}")
+    for note in prequantized.notes(config, planned.quantizer) if prequantized.settings_of(planned.model.config) else ():
+        say(note)
     blocks = decoder_blocks(planned.model)
     if config.tile_tokens:
         tiles.install(planned.model, blocks, config)
@@ -154,6 +160,7 @@ def build(config, *, task, device: torch.device) -> Built:
     dtypes = Dtypes.of(config.precision)
     trusted, asked_for = dict(trust_remote_code=config.trust_remote_code), config.attn_implementation
     model_config = read_model_config(config.source, task=task, attn_implementation=asked_for, **trusted)
+    prequantized.check_flags(config, model_config)
     try:
         model = build_on_meta(model_config, task=task, dtype=dtypes.stored, **trusted)
     except (ImportError, OSError, ValueError) as error:  # an attention that is unknown, not installed, or not for it
@@ -206,20 +213,60 @@ def attach(built: Built, config) -> Plan:
     """Packs what is quantized and adds what trains, on meta.
 
     Raises:
-        UserError: targets that match nothing, a group size that does not divide a row.
+        UserError: targets or a --bits_plan that match nothing, a group size that does not divide a row, flags that do
+            not go with a base that comes quantized.
     """
     model, weights = built.model, built.weights
-    quantizer = make_quantizer(config.train_type, config, checkpoint_dtype=checkpoint_dtype(weights))
-    method = method_of(config.train_type)(config)
-    if quantizer:
-        quantize_on_meta(model, method.to_quantize(model, lambda path: quantizer))
+    method, comes = method_of(config.train_type)(config), prequantized.coming(model, weights)
+    if comes:
+        quantizer = comes.quantizer
+        prequantized.check_values(config, quantizer)
+        quantize_on_meta(model, comes.chosen(model, method))
+    elif quantizer := bits.quantizer_of_flags(config, checkpoint_dtype=checkpoint_dtype(weights)):
+        quantizers = method.to_quantize(model, quantizer.at)
+        bits.check(config, model, quantizers)
+        quantize_on_meta(model, quantizers)
     method.attach(model, dtype=built.dtypes.stored)
-    method.train_whole(model, built.task.trained_whole(model, list(weights.new)))
+    whole = built.task.trained_whole(model, list(weights.new))
+    method.train_whole(model, [*whole, *trained_routers(model, config)])
     seed_dropout(model)
     refuse_in_place(model)
     if not any(p.requires_grad for p in model.parameters()):
         raise RuntimeError(f"{config.train_type} left no parameter to train")
     return Plan(**vars(built), method=method, quantizer=quantizer)
+
+
+# what PEFT 0.21 takes for the experts' own in a mixture, wherever it stands
+EXPERT_NAMES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+
+
+def adapters_beside_experts(planned: Plan) -> list[str]:
+    """What to know of adapters in a mixture of experts; nothing of other models."""
+    if not expert_stacks(planned.model):
+        return []
+    layers = planned.method.layers(planned.model)
+    targets = {path.split(".")[-1] for path, layer in layers.items() if hasattr(layer, "in_features")}
+    confused = sorted(targets.intersection(EXPERT_NAMES))
+    adapted = len(targets) < len({path.split(".")[-1] for path in layers})
+    said = [] if adapted else ["experts stay as they are, without adapters; add the word experts for them"]
+    if confused:
+        said.append(
+            f"stock PEFT takes {', '.join(confused)} of a mixture for its experts', and will not find those that are "
+            "saved here; name attention's linears only, or export with --infer_type merged"
+        )
+    return said
+
+
+def trained_routers(model: nn.Module, config) -> list[str]:
+    """Paths of what --train_router asks for.
+
+    Raises:
+        UserError: there are none.
+    """
+    found = routers(model) if config.train_router else []
+    if config.train_router and not found:
+        raise UserError(f"--train_router true: {config.source} has no experts to choose from; drop it")
+    return found
 
 
 def load(planned: Plan, config, *, mesh, device: torch.device, compile_block: Callable | None = None) -> Prepared:
@@ -274,12 +321,12 @@ def _fill(planned: Plan, config, *, on_host: dict, rows_on_host: bool, device: t
     offload.move_embedding_to_host(model, on_host, device=device)
     materialize(model, device=torch.device("cpu") if rows_on_host else device, buffer_device=device)
     method.before_loading(whole_reader(weights, device=device), device=device)
-    cache = None
-    if config.quantized_cache and planned.quantizer:
+    codes, cache = prequantized.stored_codes(weights), None
+    if config.quantized_cache and planned.quantizer and not codes:
         # only now does the method know which base it wants; process 0 says for all which files those are
         base = planned.base_fingerprint + method.base_recipe + from_main(lambda: stamp(weights))
         cache = QuantizedCache(cache_folder(config.quantized_cache, model, base=base), device=device)
-    load_weights(model, weights, device=device, base_rows=method.base_rows, cache=cache)
+    load_weights(model, weights, device=device, base_rows=method.base_rows, cache=codes or cache)
     if cache:
         cache.write(model)
     method.initialize(model, device=device)
@@ -315,13 +362,19 @@ def trainable_report(model: nn.Module) -> str:
     return f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}"
 
 
-def size_report(model: nn.Module, quantizer) -> list[str]:
+def quantizers_report(model: nn.Module) -> str:
+    """How the packed weights of a model are stored; where that differs, how many are stored so."""
+    counts = Counter(str(m.quantizer) for m in model.modules() if isinstance(m, QuantizedWeight))
+    return ", ".join(counts if len(counts) == 1 else (f"{count} x {name}" for name, count in counts.most_common()))
+
+
+def size_report(model: nn.Module) -> list[str]:
     """What the model weighs, in lines for the start of a run."""
-    mine, total = base_bytes(model)
+    (mine, total), packed = base_bytes(model), quantizers_report(model)
     trained = sum(local(p).nbytes for p in model.parameters() if p.requires_grad)
     return [
         trainable_report(model),
         f"trained: {trained / 2**30:.3f} GiB in this process",
         f"frozen base: {total / 2**30:.3f} GiB, {mine / 2**30:.3f} GiB in this process"
-        + (f" ({quantizer})" if quantizer else ""),
+        + (f" ({packed})" if packed else ""),
     ]

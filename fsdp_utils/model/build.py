@@ -11,9 +11,11 @@ from transformers.initialization import no_init_weights
 
 from fsdp_utils.core.errors import UserError, first_line, refuse_code
 from fsdp_utils.core.folders import refuse_cache, refuse_gguf, refuse_missing_folder
+from fsdp_utils.model.prequantized import refuse_unknown
 from fsdp_utils.model.tokenizer import load_tokenizer
 from methods.adapter import ADAPTER_CONFIG
 from methods.packed import Quantizer
+from methods.quantizers.experts import expert_stacks, pack_stack
 from methods.quantizers.linear import quantized
 from methods.targets import replace_module
 
@@ -50,15 +52,14 @@ def read_model_config(name: str, *, task, attn_implementation: str = "auto", tru
         task: what the model is for (`tasks`): its class of transformers must know the model.
 
     Raises:
-        UserError: as `read_raw_config`, or it is not of that class, or its weights are quantized already.
+        UserError: as `read_raw_config`, or it is not of that class, or quantized in a way that cannot be read.
     """
     config = read_raw_config(name, trust_remote_code=trust_remote_code)
     own_code = trust_remote_code and task.auto_class.__name__ in getattr(config, "auto_map", {})
     if not task.takes(config) and not own_code:
         raise UserError(f"{name}: {config.model_type} is not a {task.noun}")
     task.adapt(config)
-    if getattr(config, "quantization_config", None):
-        raise UserError(f"{name}: its weights are quantized already; give the 16-bit model")
+    refuse_unknown(config, named=name)
     if attn_implementation != "auto":
         config._attn_implementation = attn_implementation
     config.use_cache = False
@@ -113,19 +114,23 @@ def _compute_buffers(model: nn.Module) -> None:
 
 
 def quantize_on_meta(model: nn.Module, quantizers: dict[str, Quantizer]) -> None:
-    """Replaces the linears and embeddings at these paths by packed modules without values; tied ones stay tied.
+    """Replaces the linears, embeddings and stacks of experts at these paths by packed modules without values; tied ones
+    stay tied.
 
     Raises:
         UserError: the group size does not divide a row, so groups would cross rows and could not be sharded.
     """
     made = {}
+    stacks = set(expert_stacks(model))
     for path, quantizer in quantizers.items():
-        module = model.get_submodule(path)
-        packed = quantized(module, quantizer)
+        module = None if path in stacks else model.get_submodule(path)
+        packed = quantized(module, quantizer) if module else pack_stack(model, path, quantizer)
         if packed.in_features % quantizer.group_size:
             raise UserError(
                 f"--quant_group_size {quantizer.group_size}: does not divide in_features {packed.in_features} of {path}"
             )
+        if module is None:
+            continue
         first = made.setdefault(id(module.weight), packed)
         for name in packed.packed_names:
             setattr(packed, name, getattr(first, name))

@@ -15,9 +15,9 @@ from fsdp_utils.core.errors import CheckpointError
 from fsdp_utils.core.folders import model_folder
 from fsdp_utils.core.ranks import is_main
 from fsdp_utils.core.rows import local, row_range
-from fsdp_utils.core.safetensors_io import CheckpointReader
 from fsdp_utils.model.build import resolve_model
 from fsdp_utils.model.checkpoint import Checkpoint, match
+from fsdp_utils.model.prequantized import Prequantized, open_files
 from fsdp_utils.sharding.host_memory import in_host_memory
 from methods.quantizers.linear import QuantizedWeight
 
@@ -59,8 +59,9 @@ class DummyWeights:
     def __contains__(self, name) -> bool:
         return name in self.shapes
 
-    def stored_name(self, name: str) -> str:
-        return name
+    def pieces(self, name: str) -> dict:
+        """As of `Checkpoint`."""
+        return {name: lambda whole: whole}
 
     def shape(self, name) -> tuple[int, ...]:
         return self.shapes[name]
@@ -92,7 +93,7 @@ def open_weights(
     if load_format == "dummy":
         shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
         return DummyWeights(shapes, dtype=dtype, device=device, seed=seed)
-    return match(model, CheckpointReader(model_folder(resolve_model(name))), task=task, seed=seed)
+    return match(model, open_files(model_folder(resolve_model(name)), model.config), task=task, seed=seed)
 
 
 def checkpoint_dtype(weights) -> torch.dtype:
@@ -121,6 +122,8 @@ def fingerprint(weights) -> str:
         return weights.recipe
     if isinstance(weights, Checkpoint):
         weights = weights.reader
+    if isinstance(weights, Prequantized):  # whose values depend on how they are computed
+        weights = weights.files
     digest = hashlib.sha256()
     for name in sorted(weights.names()):
         shape = weights.shape(name)
@@ -130,6 +133,12 @@ def fingerprint(weights) -> str:
             sample = weights.rows(name, row, row + 1).reshape(-1)[:512].contiguous()
             digest.update(sample.view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def packed_name(path: str, module: QuantizedWeight) -> str:
+    """What a checkpoint calls the weight that a module holds packed: a stack of matrices is a parameter itself."""
+    path = path.replace(".base_layer", "")
+    return path if len(module.shape) > 2 else f"{path}.weight"
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None, torch.Tensor]]:
@@ -142,7 +151,7 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None, 
         prefix = f"{path}.".replace(".base_layer.", ".") if path else ""
         if isinstance(module, QuantizedWeight) and id(module.packed()[0]) not in seen:
             seen.add(id(module.packed()[0]))
-            yield f"{prefix}weight", module, None, module.packed()[0]
+            yield packed_name(path, module), module, None, module.packed()[0]
         skipped = {*getattr(module, "own_parameters", ()), *getattr(module, "packed_names", ())}
         for name, parameter in module.named_parameters(recurse=False):
             adapter = ".lora_" in f".{path}."  # PEFT keeps its weights in linears of their own
@@ -185,8 +194,8 @@ def read_rows(weights, read: Read) -> torch.Tensor:
         return weights.rows(read.name, read.start, read.stop)
     out = read.module.out_features
     first, last = read.start // out, -(-read.stop // out)  # the matrices that hold them
-    stack = weights.rows(read.name, first, last)
-    return stack.flatten(0, -2)[read.start - first * out : read.stop - first * out]
+    stack = read.module.as_rows(weights.rows(read.name, first, last))
+    return stack[read.start - first * out : read.stop - first * out]
 
 
 def whole_reader(weights, *, device: torch.device):
@@ -204,7 +213,7 @@ def load_weights(
 
     Args:
         base_rows: `Method.base_rows`, or None to store the checkpoint's own.
-        cache: a QuantizedCache whose packed rows are taken as they are, or None.
+        cache: a QuantizedCache or StoredCodes, whose packed rows are taken as they are, or None.
         readers: threads that read ahead, one tensor each, so that reading and quantizing overlap.
     """
     plan = plan_reads(model)

@@ -6,8 +6,9 @@ from pathlib import Path
 from fsdp_utils.core.devices import GIB
 from fsdp_utils.data.parts import readers
 from fsdp_utils.memory.budget import remedies
-from fsdp_utils.model.assemble import Plan, is_local, plan_only, trainable_report
+from fsdp_utils.model.assemble import Plan, is_local, plan_only, quantizers_report, trainable_report
 from fsdp_utils.model.build import read_raw_config
+from fsdp_utils.model.prequantized import settings_of
 from fsdp_utils.planning.forecast import CONTEXT, Forecast, forecast
 from fsdp_utils.planning.machines import Machine
 from fsdp_utils.planning.seconds import seconds_a_step
@@ -31,8 +32,10 @@ def lines(config, machine: Machine) -> list[str]:
     return [
         *planned.task.assumed(planned.model.config),
         trainable_report(planned.model),
+        *([f"quantized weights: {quantizers_report(planned.model)}"] if config.bits_plan else []),
         f"plan for {machine}, in the process that takes most:",
-        *(f"  {line}" for line in (_memory(found, config, machine), _host(found, machine), *_disk(planned, config))),
+        f"  {_memory(planned, found, config, machine)}",
+        *(f"  {line}" for line in (_host(found, machine), *_disk(planned, config))),
         *(f"  {line}" for line in _time(planned, config, machine, found)),
     ]
 
@@ -45,15 +48,14 @@ def parts(sizes: dict[str, int]) -> str:
     return ", ".join(f"{purpose} {gib(size)}" for purpose, size in sizes.items() if size >= 0.005 * GIB)
 
 
-def _memory(found: Forecast, config, machine: Machine) -> str:
+def _memory(planned: Plan, found: Forecast, config, machine: Machine) -> str:
     held = f"{gib(found.peak)} GiB ({parts(found.sizes)})"
     again = f"; {found.recomputed} of {found.blocks} blocks recompute"
     if machine.memory is None:
         return f"memory: {held}{again}"
     said = f"GPU memory: {held} and about {gib(CONTEXT)} for CUDA, of {gib(machine.memory)}{again}: "
-    return said + (
-        "it fits" if found.fits(machine) else f"TOO MUCH. Would help, in order: {'; '.join(remedies(config))}"
-    )
+    helpful = "; ".join(remedies(config, planned.model.config))
+    return said + ("it fits" if found.fits(machine) else f"TOO MUCH. Would help, in order: {helpful}")
 
 
 def _host(found: Forecast, machine: Machine) -> str:
@@ -66,22 +68,24 @@ def _disk(planned: Plan, config) -> list[str]:
     """What is written, and what would be downloaded."""
     trained = sum(p.nbytes for p in planned.model.parameters() if p.requires_grad)
     dense = sum(math.prod(planned.weights.shape(name)) for name in planned.weights.names()) * planned.dtype.itemsize
+    frozen = sum(p.nbytes for p in planned.model.parameters() if not p.requires_grad)
+    as_it_comes = bool(settings_of(planned.model.config))
     table = (
         (config.save_model, "result", trained if planned.method.saves == "adapter" else dense),
         (config.save_every_steps or config.save_every_minutes, f"{config.keep_checkpoints} checkpoints",
          config.keep_checkpoints * 3 * trained),
-        (config.quantized_cache and planned.quantizer, "--quantized_cache",
-         sum(p.nbytes for p in planned.model.parameters() if not p.requires_grad)),
+        (config.quantized_cache and planned.quantizer and not as_it_comes, "--quantized_cache", frozen),
     )  # fmt: skip
     written = {name: size for holds, name, size in table if holds}
     said = parts(written)
     found = [f"disk: {said} GiB" if said else "disk: next to nothing"]
     if is_local(config) or config.load_format == "dummy":
         return found
+    read = frozen if as_it_comes else dense
     if Path(config.source).is_dir():
-        found.append(f"weights: {config.source} holds none; a run reads about {gib(dense)} GiB of them")
+        found.append(f"weights: {config.source} holds none; a run reads about {gib(read)} GiB of them")
     else:
-        found.append(f"download: about {gib(dense)} GiB of weights from {config.source}, unless they are there already")
+        found.append(f"download: about {gib(read)} GiB of weights from {config.source}, unless they are there already")
     return found
 
 

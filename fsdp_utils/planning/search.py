@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from fsdp_utils.data.parts import readers
 from fsdp_utils.model.assemble import Plan
+from fsdp_utils.model.prequantized import settings_of
 from fsdp_utils.planning.forecast import Forecast, forecast
 from fsdp_utils.planning.machines import CARDS, Machine, machine_of
 from fsdp_utils.planning.report import planned_for
@@ -74,7 +75,7 @@ class Search:
     def places(self) -> list[dict]:
         """Those that mean something for this train type."""
         quantizes = self.config.quantizer != "none"
-        double = self.config.quantizer == "bnb"
+        double = self.config.takes_double_scales and not settings_of(self._planned({}).model.config)
         meant = lambda name: name not in SMALLER or (quantizes and (name != "quant_scales" or double))
         found = [{name: value for name, value in place.items() if meant(name)} for place in PLACES]
         return [place for number, place in enumerate(found) if place not in found[:number]]

@@ -3,7 +3,7 @@
 from fsdp_utils.model.assemble import Plan
 from fsdp_utils.planning.forecast import OFFLOADED, Forecast
 from fsdp_utils.planning.machines import Machine
-from fsdp_utils.training.flops import model_cost, peak_of, recomputed_cost
+from fsdp_utils.training.flops import model_cost, peak_of, recomputed_cost, unlike_others
 from methods.targets import decoder_blocks
 
 REACHED = 0.55  # of the peak, with recomputation counted: 0.54 to 0.58 on an H200 and an H100, compiled
@@ -19,7 +19,7 @@ def seconds_a_step(planned: Plan, config, machine: Machine, found: Forecast) -> 
         found: what is forecast for this machine.
     """
     speed, model = peak_of(machine.card), planned.model
-    if speed is None or model.config.is_encoder_decoder:
+    if speed is None or unlike_others(model):
         return None
     blocks = decoder_blocks(model)
     listed, length = list(blocks.values()), config.context_length

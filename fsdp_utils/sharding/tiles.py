@@ -10,6 +10,7 @@ from torch import nn
 
 from fsdp_utils.core.errors import UserError
 from methods.dropout import SeededDropout
+from methods.quantizers.experts import is_experts
 from methods.targets import family_dropout, has_linears
 
 Tensor = torch.Tensor
@@ -53,6 +54,8 @@ class Tiled:
         flat, out = x.reshape(1, -1, x.shape[-1]), None
         for first, place in self.tiles(x):
             found = self.tile(flat[:, place], first=first)
+            if not isinstance(found, Tensor):
+                raise UserError(f"--tile_tokens {self.tokens}: {type(self.module).__name__} gives more than one tensor")
             out = found.new_empty(1, flat.shape[1], found.shape[-1]) if out is None else out
             out[:, place] = found
         return out.view(*x.shape[:-1], -1)
@@ -106,6 +109,11 @@ def give(model: nn.Module, tokens: int) -> None:
             module.forward.tokens = tokens
 
 
+def _has_weights(module: nn.Module) -> bool:
+    """Whether a layer has linears or experts inside."""
+    return has_linears(module) or any(map(is_experts, module.modules()))
+
+
 def install(model: nn.Module, blocks: dict[str, nn.Module], config) -> None:
     """Makes feed-forward layers run by tiles.
 
@@ -116,7 +124,7 @@ def install(model: nn.Module, blocks: dict[str, nn.Module], config) -> None:
     if dropped := family_dropout(model):
         raise UserError(f"{given}: {kind} models drop ({min(dropped)}), which a tile cannot find again; pass 0")
     for path, block in blocks.items():
-        layers = {n: m for n, m in block.named_children() if has_linears(m) and not hasattr(m, "in_features")}
+        layers = {n: m for n, m in block.named_children() if _has_weights(m) and not hasattr(m, "in_features")}
         found = [layer for name, layer in layers.items() if "att" not in name.lower()]
         if not found:
             raise UserError(f"{given}: {path} of {kind} models has no feed-forward layer that is a module; pass 0")

@@ -22,6 +22,8 @@ def product_of(op, args) -> Product | None:
     name = str(op)
     if "adapted_linear." in name:
         return Product(args[0].shape[-1], args[2].shape[0], adapted=True, factor=args[8] is not None)
+    if "grouped_linear." in name:
+        return Product(args[0].shape[-1], len(args[2]) // len(args[1]))
     if "_attention" in name:
         return Product(args[0].shape[-1], args[0].shape[-1])
     if "aten.mm." in name or "aten.addmm." in name:

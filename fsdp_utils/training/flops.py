@@ -11,6 +11,7 @@ from torch import nn
 from fsdp_utils.data.batches import predicting_tokens, tokens_in
 from fsdp_utils.options import POLICIES, Product
 from fsdp_utils.sharding.prepared import Prepared
+from methods.quantizers.experts import expert_stacks
 from methods.quantizers.linear import QuantizedLinear, QuantizedWeight
 
 # FLOP/s of 16-bit products summed in fp32, without sparsity, by the makers' data sheets; the first of these words that
@@ -138,7 +139,14 @@ def unknown(prepared: Prepared) -> str | None:
     name = device_name(prepared.device)
     if peak_of(name) is None:
         return f"the peak of {name} is not known"
-    return "not every token goes through every block" if prepared.model.config.is_encoder_decoder else None
+    return unlike_others(prepared.model)
+
+
+def unlike_others(model: nn.Module) -> str | None:
+    """Why tokens of a model differ in what is multiplied for them, None where they do not."""
+    if model.config.is_encoder_decoder:
+        return "not every token goes through every block"
+    return "not every token goes through every expert" if expert_stacks(model) else None
 
 
 def meter_of(prepared: Prepared, config, *, task) -> Meter | None:

@@ -31,7 +31,7 @@ def row_of(number: int, result, *, lr: float, timed: dict, device: torch.device,
     """What is logged of step `number`, from its `StepResult` and what the clock says of it."""
     now = devices.memory_now(device) if profile_memory else {}
     told = dict(step=number, loss=result.loss, lr=lr, grad_norm=result.grad_norm, tokens=result.tokens)
-    return told | timed | dict(memory_gib=devices.peak_memory_gib(device)) | now
+    return told | timed | result.experts | dict(memory_gib=devices.peak_memory_gib(device)) | now
 
 
 class Silent:

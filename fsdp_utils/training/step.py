@@ -21,6 +21,7 @@ from fsdp_utils.sharding import fsdp
 from fsdp_utils.sharding.mesh import shard_group
 from fsdp_utils.sharding.prepared import Prepared
 from fsdp_utils.training.clock import Compiling
+from fsdp_utils.training.expert_load import ExpertLoad
 from fsdp_utils.training.in_backward import StepInBackward
 from fsdp_utils.training.optim import (
     LocalParameters,
@@ -160,6 +161,7 @@ class StepResult(NamedTuple):
     stepped: bool  # false where fp16 overflowed, and the step was skipped
     votes: list[float]  # sums over all processes
     compiled: bool  # some process compiled or captured, so that its time measures nothing else
+    experts: dict[str, float]  # how evenly they were used: `expert_load.ExpertLoad`; empty without experts
 
 
 class LossSum(NamedTuple):
@@ -201,7 +203,7 @@ class TrainStep:
         self.group = None if prepared.mesh is None else shard_group(prepared.mesh)
         self.clip_to = config.grad_norm if config.apply_gradient_clipping else None
         self.no_sync, self.taken, self.votes, self.task = config.no_sync, 0, [], task
-        self.compiling = Compiling()
+        self.compiling, self.expert_load = Compiling(), ExpertLoad(self.model, device=self.device)
 
     def __call__(self, micro_batches: list[Batch], *, lr: float, votes: Sequence[float] = ()) -> StepResult:
         """One step. Collective.
@@ -253,7 +255,7 @@ class TrainStep:
         self.taken += 1
         self.scaler.update(finite)
         self.trained.zero_grad()
-        return StepResult(loss, value, tokens, finite, self.votes, self._has_compiled())
+        return StepResult(loss, value, tokens, finite, self.votes, self._has_compiled(), self.expert_load.take())
 
     def _step_in_backward(self, micro_batches: list[Batch], *, votes: Sequence[float]) -> StepResult:
         with self.in_backward.stepping():
@@ -263,7 +265,7 @@ class TrainStep:
         self._end()
         loss, value = self._checked(total, tokens, norm)
         self.taken += 1
-        return StepResult(loss, value, tokens, True, self.votes, self._has_compiled())
+        return StepResult(loss, value, tokens, True, self.votes, self._has_compiled(), self.expert_load.take())
 
     def _checked(self, total: torch.Tensor, tokens: int, norm: torch.Tensor) -> tuple[float, float]:
         """Loss per token and gradient norm; waits for the GPU.

@@ -81,6 +81,29 @@ if triton is not None:
         place = (row * out_stride + column)[:, None] + lane
         tl.store(out + place, value.to(out.dtype.element_ty), mask=mask)
 
+    @triton.jit
+    def _int4_kernel(
+        codes, scales, factors, out, groups, groups_per_row, out_stride,
+        GROUP: tl.constexpr, HAS_FACTOR: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        HALF: tl.constexpr = GROUP // 2
+        first = tl.program_id(0).to(tl.int64) * BLOCK
+        group = tl.arange(0, BLOCK)
+        inside = first + group < groups
+        row = (first + group) // groups_per_row  # [BLOCK]
+        scale = tl.load(scales + first + group, mask=inside, other=0).to(tl.float32)
+        at = group[:, None] * HALF + tl.arange(0, HALF)[None, :]  # [BLOCK, HALF]
+        byte = tl.load(codes + first * HALF + at, mask=inside[:, None], other=0).to(tl.int32)
+        below = ((byte & 15) - 8).to(tl.float32) * scale[:, None]
+        high = ((byte >> 4) - 8).to(tl.float32) * scale[:, None]
+        # a product in the dtype of the scales
+        values = tl.join(below, high).reshape(BLOCK, GROUP).to(scales.dtype.element_ty).to(tl.float32)
+        if HAS_FACTOR:
+            values *= tl.load(factors + row, mask=inside, other=0)[:, None]
+        start = row * out_stride + ((first + group) - row * groups_per_row) * GROUP
+        place = start[:, None] + tl.arange(0, GROUP)[None, :]
+        tl.store(out + place, values.to(out.dtype.element_ty), mask=inside[:, None])
+
 
 @lru_cache
 def code_table(quant_type: str, device: torch.device) -> torch.Tensor:
@@ -111,5 +134,18 @@ def affine_rows(codes, scales, zeros, out, *, bits, group_size, row_factor=None)
         _affine_kernel[(triton.cdiv(groups, block),)](
             as_bytes(codes), scales, zeros, row_factor, out, groups, scales.shape[1], codes.shape[1], out.stride(0),
             BITS=bits, GROUP=group_size, HAS_FACTOR=row_factor is not None, BLOCK=block, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def int4_rows(codes, scales, out, *, group_size, row_factor=None) -> torch.Tensor:
+    """Rows of `Int4` into `out` `[n, in]` (rows may be strided): `(code - 8) * scale`, rounded to the dtype of the
+    scales, times `row_factor`."""
+    groups = scales.numel()
+    block = WEIGHTS_PER_PROGRAM // group_size
+    if groups:
+        _int4_kernel[(triton.cdiv(groups, block),)](
+            as_bytes(codes), scales, row_factor, out, groups, scales.shape[1], out.stride(0),
+            GROUP=group_size, HAS_FACTOR=row_factor is not None, BLOCK=block, num_warps=4,
         )  # fmt: skip
     return out

@@ -25,6 +25,7 @@ class QuantizedWeight(nn.Module):
     """
 
     own_parameters = ()
+    transposed = False  # whether a checkpoint has each matrix as [in, out]
 
     def __init__(self, shape: tuple[int, ...], quantizer: Quantizer):
         super().__init__()
@@ -35,6 +36,15 @@ class QuantizedWeight(nn.Module):
             empty = torch.empty(shape, dtype=dtype, device="meta")
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
             self.packed_names.append(name)
+
+    def as_rows(self, stored: torch.Tensor) -> torch.Tensor:
+        """A weight, or some matrices of a stack, as a checkpoint has them, to rows `[n, in]`."""
+        return (stored.transpose(-1, -2) if self.transposed else stored).reshape(-1, self.in_features)
+
+    def as_stored(self, rows: torch.Tensor) -> torch.Tensor:
+        """All rows `[n, in]`, as a checkpoint has the weight."""
+        whole = rows.view(self.shape)
+        return whole.transpose(-1, -2) if self.transposed else whole
 
     def packed(self) -> tuple[torch.Tensor, ...]:
         return tuple(getattr(self, name) for name in self.packed_names)

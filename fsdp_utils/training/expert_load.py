@@ -1,0 +1,49 @@
+"""How evenly the tokens of a step are spread over the experts of a mixture."""
+
+import torch
+from torch import nn
+
+from fsdp_utils.core.processes import sum_over_processes
+from methods.quantizers.experts import is_experts
+
+_counts: dict[int, torch.Tensor] = {}  # of each layer, int64 `[experts]`: operators of compiled code take numbers
+
+
+@torch.library.custom_op("fsdp_qlora::seen_experts", mutates_args=())
+def seen_experts(chosen: torch.Tensor, layer: int) -> torch.Tensor:
+    """The experts of each token `[t, k]`, as they are; counts them beside, which no gradient and no result depends on.
+
+    A recomputed block counts twice, and compiled code may run it once or twice: only shares mean something.
+    """
+    _counts[layer].scatter_add_(0, chosen.flatten(), torch.ones_like(chosen, dtype=torch.int64).flatten())
+    return chosen.clone()
+
+
+seen_experts.register_fake(lambda chosen, layer: torch.empty_like(chosen))
+
+
+class ExpertLoad:
+    """Counts while a model runs; `take` tells what was counted since. Nothing to tell of a model without experts."""
+
+    def __init__(self, model: nn.Module, *, device: torch.device):
+        self.layers = [module for module in model.modules() if is_experts(module)]
+        for number, experts in enumerate(self.layers):
+            _counts[number] = torch.zeros(experts.num_experts, dtype=torch.int64, device=device)
+            experts.register_forward_pre_hook(self._counting(number))
+
+    @staticmethod
+    def _counting(number: int):
+        return lambda module, args: (args[0], seen_experts(args[1], number), *args[2:])
+
+    def take(self) -> dict[str, float]:
+        """Of all processes, the mean over layers: `expert_load_max`, tokens of the busiest expert by those of the mean
+        one (1: even), and `experts_idle`, the share of experts without a token. Collective; waits for the GPU."""
+        if not self.layers:
+            return {}
+        counts = [_counts[number] for number in range(len(self.layers))]
+        counted = sum_over_processes(torch.cat(counts)).double().split([len(c) for c in counts])
+        for layer in counts:
+            layer.zero_()
+        busiest = torch.stack([c.max() / c.mean().clamp_min(1e-9) for c in counted]).mean()
+        idle = torch.cat(counted).eq(0).double().mean()
+        return dict(expert_load_max=busiest.item(), experts_idle=idle.item())
