@@ -62,11 +62,11 @@ def stacks_to_adapt(model: nn.Module, config) -> list[str]:
         UserError: there are none, or they cannot have what the flags ask for.
     """
     stacks, given = expert_stacks(model), f"--lora_target_modules {config.lora_target_modules}"
-    packed = all(isinstance(model.get_submodule(path.rpartition(".")[0])._modules.get(path.rpartition(".")[2]),
-                            PackedStack) for path in stacks)  # fmt: skip
+    parts = [(model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in stacks]
+    packed = all(isinstance(getattr(experts, name), PackedStack) for experts, name in parts)
     table = (
         (not stacks, f"{config.source} has no experts; drop the word"),
-        (not packed, f"experts get adapters on a quantized base, not with --train_type {config.train_type}"),
+        (not packed, "its experts are in 16 bits; they get adapters where they are quantized (custom_qlora, hqq_lora)"),
         (config.method == "dora", "PEFT reads no DoRA of experts; use custom_qlora or hqq_lora"),
         (config.lora_init != "default", f"experts begin as by default, not with --lora_init {config.lora_init}"),
         (config.lora_dropout > 0, "PEFT knows no dropout before adapters of experts; add --lora_dropout 0"),

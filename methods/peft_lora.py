@@ -16,7 +16,9 @@ class PeftLoRA(Adapter):
 
         c = self.config
         if split_targets(c.lora_target_modules)[1]:
-            raise UserError(f"--lora_target_modules {c.lora_target_modules}: experts get adapters by custom_qlora only")
+            raise UserError(
+                f"--lora_target_modules {c.lora_target_modules}: experts get adapters by custom_qlora or hqq_lora"
+            )
         config = LoraConfig(
             r=c.lora_rank,
             lora_alpha=c.lora_alpha,

@@ -137,8 +137,8 @@ def test_merged(tiny, save_run, export, family):
 @pytest.mark.parametrize(("more", "why"), [
     (dict(lora_dropout=0.1), "PEFT knows no dropout before adapters of experts; add --lora_dropout 0"),
     (dict(train_type="bnb_dora"), "PEFT reads no DoRA of experts"),
-    (dict(train_type="custom_lora"), "experts get adapters on a quantized base"),
-    (dict(train_type="qlora"), "experts get adapters by custom_qlora only"),
+    (dict(train_type="custom_lora"), "its experts are in 16 bits"),
+    (dict(train_type="qlora"), "experts get adapters by custom_qlora or hqq_lora"),
     (dict(lora_init="pissa"), "experts begin as by default"),
     (dict(model_name="llama"), "has no experts; drop the word"),
 ], ids=str)  # fmt: skip

@@ -464,6 +464,7 @@ TENSORS = {
     "zeros": ("group", changed(f"{UP}.weight_zero_point", lambda _: torch.ones(2)), "weight_zero_point: an asymmetric"),
     "order": ("group", changed(f"{UP}.weight_g_idx", lambda _: torch.ones(2)), "weight_g_idx: act-order"),
     "shape": ("group", changed(f"{UP}.weight_shape", lambda t: t.flip(0)), r"codes and .* scales make no \(64, 128\)"),
+    "scales": ("nf4", changed(f"{UP}.weight.absmax", lambda t: t[:-3]), "absmax has shape .*, its quant_state says"),
     "two dtypes": ("group", changed(f"{UP}.weight_scale", lambda t: t.half()), "only one kind is taken"),
     "dense": (
         "nf4",

@@ -10,6 +10,7 @@ from real_run import batches_of, first_step, make_config, off_zero, plan, prepar
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, BloomConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import train
@@ -132,6 +133,17 @@ def test_what_has_no_tiles(tiny):
         plan(make_config(model_name=tiny("opt", dropout=0.0), **given))
     with pytest.raises(UserError, match=r"--tile_tokens 48: not with --checkpoint_policy narrow"):
         make_config(model_name=tiny("llama"), **given, checkpoint_policy="narrow")
+
+
+def test_layers_with_more(tiny, tmp_path):
+    """Bloom's layer adds the residual itself, gpt-oss' tells what the router chose too."""
+    shape = dict(vocab_size=300, hidden_size=64, n_layer=2, n_head=4)
+    AutoModelForCausalLM.from_config(BloomConfig(**shape)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="--tile_tokens 48: BloomMLP takes more than hidden states; pass 0"):
+        plan(make_config(model_name=tmp_path, train_type="lora", tile_tokens=TILE))
+    run = prepared(make_config(model_name=tiny("gpt_oss"), train_type="bnb_dora", tile_tokens=8))
+    with pytest.raises(UserError, match="--tile_tokens: GptOssMLP gives more than one tensor; pass 0"):
+        run.model(input_ids=torch.zeros(1, 24, dtype=torch.int64))
 
 
 def test_layers_that_mix_tokens(tiny, tiny_data, tmp_path):

@@ -18,7 +18,8 @@ def readers(config, processes: int) -> int:
         UserError: they do not come out even.
     """
     if processes % config.context_parallel:
-        raise UserError(f"--context_parallel {config.context_parallel}: does not divide {processes} processes")
+        given = f"--context_parallel {config.context_parallel}"
+        raise UserError(f"{given}: does not divide {processes} processes; start a multiple of it")
     return processes // config.context_parallel
 
 

@@ -251,8 +251,8 @@ def adapters_beside_experts(planned: Plan) -> list[str]:
     said = [] if adapted else ["experts stay as they are, without adapters; add the word experts for them"]
     if confused:
         said.append(
-            f"stock PEFT takes {', '.join(confused)} of a mixture for its experts', and will not find those that are "
-            "saved here; name attention's linears only, or export with --infer_type merged"
+            f"stock PEFT takes {', '.join(confused)} of a mixture for its experts', and fails on an adapter of others; "
+            "name attention's linears only, or export with --infer_type merged"
         )
     return said
 

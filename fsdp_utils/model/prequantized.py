@@ -196,6 +196,10 @@ class BitsAndBytes(Prequantized):
         nbytes = stored[0] * self.files.dtype(codes).itemsize
         if len(shape) != 2 or stored[1:] != (1,) or nbytes * 2 != shape[0] * shape[1]:
             raise CheckpointError(f"{self.folder}: {codes} has shape {stored}, which holds no codes of {shape}")
+        scales, groups = f"{codes}.absmax", shape[0] * shape[1] // state["blocksize"]
+        if self.files.shape(scales) != (groups,):
+            found, wanted = self.files.shape(scales), f"{groups} scales of {state['blocksize']} codes each"
+            raise CheckpointError(f"{self.folder}: {scales} has shape {found}, its quant_state says {wanted}")
         return Weight(stem, shape, state["blocksize"])
 
     def _state(self, stem: str) -> dict:

@@ -5,6 +5,8 @@ Backward runs each tile forward again and then backward, so that a layer keeps i
 does not run it a third time: nothing behind that input is asked for, unless the family normalises what comes out.
 """
 
+import inspect
+
 import torch
 from torch import nn
 
@@ -55,7 +57,7 @@ class Tiled:
         for first, place in self.tiles(x):
             found = self.tile(flat[:, place], first=first)
             if not isinstance(found, Tensor):
-                raise UserError(f"--tile_tokens {self.tokens}: {type(self.module).__name__} gives more than one tensor")
+                raise UserError(f"--tile_tokens: {type(self.module).__name__} gives more than one tensor; pass 0")
             out = found.new_empty(1, flat.shape[1], found.shape[-1]) if out is None else out
             out[:, place] = found
         return out.view(*x.shape[:-1], -1)
@@ -114,6 +116,13 @@ def _has_weights(module: nn.Module) -> bool:
     return has_linears(module) or any(map(is_experts, module.modules()))
 
 
+def _wants_more(forward) -> bool:
+    """Whether a forward cannot be called with hidden states alone."""
+    places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    taken = [p for p in inspect.signature(forward).parameters.values() if p.kind in places]
+    return sum(p.default is p.empty for p in taken) > 1
+
+
 def install(model: nn.Module, blocks: dict[str, nn.Module], config) -> None:
     """Makes feed-forward layers run by tiles.
 
@@ -129,4 +138,6 @@ def install(model: nn.Module, blocks: dict[str, nn.Module], config) -> None:
         if not found:
             raise UserError(f"{given}: {path} of {kind} models has no feed-forward layer that is a module; pass 0")
         for layer in found:
+            if _wants_more(layer.forward):
+                raise UserError(f"{given}: {type(layer).__name__} takes more than hidden states; pass 0")
             layer.forward = Tiled(layer, config.tile_tokens)
