@@ -519,10 +519,12 @@ class TrainConfig:
                 f"{' with '.join(ways)} rounds at random instead, --precision bf16_autocast keeps weights in fp32"
             )
         starts_with_weight = self.lora_init != "default"
-        if starts_with_weight and (self.lora_dropout or self.wd):
+        touching = [f"--lora_dropout {self.lora_dropout:g} drops"] if self.lora_dropout else []
+        touching += [f"--wd {self.wd:g} shrinks"] if self.wd else []
+        if starts_with_weight and touching:
             said.append(
-                f"--lora_init {self.lora_init}: the adapter holds a part of the weight itself, which --lora_dropout "
-                f"{self.lora_dropout:g} drops and --wd {self.wd:g} shrinks; 0 leaves it alone"
+                f"--lora_init {self.lora_init}: the adapter holds a part of the weight itself, which "
+                f"{' and '.join(touching)}; 0 leaves it alone"
             )
         if self.no_sync and self.gradient_accumulation_steps == 1:
             said.append("--no_sync has no effect with --gradient_accumulation_steps 1")

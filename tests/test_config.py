@@ -171,3 +171,14 @@ def test_help_explains_every_flag():
         assert f"--{f.name} " in page
         assert len(f.metadata["help"]) > 8
     assert "(default: qlora)" in page
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (dict(lora_dropout=0.0, wd=0.1), "which --wd 0.1 shrinks; 0"),
+    (dict(lora_dropout=0.1, wd=0.0), "which --lora_dropout 0.1 drops; 0"),
+    (dict(lora_dropout=0.1, wd=0.1), "which --lora_dropout 0.1 drops and --wd 0.1 shrinks; 0"),
+    (dict(lora_dropout=0.0, wd=0.0), None),
+], ids=str)  # fmt: skip
+def test_what_touches_an_adapter_that_holds_the_weight(flags, said):
+    found = [note for note in TrainConfig(train_type="bnb_dora", lora_init="pissa", **flags).notes() if "pissa" in note]
+    assert len(found) == bool(said) and all(said in note for note in found)

@@ -158,7 +158,12 @@ DAMAGES = {
         set_json(f / "adapter_config.json", base_model_name_or_path="/nowhere/base"),
         set_json(f / "run.json", flags=json.loads((f / "run.json").read_text())["flags"] | {"model_name": "/nowhere"}),
     ),
-    "did not finish": lambda f: set_json(f / "run.json", finished=False),
+    "did not finish .*train it again": lambda f: set_json(f / "run.json", finished=False),
+    "did not finish .*finish it by --resume auto": lambda f: (
+        set_json(f / "run.json", finished=False),
+        (f / "checkpoints" / "step-2").mkdir(parents=True),
+        (f / "checkpoints" / "step-2" / "manifest.json").write_text("{}"),
+    ),
     "holds no weights": lambda f: set_json(f / "run.json", saved=False),
     "run.json: not valid JSON": lambda f: (f / "run.json").write_text("{"),
     "without adapter_model.safetensors": lambda f: (f / "adapter_model.safetensors").unlink(),

@@ -17,8 +17,10 @@ from fsdp_utils.folders.names import (
     ADAPTER_CONFIG,
     ADAPTER_FOLDER,
     ADAPTER_WEIGHTS,
+    CHECKPOINTS,
     GENERATION_CONFIG,
     GGUF_FILE,
+    MANIFEST,
     RUN_FILE,
     TRAINED_FILE,
 )
@@ -137,7 +139,9 @@ def _read_run(folder: Path) -> dict | None:
         return None
     record = read_json(path)
     if not record.get("finished"):
-        raise UserError(f"{folder}: its training did not finish ({RUN_FILE}); train it again with --overwrite true")
+        kept = any((folder / CHECKPOINTS).glob(f"*/{MANIFEST}"))
+        way_out = "finish it by --resume auto" if kept else "train it again with --overwrite true"
+        raise UserError(f"{folder}: its training did not finish ({RUN_FILE}); {way_out}")
     if not record.get("saved"):
         raise UserError(f"{folder}: was trained without --save_model true and holds no weights")
     flags_of_run = record.get("flags")
@@ -262,7 +266,8 @@ def check_adapter(run: Run, stored: dict, expected: dict) -> None:
         if name not in stored:
             raise UserError(f"{run.folder}: {name} is missing from {ADAPTER_WEIGHTS}")
         if name not in expected:
-            raise UserError(f"{run.folder}: {name} of {ADAPTER_WEIGHTS} has no place in {run.base}")
+            asked = "; was it trained with other --lora_target_modules, or --train_router?"
+            raise UserError(f"{run.folder}: {name} of {ADAPTER_WEIGHTS} has no place in {run.base}{asked}")
         if stored[name].shape != expected[name].shape:
             shapes = f"{tuple(stored[name].shape)}, the model wants {tuple(expected[name].shape)}"
             raise UserError(f"{run.folder}: {name} has shape {shapes}")
