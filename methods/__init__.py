@@ -51,6 +51,11 @@ QUANTIZERS = {
 GROUP_SIZES = (32, 64, 128, 256)
 
 
+def group_sizes_for(*widths: int) -> list[int]:
+    """Those that divide rows of all these widths."""
+    return [size for size in GROUP_SIZES if not any(width % size for width in widths)]
+
+
 class MethodRow(NamedTuple):
     """A method; `adapts`: it adds adapters, which the flags lora_* describe; `starts`: the values of --lora_init;
     `fused`: it multiplies by the base itself, also by a dense one."""

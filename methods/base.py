@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from methods.packed import Quantizer
-from methods.quantizers.experts import expert_stacks
-from methods.targets import block_linears
+from methods.targets import weights_in_blocks
 
 
 class Method(ABC):
@@ -33,7 +32,7 @@ class Method(ABC):
 
     def packed_in_blocks(self, model: nn.Module) -> list[str]:
         """Paths of the linears and of the stacks of experts in decoder blocks whose weights are packed."""
-        return [*block_linears(model), *expert_stacks(model)]
+        return weights_in_blocks(model)
 
     def _packed_ends(self, model: nn.Module) -> list[str]:
         """Paths of embedding and head, if the user wants them packed too."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fsdp_utils.core.classes import load_class
 from fsdp_utils.core.errors import ConfigError, first_line
-from methods import GROUP_SIZES, QUANTIZERS, make_quantizer
+from methods import GROUP_SIZES, QUANTIZERS, group_sizes_for, make_quantizer
 
 KEYS = ("bits", "group_size", "quantizer")
 FORM = 'write patterns and settings, as {"model.layers.0.*": {"bits": 4}, "*": {"bits": 2}}'
@@ -172,7 +172,7 @@ def check(config, model, quantizers: dict) -> None:
         group_size = quantizers[path].group_size
         if pattern not in (None, *refused) and width % group_size:
             refused.add(pattern)
-            fitting = [str(size) for size in GROUP_SIZES if width % size == 0]
+            fitting = list(map(str, group_sizes_for(width)))
             way = f"choose from {', '.join(fitting)}" if fitting else "no size does"
             lines.append(f"{pattern}: group_size {group_size} does not divide the {width} inputs of {path}; {way}")
         first = shared.setdefault(id(weight), path)

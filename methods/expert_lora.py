@@ -86,3 +86,21 @@ def saved_path(path: str) -> str:
 def target_parameters(paths: Iterable[str]) -> list[str]:
     """PEFT's names for the stacks at these paths."""
     return sorted({".".join(path.split(".")[-2:]) for path in paths})
+
+
+# what PEFT 0.21 takes for the experts' own in a mixture, wherever it stands
+EXPERT_NAMES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+
+
+def adapters_beside_experts(layers: dict[str, nn.Module]) -> list[str]:
+    """What to know of the adapted layers of a mixture of experts, by their path."""
+    linears = {path.split(".")[-1] for path, layer in layers.items() if not isinstance(layer, LoRAStack)}
+    confused = sorted(linears.intersection(EXPERT_NAMES))
+    adapted = any(isinstance(layer, LoRAStack) for layer in layers.values())
+    said = [] if adapted else ["experts stay as they are, without adapters; add the word experts for them"]
+    if confused:
+        said.append(
+            f"stock PEFT takes {', '.join(confused)} of a mixture for its experts', and fails on an adapter of others; "
+            "name attention's linears only, or export with --infer_type merged"
+        )
+    return said

@@ -50,6 +50,11 @@ def block_linears(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def weights_in_blocks(model: nn.Module) -> list[str]:
+    """Paths of all that can be packed in decoder blocks: linears, and stacks of experts."""
+    return [*block_linears(model), *expert_stacks(model)]
+
+
 def _routes(module: nn.Module) -> bool:
     """Whether a module hands tokens to experts."""
     return any(map(is_experts, module.children()))

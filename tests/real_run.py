@@ -3,6 +3,8 @@
 import json
 
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import train
 from fsdp_utils.config import TrainConfig
@@ -11,6 +13,8 @@ from fsdp_utils.core.devices import pick_device
 from fsdp_utils.core.flags import parse
 from fsdp_utils.core.rows import fill, gather, local
 from fsdp_utils.folders import saving
+from fsdp_utils.folders.describe import describe
+from fsdp_utils.inference.load import load_for_inference
 from fsdp_utils.model import assemble
 from fsdp_utils.model.build import read_model_config, read_tokenizer
 from fsdp_utils.model.compiling import compiler
@@ -121,6 +125,17 @@ def dense_of(model) -> dict[str, torch.Tensor]:
         for path, module in model.named_modules()
         if isinstance(module, QuantizedWeight)
     }
+
+
+def assert_answers_alike(folder, model, *, base, export) -> None:
+    """A saved adapter answers as the run did in our loader; merged, in stock transformers, under the names of the
+    base's files."""
+    want = logits(model)
+    torch.testing.assert_close(logits(load_for_inference(describe(folder), device=CPU)), want, atol=1e-5, rtol=0)
+    merged = export(folder, "merged", dtype="fp32")
+    assert load_file(merged / "model.safetensors").keys() == load_file(base / "model.safetensors").keys()
+    stock = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
+    torch.testing.assert_close(logits(stock), want, atol=1e-4, rtol=0)
 
 
 def set_json(path, **values) -> None:

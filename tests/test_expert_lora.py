@@ -1,19 +1,14 @@
 """Adapters of experts: what PEFT computes with its `target_parameters`, for any processes, saved as PEFT reads them."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 from closeness import assert_close, assert_learns
 from peft import PeftModel
-from real_run import dense_of, first_step, logits, make_config, plan
-from safetensors.torch import load_file
+from real_run import assert_answers_alike, dense_of, first_step, logits, make_config, plan
 from transformers import AutoModelForCausalLM
 
 from fsdp_utils.core.errors import UserError
-from fsdp_utils.folders.describe import describe
-from fsdp_utils.inference.load import load_for_inference
 from methods.expert_lora import merged_stack, stacked
 from methods.kernels.grouped import grouped_matmul
 
@@ -126,12 +121,7 @@ def test_processes(pair, trio, one_process, tiny, flags, family, train_type):
 def test_merged(tiny, save_run, export, family):
     """Folded into the matrices of the base's files, and loaded again by us."""
     folder, model = save_run(tiny(family), "custom_qlora", lora_target_modules=TARGETS[family], **FLAGS)
-    want = logits(model)
-    torch.testing.assert_close(logits(load_for_inference(describe(folder), device=CPU)), want, atol=1e-5, rtol=0)
-    merged = export(folder, "merged", dtype="fp32")
-    assert load_file(merged / "model.safetensors").keys() == load_file(Path(tiny(family)) / "model.safetensors").keys()
-    stock = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
-    torch.testing.assert_close(logits(stock), want, atol=1e-4, rtol=0)
+    assert_answers_alike(folder, model, base=tiny(family), export=export)
 
 
 @pytest.mark.parametrize(("more", "why"), [

@@ -9,7 +9,7 @@ import pytest
 import torch
 from closeness import assert_close, assert_close_norm, assert_learns
 from peft import PeftModel
-from real_run import dense_of, first_step, logits, make_config, packed_bytes, plan, prepared
+from real_run import assert_answers_alike, dense_of, first_step, logits, make_config, packed_bytes, plan, prepared
 from safetensors.torch import load_file, save_file
 from tiny import EXPERTS
 from torch import nn
@@ -214,12 +214,7 @@ def test_saved_and_loaded(pair, tiny, tiny_data, save_run, export, tmp_path, fam
     """An adapter answers as the run did in our loader and in stock PEFT on the dequantized base; merged, in stock
     transformers, under the names of the base's files."""
     folder, model = save_run(tiny(family), "bnb_dora", quant_scales="fp32")
-    want = logits(model)
-    torch.testing.assert_close(logits(load_for_inference(describe(folder), device=CPU)), want, atol=1e-5, rtol=0)
-    merged = export(folder, "merged", dtype="fp32")
-    assert load_file(merged / "model.safetensors").keys() == load_file(Path(tiny(family)) / "model.safetensors").keys()
-    stock = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
-    torch.testing.assert_close(logits(stock), want, atol=1e-4, rtol=0)
+    assert_answers_alike(folder, model, base=tiny(family), export=export)
     for infer_type in set(INFER_TYPES) - {"merged", "merged_bnb_dora"}:
         with pytest.raises(UserError, match=r"experts cannot be packed so yet; use merged|use --infer_type merged"):
             export(folder, infer_type, name=infer_type)

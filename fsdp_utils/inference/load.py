@@ -25,8 +25,7 @@ from fsdp_utils.model.checkpoint import match
 from fsdp_utils.model.weights import check_loaded, checkpoint_dtype, load_weights, materialize
 from methods import METHODS, TRAIN_TYPES, bits, method_of
 from methods.adapter import flags_of
-from methods.quantizers.experts import expert_stacks
-from methods.targets import block_linears, refuse_experts
+from methods.targets import refuse_experts, weights_in_blocks
 
 PRECISION_OF = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
@@ -97,7 +96,7 @@ def _load_model(run: Run, *, device, dtype, eval_type) -> nn.Module:
         if run.kind == "llama_pro" and eval_type != "full_post_quantized":  # its new blocks stay as they are
             quantizers = method_of(train_type)(config).to_quantize(built, quantizer.at)
         else:
-            quantizers = {path: quantizer.at(path) for path in [*block_linears(built), *expert_stacks(built)]}
+            quantizers = {path: quantizer.at(path) for path in weights_in_blocks(built)}
         if not quantizers:
             raise UserError(f"--eval_type {eval_type}: the decoder blocks of {run.folder} have no linears to quantize")
         quantize_on_meta(built, quantizers)

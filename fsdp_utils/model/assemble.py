@@ -42,6 +42,7 @@ from fsdp_utils.sharding.prepared import Prepared
 from methods import METHODS, bits, method_of
 from methods.base import Method
 from methods.dropout import seed_dropout
+from methods.expert_lora import adapters_beside_experts
 from methods.kernels import fp8
 from methods.quantizers.experts import expert_stacks
 from methods.quantizers.linear import QuantizedWeight, compute_in_fp8
@@ -106,7 +107,8 @@ def plan_anywhere(config, *, task, device: torch.device) -> Plan:
         say(f"note: new, and trained in full: {', '.join(weights.new)}{other}")
     check_trainable(built, config, device=device)
     planned = attach(built, config)
-    for note in adapters_beside_experts(planned) if METHODS[config.method].adapts else ():
+    layers = planned.method.layers(planned.model) if METHODS[config.method].adapts else {}
+    for note in adapters_beside_experts(layers) if layers and expert_stacks(planned.model) else ():
         say(f"note: --lora_target_modules {config.lora_target_modules}: {note}")
     for note in prequantized.notes(config, planned.quantizer) if prequantized.settings_of(planned.model.config) else ():
         say(note)
@@ -234,27 +236,6 @@ def attach(built: Built, config) -> Plan:
     if not any(p.requires_grad for p in model.parameters()):
         raise RuntimeError(f"{config.train_type} left no parameter to train")
     return Plan(**vars(built), method=method, quantizer=quantizer)
-
-
-# what PEFT 0.21 takes for the experts' own in a mixture, wherever it stands
-EXPERT_NAMES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-
-
-def adapters_beside_experts(planned: Plan) -> list[str]:
-    """What to know of adapters in a mixture of experts; nothing of other models."""
-    if not expert_stacks(planned.model):
-        return []
-    layers = planned.method.layers(planned.model)
-    targets = {path.split(".")[-1] for path, layer in layers.items() if hasattr(layer, "in_features")}
-    confused = sorted(targets.intersection(EXPERT_NAMES))
-    adapted = len(targets) < len({path.split(".")[-1] for path in layers})
-    said = [] if adapted else ["experts stay as they are, without adapters; add the word experts for them"]
-    if confused:
-        said.append(
-            f"stock PEFT takes {', '.join(confused)} of a mixture for its experts', and fails on an adapter of others; "
-            "name attention's linears only, or export with --infer_type merged"
-        )
-    return said
 
 
 def trained_routers(model: nn.Module, config) -> list[str]:

@@ -13,7 +13,7 @@ from fsdp_utils.core.errors import UserError, first_line, refuse_code
 from fsdp_utils.core.folders import refuse_cache, refuse_gguf, refuse_missing_folder
 from fsdp_utils.model.prequantized import refuse_unknown
 from fsdp_utils.model.tokenizer import load_tokenizer
-from methods import GROUP_SIZES
+from methods import GROUP_SIZES, group_sizes_for
 from methods.adapter import ADAPTER_CONFIG
 from methods.packed import Quantizer
 from methods.quantizers.experts import expert_stacks, pack_stack
@@ -127,7 +127,7 @@ def quantize_on_meta(model: nn.Module, quantizers: dict[str, Quantizer]) -> None
         module = None if path in stacks else model.get_submodule(path)
         packed = quantized(module, quantizer) if module else pack_stack(model, path, quantizer)
         if packed.in_features % quantizer.group_size:
-            fitting = [size for size in GROUP_SIZES if packed.in_features % size == 0]
+            fitting = group_sizes_for(packed.in_features)
             way_out = f"use {fitting[-1]}" if fitting else f"none of {', '.join(map(str, GROUP_SIZES))} does"
             raise UserError(
                 f"--quant_group_size {quantizer.group_size}: does not divide in_features {packed.in_features} of "

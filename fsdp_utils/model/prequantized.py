@@ -15,7 +15,7 @@ from fsdp_utils.core.classes import load_class
 from fsdp_utils.core.errors import CheckpointError, UserError
 from fsdp_utils.core.rows import row_range
 from fsdp_utils.core.safetensors_io import CheckpointReader
-from methods import GROUP_SIZES, TRAIN_TYPES
+from methods import GROUP_SIZES, TRAIN_TYPES, group_sizes_for
 from methods.packed import STORED_BYTES, Quantizer
 from methods.quantizers.int4 import SCALE_DTYPES, Int4
 from methods.targets import block_linears
@@ -158,7 +158,7 @@ def shared_group_size(sizes: set[int], *, named: str) -> int:
     Raises:
         CheckpointError: there is none that kernels know.
     """
-    fitting = [size for size in GROUP_SIZES if not any(stored % size for stored in sizes)]
+    fitting = group_sizes_for(*sizes)
     if not fitting:
         known = ", ".join(map(str, GROUP_SIZES))
         raise CheckpointError(f"{named}: its groups of {min(sizes)} are no multiple of any of {known}; {DENSE}")

@@ -33,6 +33,12 @@ def _briefly(device: torch.device, autocast: torch.dtype | None):
         yield
 
 
+def _random_ids(model: nn.Module, *shape: int) -> torch.Tensor:
+    """Tokens on the CPU, the same in every process."""
+    vocabulary = model.config.get_text_config().vocab_size
+    return torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(0))
+
+
 def check_packing(model: nn.Module, *, device: torch.device, autocast: torch.dtype | None) -> None:
     """Runs two rows of two samples that differ in the first: some families (OPT, Bloom, Falcon) attend across samples,
     whatever `position_ids` say.
@@ -40,8 +46,8 @@ def check_packing(model: nn.Module, *, device: torch.device, autocast: torch.dty
     Raises:
         UserError: the second sample's logits depend on the first.
     """
-    length, vocabulary = 8, model.config.get_text_config().vocab_size
-    ids = torch.randint(0, vocabulary, (2, 2 * length), generator=torch.Generator().manual_seed(0))
+    length = 8
+    ids = _random_ids(model, 2, 2 * length)
     ids[1, length:] = ids[0, length:]
     places = torch.arange(length).repeat(2).expand(2, -1)
     batch = with_targets(dict(input_ids=ids, labels=ids, position_ids=places))
@@ -71,7 +77,7 @@ def check_sharing(prepared: Prepared, config) -> None:
     reach = attention.window_of(model) or 0
     tokens = 8 + (reach if reach < config.context_length else 0)  # so that the window matters
     length = min(-(-tokens // part.multiple) * part.multiple, config.context_length)
-    ids = torch.randint(0, text.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
+    ids = _random_ids(model, 1, length).to(device)
     columns = part.columns(length).to(device)
     shared = dict(input_ids=ids[:, columns], position_ids=columns[None], **prepared.sharing)
     stock, ours = "sdpa" if model._supports_sdpa else "eager", text._attn_implementation
@@ -94,8 +100,7 @@ def check_tiles(prepared: Prepared, config) -> None:
         UserError: the logits differ.
     """
     model, device = prepared.model.eval(), prepared.device
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.randint(0, vocabulary, (1, 24), generator=torch.Generator().manual_seed(0)).to(device)
+    ids = _random_ids(model, 1, 24).to(device)
 
     def logits(tokens: int) -> torch.Tensor:
         give(model, tokens)

@@ -46,4 +46,4 @@ class ExpertLoad:
             layer.zero_()
         busiest = torch.stack([c.max() / c.mean().clamp_min(1e-9) for c in counted]).mean()
         idle = torch.cat(counted).eq(0).double().mean()
-        return dict(expert_load_max=busiest.item(), experts_idle=idle.item())
+        return dict(zip(("expert_load_max", "experts_idle"), torch.stack([busiest, idle]).tolist(), strict=True))

@@ -41,8 +41,11 @@ class BaseWeight(NamedTuple):
         """What no weight of a row is larger than, fp32 `[out]`."""
         if self.spec == "dense":
             return self.p0.abs().amax(1).float()
-        packed = (self.p0, self.p1) if self.p2 is None else (self.p0, self.p1, self.p2)
-        return parse_quantizer(self.spec).row_peaks(packed)
+        return parse_quantizer(self.spec).row_peaks(self.packed)
+
+    @property
+    def packed(self) -> tuple[Tensor, ...]:
+        return (self.p0, self.p1) if self.p2 is None else (self.p0, self.p1, self.p2)
 
 
 class LowRank(NamedTuple):
@@ -91,14 +94,12 @@ class Weights(NamedTuple):
 
     def _times(self, factor: Tensor | None, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """W with its rows multiplied by `factor`, fp32 `[out]`."""
-        p0, p1, p2, spec, _ = self.base
+        p0, spec = self.base.p0, self.base.spec
         if spec == "dense":
             weight = p0 if factor is None else p0 * factor.unsqueeze(1)
             return weight.to(dtype) if out is None else out.copy_(weight)
-        packed = (p0, p1) if p2 is None else (p0, p1, p2)
-        return parse_quantizer(spec).dequantize(
-            packed, in_features=self.in_features, dtype=dtype, row_factor=factor, out=out
-        )
+        settings = dict(in_features=self.in_features, dtype=dtype, row_factor=factor, out=out)
+        return parse_quantizer(spec).dequantize(self.base.packed, **settings)
 
     def row_scale(self) -> Tensor:
         """Of `in_fp8`, fp32 `[out, 1]`."""
@@ -306,9 +307,9 @@ def _keep(ctx, inputs, output):
 
 def _backward(ctx, grad):
     x, hidden, out, p0, p1, p2, a, scaled_b, factor = ctx.saved_tensors
-    weights = Weights(BaseWeight(p0, p1, p2, ctx.spec), a, scaled_b, factor, ctx.in_features, grad.dtype)
     eight = (None, None)
     if ctx.fp8 and ctx.needs_x:  # here, where the compiler makes it part of what made the gradient
+        weights = Weights(BaseWeight(p0, p1, p2, ctx.spec), a, scaled_b, factor, ctx.in_features, grad.dtype)
         eight = _gradient_in_fp8(grad.reshape(-1, grad.shape[-1]), weights)
     grad_x, grad_hidden, grad_a, grad_b, dots = torch.ops.fsdp_qlora.adapted_linear_backward(
         grad, x, hidden, out, p0, p1, p2, ctx.spec, a, scaled_b, factor, ctx.in_features, ctx.needs_x, *eight

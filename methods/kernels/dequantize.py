@@ -4,6 +4,7 @@ The quantizers' own torch code defines the result; these give the same bits when
 handles whole groups, so that a scale is read once per group and a division by the row length is rare.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -103,6 +104,17 @@ if triton is not None:
         start = row * out_stride + ((first + group) - row * groups_per_row) * GROUP
         place = start[:, None] + tl.arange(0, GROUP)[None, :]
         tl.store(out + place, values.to(out.dtype.element_ty), mask=inside[:, None])
+
+
+def rows_by(
+    plain: Callable, kernel: Callable, codes: torch.Tensor, *, in_features: int, dtype: torch.dtype, out=None
+) -> torch.Tensor:
+    """Weights `[n, in]`, into `out` if given: by `kernel`, which writes them into a tensor, where kernels run, else by
+    `plain`, which takes a dtype."""
+    if not available(codes):
+        rows = plain(dtype=dtype)
+        return rows if out is None else out.copy_(rows)
+    return kernel(torch.empty(len(codes), in_features, dtype=dtype, device=codes.device) if out is None else out)
 
 
 @lru_cache

@@ -1,6 +1,7 @@
 """bitsandbytes 4-bit: NF4 (QLoRA, arXiv:2305.14314) or FP4, one scale (absmax) per group of a row."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import bitsandbytes  # noqa: F401  registers torch.ops.bitsandbytes
 import torch
@@ -52,13 +53,10 @@ class Bnb4bit(Quantizer):
 
     def dequantize(self, packed, *, in_features, dtype, row_factor=None, out=None):
         codes, scales, ranges = (*packed, None)[:3]
-        if not kernels.available(codes):
-            rows = self.dequantize_plain(packed, in_features=in_features, dtype=dtype, row_factor=row_factor)
-            return rows if out is None else out.copy_(rows)
-        if out is None:
-            out = torch.empty(codes.shape[0], in_features, dtype=dtype, device=codes.device)
+        plain = partial(self.dequantize_plain, packed, in_features=in_features, row_factor=row_factor)
         settings = dict(quant_type=self.quant_type, group_size=self.group_size, row_factor=row_factor)
-        return kernels.table_rows(codes, scales, ranges, out, **settings)
+        kernel = partial(kernels.table_rows, codes, scales, ranges, **settings)
+        return kernels.rows_by(plain, kernel, codes, in_features=in_features, dtype=dtype, out=out)
 
     def dequantize_plain(self, packed, *, in_features, dtype, row_factor=None):
         """bitsandbytes' own operator: the reference for the kernel, and the way on a CPU."""

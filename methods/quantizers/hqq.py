@@ -1,6 +1,7 @@
 """HQQ (half-quadratic quantization, mobiusml.github.io/hqq_blog): `W = (codes - zero) * scale`, 1 to 8 bits."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -74,12 +75,10 @@ class HQQ(Quantizer):
         return codes, scale.view(n, width // self.group_size), zero.view(n, width // self.group_size)
 
     def dequantize(self, packed, *, in_features, dtype, row_factor=None, out=None):
-        if not kernels.available(packed[0]):
-            rows = self.dequantize_plain(packed, in_features=in_features, dtype=dtype, row_factor=row_factor)
-            return rows if out is None else out.copy_(rows)
-        if out is None:
-            out = torch.empty(packed[0].shape[0], in_features, dtype=dtype, device=packed[0].device)
-        return kernels.affine_rows(*packed, out, bits=self.bits, group_size=self.group_size, row_factor=row_factor)
+        plain = partial(self.dequantize_plain, packed, in_features=in_features, row_factor=row_factor)
+        settings = dict(bits=self.bits, group_size=self.group_size, row_factor=row_factor)
+        kernel = partial(kernels.affine_rows, *packed, **settings)
+        return kernels.rows_by(plain, kernel, packed[0], in_features=in_features, dtype=dtype, out=out)
 
     def row_peaks(self, packed):
         zeros = packed[2].float()

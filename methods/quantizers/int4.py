@@ -1,6 +1,7 @@
 """Symmetric 4-bit integers, as compressed-tensors and GPTQ store them: `W = (code - 8) * scale`."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -39,12 +40,9 @@ class Int4(Quantizer):
         return (codes[:, ::2] | codes[:, 1::2] << 4).view(STORED_BYTES), scales
 
     def dequantize(self, packed, *, in_features, dtype, row_factor=None, out=None):
-        if not kernels.available(packed[0]):
-            rows = self.dequantize_plain(packed, in_features=in_features, dtype=dtype, row_factor=row_factor)
-            return rows if out is None else out.copy_(rows)
-        if out is None:
-            out = torch.empty(packed[0].shape[0], in_features, dtype=dtype, device=packed[0].device)
-        return kernels.int4_rows(*packed, out, group_size=self.group_size, row_factor=row_factor)
+        plain = partial(self.dequantize_plain, packed, in_features=in_features, row_factor=row_factor)
+        kernel = partial(kernels.int4_rows, *packed, group_size=self.group_size, row_factor=row_factor)
+        return kernels.rows_by(plain, kernel, packed[0], in_features=in_features, dtype=dtype, out=out)
 
     def dequantize_plain(self, packed, *, in_features, dtype, row_factor=None):
         """The definition, in torch."""
