@@ -1,6 +1,7 @@
 """The benchmarks measure ours and a peer that trains the same thing, on the tiny shape and a CPU."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -157,10 +158,10 @@ def test_recipes_are_told_what_to_run_on(tmp_path, few):
 def test_first_minutes(tmp_path):
     """Lines get the seconds at which they came; which steps were waited for follows from those."""
     words = [sys.executable, "-c", "print('loading'); print('step=1 loss=2', flush=True); print('step=2 loss=1')"]
-    ends, said = first_minutes.timed(words, tmp_path)
+    ends, said = first_minutes.timed(words, os.environ)
     assert len(ends) == 2 and 0 < ends[0] <= ends[1] and said.count("\n") == 3
     with pytest.raises(UserError, match=r"the run failed:\n.*no such thing"):
-        first_minutes.timed([sys.executable, "-c", "print('no such thing')"], tmp_path)
+        first_minutes.timed([sys.executable, "-c", "print('no such thing')"], os.environ)
     args = first_minutes.parse_arguments(["--extra=batch_size=1", "--processes=2"])
     *start, _ = first_minutes.command(args, tmp_path)
     assert "--nproc_per_node" in start

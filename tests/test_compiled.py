@@ -65,7 +65,7 @@ def test_compiled_blocks_equal_plain_ones(base, hostly, monkeypatch, train_type,
 
 
 @pytest.mark.parametrize(
-    ("device", "compile_block"), [(CPU, as_compiled), pytest.param("cuda", torch.compile, marks=pytest.mark.gpu)]
+    ("device", "compile_block"), [(CPU, as_compiled), pytest.param("cuda:0", torch.compile, marks=pytest.mark.gpu)]
 )
 @pytest.mark.parametrize(
     ("train_type", "policy"), [("bnb_dora", None), ("bnb_dora", "narrow"), ("custom_qlora", "full")]

@@ -13,6 +13,7 @@ import train
 from fsdp_utils.data.batches import with_targets
 from fsdp_utils.model.weights import check_loaded
 from fsdp_utils.tasks.causal_lm import CAUSAL_LM
+from fsdp_utils.training import step
 from fsdp_utils.training.step import TrainStep
 from methods import TRAIN_TYPES
 
@@ -89,8 +90,9 @@ def test_dummy_weights_need_no_files(flags, tiny):
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("train_type", ["custom_qlora", "bnb_dora", "qlora", "full"])
-def test_cuda_graphs_change_nothing(flags, train_type, compiled):
+def test_cuda_graphs_change_nothing(flags, train_type, compiled, monkeypatch):
     """Losses and gradients of eight micro-batches in two shapes: replayed, and launched one by one."""
+    monkeypatch.setattr(step, "CAPTURE_AFTER", 1)
 
     def seen(graphs):
         more = flags(train_type=train_type, precision="bf16", cuda_graphs=graphs)

@@ -22,6 +22,10 @@ class Scaled(NamedTuple):
     values: Tensor
     scale: Tensor
 
+    def whole(self) -> Tensor:
+        """fp32 `[n, k]`."""
+        return self.values.float() * self.scale
+
 
 def scale_of(peak: Tensor) -> Tensor:
     """The scale of rows with these largest entries; a row of zeros has some."""
@@ -35,11 +39,14 @@ def by_rows(rows: Tensor) -> Scaled:
 
 
 def product(rows: Scaled, others: Scaled) -> Tensor:
-    """`rows @ others.T`, bf16 `[n, m]`, of `[n, k]` and `[m, k]`."""
+    """`rows @ others.T`, bf16 `[n, m]`, of `[n, k]` and `[m, k]`; on CPUs in fp32, whose 8-bit products torch 2.11 has
+    for a scale a matrix alone."""
+    if not rows.values.is_cuda:
+        return (rows.whole() @ others.whole().T).to(COMPUTES)
     scales = dict(scale_a=rows.scale, scale_b=others.scale.T)
     return torch._scaled_mm(rows.values, others.values.T, **scales, out_dtype=COMPUTES, use_fast_accum=True)
 
 
 def available(device: torch.device) -> bool:
-    """Whether products of e4m3 run there; on CPUs they do, slowly."""
+    """Whether products of e4m3 run there; on CPUs plainly."""
     return device.type == "cpu" or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9))
