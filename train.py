@@ -132,7 +132,8 @@ def show_plan(config: TrainConfig, device) -> None:
 def carry_out(session: Session, *, mesh, device) -> None:
     """Loads what was planned, trains and saves it."""
     config, planned = session.config, session.planned
-    prepared = load(planned, config, mesh=mesh, device=device, compile_block=compiler(config, device))
+    data = session.batches.data
+    prepared = load(planned, config, mesh=mesh, device=device, compile_block=compiler(config, device), data=data)
     if config.verbose:
         say(prepared.model)
     try:

@@ -9,7 +9,7 @@ from fsdp_utils.core.errors import ConfigError
 from fsdp_utils.core.flags import boolean, flag, section
 from fsdp_utils.core.folders import repository_errors
 from fsdp_utils.options import OPTIMIZERS, POLICIES, PRECISIONS, SCHEDULES, SINKS, STRATEGIES, TASKS
-from methods import GROUP_SIZES, METHODS, QUANTIZERS, SCALINGS, STARTS, TRAIN_TYPES, bits
+from methods import CORRECTING, GROUP_SIZES, METHODS, QUANTIZERS, ROUNDINGS, SCALINGS, STARTS, TRAIN_TYPES, bits
 
 # Adam moves a weight by about the rate, and a bf16 number of 0.02 by 6e-5 or not at all: at 1e-5, weights of that size
 # went 8 % as far as in fp32, at 1e-4 65 %, at 1e-3 99 %
@@ -59,9 +59,18 @@ class TrainConfig:
     lora_init: str = flag(
         "default",
         "how adapters begin. default: A at random, B at zero; pissa: as the principal part of the weight, which leaves "
-        "the base; pissa_niter_16: the same by fast subspace iteration",
+        "the base; pissa_niter_16: the same by fast subspace iteration; qera: as what makes up best for the rounding "
+        "of a quantized base, on samples of the data",
         choices=tuple(STARTS),
     )
+    init_samples: int = flag(128, "with --lora_init qera: samples by which the rounding is corrected", minimum=1)
+    train_for: str = flag(
+        "none",
+        "the export on whose rounding the adapter learns, so that it keeps what was learned: nf4 for --infer_type "
+        "bnb_nf4, w4a16 for w4a16; see docs/exports.md",
+        choices=tuple(ROUNDINGS),
+    )
+    round_every: int = flag(10, "with --train_for: steps after which the base is rounded anew", minimum=1)
     use_rslora: bool = flag(False, "scale adapters by alpha / sqrt(r) instead of alpha / r", choices=tuple(SCALINGS))
     train_router: bool = flag(False, "train the routers of a mixture of experts too, whole")
     n_bits: int = flag(4, "bits of the quantized base: 4 for bnb; 8, 4, 3, 2 or 1 for hqq")
@@ -331,10 +340,15 @@ class TrainConfig:
 
     def errors(self) -> list[str]:
         """One line for each flag that cannot work beside the others."""
-        found = [*self._quantizer_errors(), *bits.errors(self)]
+        found = [*self._quantizer_errors(), *bits.errors(self), *self._rounding_errors()]
         if self.lora_init not in METHODS[self.method].starts:
             able = [name for name, row in TRAIN_TYPES.items() if self.lora_init in METHODS[row.method].starts]
             found.append(f"--lora_init {self.lora_init}: not with {self.train_type}; use one of {', '.join(able)}")
+        elif self.lora_init in CORRECTING and self.quantizer == "none":
+            fits = lambda row: row.quantizer != "none" and self.lora_init in METHODS[row.method].starts
+            able = ", ".join(name for name, row in TRAIN_TYPES.items() if fits(row))
+            why = f"corrects the rounding of a base, and {self.train_type} rounds none"
+            found.append(f"--lora_init {self.lora_init}: {why}; use one of {able}")
         if not self.output_dir:
             found.append("--output_dir: name a folder")
         found += repository_errors(self.push_to_hub, flag="push_to_hub")
@@ -441,6 +455,25 @@ class TrainConfig:
             found.append(f"--quant_type {self.quant_type}: has no meaning for {self.quantizer}, which takes --n_bits")
         return found
 
+    def _rounding_errors(self) -> list[str]:
+        if self.train_for == "none":
+            return []
+        given, base = f"--train_for {self.train_for}", ROUNDINGS[self.train_for].quantizer
+        able = [n for n, row in TRAIN_TYPES.items() if row.quantizer == base and METHODS[row.method].fused]
+        if self.train_type not in able:
+            return [f"{given}: not with --train_type {self.train_type}; use one of {', '.join(able)}"]
+        table = (
+            (self.n_bits != 4, f"--n_bits {self.n_bits}", "is of 4 bits"),
+            (self.quant_type != "nf4", f"--quant_type {self.quant_type}", "has another code"),
+            ("quant_scales" in self.explicit_flags, f"--quant_scales {self.quant_scales}", "has scales of its own"),
+            (self.quant_group_size > 128, f"--quant_group_size {self.quant_group_size}", "has groups of 128 at most"),
+            (self.lora_init != "default", f"--lora_init {self.lora_init}", "has the adapter in the base"),
+            (bool(self.bits_plan), "--bits_plan", "is of 4 bits everywhere"),
+            (bool(self.quantized_cache), "--quantized_cache", "reads the 16-bit weights again and again"),
+            (self.quantize_lm_head, "--quantize_lm_head true", "keeps embedding and head in 16 bits"),
+        )
+        return [f"{flag}: not with {given}, which {why}; drop one" for holds, flag, why in table if holds]
+
     def _offering_bits(self) -> str:
         """The way out for --n_bits: train types of another quantizer."""
         names = [f"{name}_*" for name, row in QUANTIZERS.items() if self.n_bits in row.bits]
@@ -460,6 +493,12 @@ class TrainConfig:
                 not METHODS[self.method].adapts,
                 f"--train_type {self.train_type} adds no adapters",
                 ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora"),
+            ),
+            (self.train_for == "none", "--train_for is none", ("round_every",)),
+            (
+                self.lora_init not in CORRECTING or bool(self.init_adapter),
+                "--init_adapter is where it begins" if self.init_adapter else f"--lora_init is {self.lora_init}",
+                ("init_samples",),
             ),
             (
                 self.use_gradient_checkpointing is False,

@@ -71,12 +71,32 @@ STARTS = {
     "default": "methods.adapter:Start",
     "pissa": "methods.pissa:PiSSA",
     "pissa_niter_16": "methods.pissa:FastPiSSA",
+    "qera": "methods.qera:QERA",
 }
+# those that correct the rounding of a quantized base, which stays as it is, by samples of the data (--init_samples)
+CORRECTING = ("qera",)
 # what B A is multiplied by (--use_rslora)
 SCALINGS = {False: "methods.adapter:Scaling", True: "methods.rslora:RankStabilized"}
+
+
+class Rounding(NamedTuple):
+    """A value of --train_for: the quantizer whose train types can have it, and that of the base in their place, whose
+    `served` takes the flags."""
+
+    quantizer: str
+    target: str
+
+
+# exports that keep what was learned because the adapter learned on their rounding (methods/folded.py)
+FOLDED = "methods.folded:Folded"
+ROUNDINGS = {
+    "none": None,
+    "nf4": Rounding("bnb", "methods.quantizers.bnb:Bnb4bit"),
+    "w4a16": Rounding("hqq", "methods.quantizers.int4:Int4"),
+}
 METHODS = {
     "full": MethodRow("methods.full:Full"),
-    "peft_lora": MethodRow("methods.peft_lora:PeftLoRA", adapts=True),
+    "peft_lora": MethodRow("methods.peft_lora:PeftLoRA", adapts=True, starts=("default", *CORRECTING)),
     "lora": MethodRow("methods.lora:LoRA", adapts=True, starts=tuple(STARTS), fused=True),
     "dora": MethodRow("methods.dora:DoRA", adapts=True, starts=tuple(STARTS), fused=True),
     "llama_pro": MethodRow("methods.llama_pro:LlamaPro"),
@@ -96,5 +116,8 @@ def method_of(train_type: str):
 
 def make_quantizer(train_type: str, config, *, checkpoint_dtype):
     """The quantizer that the flags describe, or None: see `methods.packed.Quantizer`."""
+    rounding = ROUNDINGS[config.train_for]
+    if rounding:
+        return load_class(rounding.target).served(config)
     cls = quantizer_of(train_type)
     return cls.from_config(config, checkpoint_dtype=checkpoint_dtype) if cls else None

@@ -11,11 +11,13 @@ from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from fsdp_utils.core.classes import load_class
+from fsdp_utils.core.ranks import world_size
 from fsdp_utils.core.rows import fill, gather, local, row_range
-from methods import SCALINGS, STARTS
+from methods import FOLDED, SCALINGS, STARTS
 from methods.base import Method
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -69,6 +71,8 @@ class Start:
     """
 
     base_recipe = ""
+    kept: tuple[str, ...] = ()  # frozen parameters of a layer that change in training
+    folds = False  # the base holds the adapter, and is rounded anew as that learns: see methods/folded.py
 
     def __init__(self, config, *, scaling: float):
         self.config, self.scaling = config, scaling
@@ -79,17 +83,29 @@ class Start:
     def before_loading(self, read_whole, *, device: torch.device) -> None:
         """As `Method.before_loading`."""
 
+    def calibrate(self, layers: dict[str, nn.Module], see) -> None:
+        """As `Method.calibrate`, of the adapted layers by path."""
+
     def base_rows(self, path: str, rows: torch.Tensor, *, start: int) -> torch.Tensor:
         """As `Method.base_rows`."""
         return rows
+
+    def origin(self, path: str, layer: nn.Module) -> torch.Tensor:
+        """The norms beside which magnitudes are kept, fp32 `[n]` of this process's rows: those at the start. A run that
+        goes on must find the same."""
+        return local(layer.adapted_norm)
 
     def begin(self, path: str, layer: nn.Module, pair: Pair) -> None:
         """Fills A and B of a layer, `pair`, once the base is loaded."""
         fill(pair.a, initial_lora_a(pair.a.shape, path=path, seed=self.config.seed))
         fill(pair.b, torch.zeros(pair.b.shape))
 
-    def begin_as(self, tensors: dict[str, Tensors]) -> None:
-        """The start of an adapter that was saved, from its tensors by layer: the base must become what it was."""
+    def begin_as(self, tensors: dict[str, Tensors], kept: Tensors) -> None:
+        """The start of an adapter that was saved, from its tensors by layer: the base must become what it was.
+
+        Args:
+            kept: of a run that goes on, what its checkpoint holds of `Method.kept`.
+        """
 
     def stored(self, layer: nn.Module, pair: Pair) -> dict[str, Stored]:
         """What of A and B is written, under PEFT's suffixes."""
@@ -99,9 +115,22 @@ class Start:
         """A and B from what `stored` wrote."""
         return Pair(tensors[LORA_A], tensors[LORA_B])
 
+    def added(self, tensors: Tensors) -> Pair:
+        """A `[n, in]` and B `[out, n]` that are added to the base, from what `stored` wrote."""
+        return self.trained(tensors)
+
     def stored_rank(self, rank: int) -> int:
         """The rank of what `stored` writes."""
         return rank
+
+
+def tell_all(pairs: dict[str, Pair], layers: dict[str, nn.Module], *, rank: int) -> None:
+    """Gives every process A and B of all layers, fp32 on the CPU, of which layer n is in the `pairs` of process n.
+    Collective. What each works out for itself may differ: two GPUs may give a singular vector the other sign."""
+    for number, (path, layer) in enumerate(layers.items()):
+        empty = Pair(torch.empty(rank, layer.in_features), torch.empty(layer.out_features, rank))
+        for tensor in pairs.setdefault(path, empty) if world_size() > 1 else ():
+            dist.broadcast(tensor.contiguous(), number % world_size())  # gloo sends memory as it lies, not rows
 
 
 def seed_of(path: str, *, seed: int) -> int:
@@ -125,7 +154,8 @@ class Adapter(Method):
         super().__init__(config)
         self._scaling = load_class(SCALINGS[config.use_rslora])()
         self.scaling = self._scaling.factor(config.lora_alpha, config.lora_rank)
-        self.start = load_class(STARTS[config.lora_init])(config, scaling=self.scaling)
+        begins = STARTS[config.lora_init] if config.train_for == "none" else FOLDED
+        self.start = load_class(begins)(config, scaling=self.scaling)
 
     @abstractmethod
     def layers(self, model: nn.Module) -> dict[str, nn.Module]:
@@ -144,11 +174,26 @@ class Adapter(Method):
     def before_loading(self, read_whole, *, device):
         self.start.before_loading(read_whole, device=device)
 
+    def calibrate(self, model, see):
+        self.start.calibrate(self.layers(model), see)
+
     def base_rows(self, path, rows, *, start):
         return self.start.base_rows(path, rows, start=start)
 
     def initialize(self, model, *, device):
         for path, layer in self.layers(model).items():
+            self.start.begin(path, layer, self.pair(layer))
+
+    def fold(self, model: nn.Module, rewrite: Callable[..., None], *, device: torch.device) -> None:
+        """Rounds the base anew, with the adapter in it (methods/folded.py). Collective, between two steps.
+
+        Args:
+            rewrite: fills the weights at these paths again, from `base_rows`.
+        """
+        layers = self.layers(model)
+        self.start.take({path: self.pair(layer) for path, layer in layers.items()})
+        rewrite(layers.keys())
+        for path, layer in layers.items():
             self.start.begin(path, layer, self.pair(layer))
 
     # --- PEFT's format ------------------------------------------------------------------------------------------------
@@ -192,9 +237,14 @@ class Adapter(Method):
             for name, parameter in model.get_submodule(path).named_parameters()
         }
 
-    def begin_as(self, tensors: Tensors) -> None:
-        """Before the base is loaded: an adapter that was saved, as by `tensors`, will be put on it."""
-        self.start.begin_as(by_layer(tensors))
+    def begin_as(self, tensors: Tensors, kept: Tensors) -> None:
+        """Before the base is loaded: an adapter that was saved, as by `tensors`, will be put on it. `kept`: as of
+        `Start.begin_as`."""
+        self.start.begin_as(by_layer(tensors), kept)
+
+    def kept(self, model):
+        layers = self.layers(model).items() if self.start.kept else ()
+        return {f"{path}.{name}": getattr(layer, name) for path, layer in layers for name in self.start.kept}
 
     @torch.no_grad()
     def fill(self, model: nn.Module, tensors: Tensors, *, device: torch.device) -> None:
@@ -245,7 +295,7 @@ class Adapter(Method):
 
     def merge(self, weight: torch.Tensor, tensors: Tensors) -> torch.Tensor:
         """The weight of a layer with its adapter folded in, fp32 `[out, in]`; arguments as of `row_factor`."""
-        a, b = self.start.trained(tensors)
+        a, b = self.start.added(tensors)
         merged = torch.addmm(weight.float(), b.float(), a.float(), alpha=self.scaling)
         factor = self.row_factor(weight, tensors)
         return merged if factor is None else merged * factor.unsqueeze(1)

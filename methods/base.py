@@ -4,13 +4,26 @@ Freezing, the optimizer and saving derive from that one answer (`requires_grad`)
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from methods.packed import Quantizer
 from methods.targets import weights_in_blocks
+
+
+class Seen(NamedTuple):
+    """A linear of the dense model, and what samples gave it.
+
+    Args:
+        weight: `[out, in]`, as it is in the checkpoint; gram: `X X^T` of its inputs, fp32 `[in, in]`.
+    """
+
+    path: str
+    weight: torch.Tensor
+    gram: torch.Tensor
 
 
 class Method(ABC):
@@ -68,10 +81,21 @@ class Method(ABC):
             read_whole: the weight `[out, in]` of the linear at a path, as it is in the checkpoint.
         """
 
+    def calibrate(self, model: nn.Module, see: Callable[[Collection[str]], Iterator[list[Seen]]]) -> None:
+        """Works out what depends on samples. Collective; `model` has no values yet.
+
+        Args:
+            see: runs the dense model on samples, block by block, and gives what the linears at these paths see.
+        """
+
     def base_rows(self, path: str, rows: torch.Tensor, *, start: int) -> torch.Tensor:
         """What is stored, packed or not, of rows `[start, start + n)` of the linear at `path`, `[n, in]`: the rows
         themselves, unless a method moves a part of the weight elsewhere. In any float dtype."""
         return rows
+
+    def kept(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """By their names in the model: frozen parameters that change in training, so that checkpoints hold them."""
+        return {}
 
     def initialize(self, model: nn.Module, *, device: torch.device) -> None:
         """Fills the parameters that `attach` added, once the base is loaded and sharded."""

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from fsdp_utils.core.rows import fill, gather_each, local, row_range
+from fsdp_utils.core.rows import gather_each, local, row_range
 from methods.adapter import MAGNITUDE, Stored
 from methods.kernels import norms, swiglu
 from methods.lora import LoRA, LoRALinear
@@ -147,18 +147,34 @@ class DoRA(LoRA):
     @torch.no_grad()
     def initialize(self, model, *, device):
         super().initialize(model, device=device)
-        layers = list(self.layers(model).values())
+        layers = self.layers(model)
+        self._measure(list(layers.values()), device=device)
+        for path, layer in layers.items():
+            origin, norm = self.start.origin(path, layer), local(layer.adapted_norm)
+            local(layer.initial_magnitude).copy_(origin)
+            local(layer.magnitude_delta).copy_(norm - origin.to(norm.device))
+
+    def _measure(self, layers: list[DoRALinear], *, device: torch.device) -> None:
+        """Norms of a base that was just filled, and with the adapter on it."""
         for layer in layers:
             # of the weight that forward uses: the 2024 script took the unquantized one and started off the base
             weight = weight_rows(layer.base_layer, local, dtype=layer.lora_A.dtype, device=device)
             local(layer.weight_norm).copy_(weight.float().norm(dim=1))
+        if self.start.folds:  # the base holds it, and the norms stay those of the last rounding
+            for layer in layers:
+                local(layer.adapted_norm).copy_(local(layer.weight_norm))
+            return
         refresh(layers, gather_each([layer.lora_A for layer in layers], device=device), device=device)
-        for layer in layers:
-            local(layer.initial_magnitude).copy_(local(layer.adapted_norm))
-            fill(layer.magnitude_delta, torch.zeros(layer.out_features))
+
+    @torch.no_grad()
+    def fold(self, model, rewrite, *, device):
+        super().fold(model, rewrite, device=device)
+        self._measure(list(self.layers(model).values()), device=device)
 
     @torch.no_grad()
     def after_step(self, model, *, device):
+        if self.start.folds:
+            return
         if self._norms is None:
             self._norms = NormRefresh(list(self.layers(model).values()), device=device)
         self._norms()
@@ -177,6 +193,6 @@ class DoRA(LoRA):
         return super().peft_config(model) | {"use_dora": True}
 
     def row_factor(self, weight, tensors):
-        a, b = self.start.trained(tensors)
+        a, b = self.start.added(tensors)
         norm = row_norms(weight, weight.float().norm(dim=1), a, b, self.scaling)
         return divided(tensors[MAGNITUDE].float(), norm)

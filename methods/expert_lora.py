@@ -68,6 +68,7 @@ def stacks_to_adapt(model: nn.Module, config) -> list[str]:
         (not stacks, f"{config.source} has no experts; drop the word"),
         (not packed, "its experts are in 16 bits; they get adapters where they are quantized (custom_qlora, hqq_lora)"),
         (config.method == "dora", "PEFT reads no DoRA of experts; use custom_qlora or hqq_lora"),
+        (config.train_for != "none", "experts do not learn on the rounding of an export; drop --train_for"),
         (config.lora_init != "default", f"experts begin as by default, not with --lora_init {config.lora_init}"),
         (config.lora_dropout > 0, "PEFT knows no dropout before adapters of experts; add --lora_dropout 0"),
     )

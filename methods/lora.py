@@ -16,6 +16,7 @@ class LoRALinear(nn.Module):
     """Adds a trained low-rank product to a frozen base linear. A `[r, in]`, B `[out, r]`."""
 
     own_parameters = ("lora_A", "lora_B")
+    folds = False  # whether the base holds `folded_B folded_A`, an older B A: see methods/folded.py
 
     def __init__(self, base: nn.Module, *, rank: int, scaling: float, dropout: float, dtype: torch.dtype, fused: bool):
         super().__init__()
@@ -27,6 +28,12 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=dtype, device="meta"))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, dtype=dtype, device="meta"))
 
+    def added(self) -> Pair:
+        """A `[n, in]` and B `[out, n]` that are multiplied beside the base."""
+        if not self.folds:
+            return Pair(self.lora_A, self.lora_B)
+        return Pair(torch.cat([self.lora_A, self.folded_A]), torch.cat([self.lora_B, -self.folded_B], dim=1))
+
     @property
     def weight(self) -> torch.Tensor | None:
         """The base's, if that is not packed: T5 looks at its dtype."""
@@ -36,8 +43,9 @@ class LoRALinear(nn.Module):
         """`s B A dropout(x)`, `[..., in] -> [..., out]`."""
         x = self.dropout(x)
         dtype = compute_dtype(x)
-        hidden = F.linear(x.to(dtype), self.lora_A.to(dtype))  # [..., r]
-        return F.linear(hidden, self.lora_B.to(dtype)) * self.scaling
+        a, b = self.added()
+        hidden = F.linear(x.to(dtype), a.to(dtype))  # [..., n]
+        return F.linear(hidden, b.to(dtype)) * self.scaling
 
     def row_factor(self) -> torch.Tensor | None:
         """What each output row is multiplied by, fp32 `[out]`: nothing in LoRA."""
@@ -50,7 +58,7 @@ class LoRALinear(nn.Module):
     def fused_forward(self, x: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
         """`plain_forward` as one operator, with the row factor given; it gets a gradient only if it asks for one."""
         x = x.to(compute_dtype(x))
-        adapter = LowRank(self.lora_A, self.lora_B, factor, self.scaling)
+        adapter = LowRank(*self.added(), factor, self.scaling)
         drops = self.training and isinstance(self.dropout, SeededDropout)
         return adapted_linear(x, packed_parts(self.base_layer), adapter, dropout=self.dropout if drops else None)
 

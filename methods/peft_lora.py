@@ -30,7 +30,8 @@ class PeftLoRA(Adapter):
         with warnings.catch_warnings():  # PEFT doubts every layer it does not know, and asks to use this very hook
             warnings.filterwarnings("ignore", message="Unsupported layer type")
             inject_adapter_in_model(config, model, low_cpu_mem_usage=True)  # stays on meta
-        for layer in self.layers(model).values():
+        for path, layer in self.layers(model).items():
+            self.start.attach(path, layer, dtype=dtype)
             for parameter in self.pair(layer):
                 parameter.data = parameter.data.to(dtype)
 

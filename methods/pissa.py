@@ -10,14 +10,13 @@ are in the base than in training; read again here, the base is the residual quan
 import hashlib
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.ranks import is_main, rank, world_size
 from fsdp_utils.core.rows import fill, gather, local, row_range
-from methods.adapter import LORA_A, LORA_B, Pair, Start, Stored, seed_of
+from methods.adapter import LORA_A, LORA_B, Pair, Start, Stored, seed_of, tell_all
 from methods.quantizers.linear import QuantizedWeight
 
 NITER = 16
@@ -71,19 +70,10 @@ class PiSSA(Start):
     def before_loading(self, read_whole, *, device):
         if self.whole:  # of an adapter that was saved
             return
-        paths = list(self.layers)
-        mine = paths[rank() :: world_size()]
+        mine = list(self.layers)[rank() :: world_size()]
         for path in tqdm(mine, desc="decomposing", unit="weight", disable=not is_main()):
             self.whole[path] = self._decompose(path, read_whole(path))
-        if world_size() == 1:
-            return
-        for number, path in enumerate(paths):
-            layer, owner = self.layers[path], number % world_size()
-            empty = Pair(torch.empty(layer.initial_A.shape), torch.empty(layer.initial_B.shape))
-            # not decomposed by each for itself: two GPUs may give a singular vector the other sign
-            pair = self.whole.setdefault(path, empty)
-            for tensor in pair:
-                dist.broadcast(tensor, owner)
+        tell_all(self.whole, self.layers, rank=self.rank)
 
     def base_rows(self, path, rows, *, start):
         if path not in self.whole:
@@ -101,7 +91,7 @@ class PiSSA(Start):
             fill(parameters.a, a)
             fill(parameters.b, b)
 
-    def begin_as(self, tensors):
+    def begin_as(self, tensors, kept):
         self.whole = {
             path: Pair(saved[LORA_A][self.rank :].float(), -saved[LORA_B][:, self.rank :].float())
             for path, saved in tensors.items()

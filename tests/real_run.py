@@ -23,6 +23,7 @@ from fsdp_utils.sharding.mesh import mesh_for
 from fsdp_utils.sharding.prepared import Prepared
 from fsdp_utils.tasks.causal_lm import CAUSAL_LM
 from fsdp_utils.training.step import TrainStep
+from methods import CORRECTING
 from methods.quantizers.linear import QuantizedLinear, QuantizedWeight, weight_rows
 
 CPU = torch.device("cpu")
@@ -53,7 +54,8 @@ def planned_and_prepared(config) -> tuple[assemble.Plan, Prepared]:
     processes.start(device, alone=config.use_cpu_offload)
     planned, mesh = plan(config, device=device), mesh_for(config, device)
     compile_block = compiler(config, device)
-    return planned, assemble.load(planned, config, mesh=mesh, device=device, compile_block=compile_block)
+    data = tokenized(config) if config.lora_init in CORRECTING else None
+    return planned, assemble.load(planned, config, mesh=mesh, device=device, compile_block=compile_block, data=data)
 
 
 def prepared(config) -> Prepared:

@@ -95,6 +95,9 @@ def test_resumed_is_uninterrupted(pair, flags, tmp_path, train_type):
         dict(precision="bf16"),  # rounds at random
         dict(precision="fp16_autocast"),
         dict(lora_init="pissa"),
+        dict(lora_init="qera", train_type="bnb_dora", init_samples=4),
+        dict(train_for="nf4", round_every=3),  # `at` is no multiple
+        dict(train_type="bnb_dora", train_for="nf4", round_every=2, wd=0.1),
         dict(sharding_strategy="ddp"),
         dict(sharding_strategy="hybrid_full_shard", hybrid_shard_size=1),
         dict(use_gradient_checkpointing=False),

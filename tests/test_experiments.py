@@ -1,6 +1,8 @@
 """The experiments on real models, reduced to the built-in one: what they train, choose, and write."""
 
 import json
+from dataclasses import replace
+from math import log
 
 import pytest
 
@@ -91,6 +93,18 @@ def test_rates_are_chosen_before_they_are_reported(sums, tmp_path, capsys):
     gsm8k_report.main(gsm8k_report.Report(results=str(out / "results.jsonl")))
     said = capsys.readouterr().out
     assert f"**{best:g}: " in said and "| full + NF4 |" in said
+
+
+def test_what_becomes_of_exports_is_reported(sums, tmp_path, monkeypatch, capsys):
+    """What was trained on the rounding of its export is that export, but for 16 bits elsewhere."""
+    monkeypatch.setitem(gsm8k.METHODS, "QLoRA for NF4", replace(gsm8k.METHODS["QLoRA for NF4"], rates=(4e-3, 8e-3)))
+    out = tmp_path / "out"
+    gsm8k.main(study_of(sums, out, only="QLoRA for NF4"))
+    (row,) = [row for row in read_rows(out / "results.jsonl") if row["seed"]]
+    scores = row["exported"]["bnb_nf4"]
+    assert log(scores["exported"]["perplexity"]) == pytest.approx(log(scores["trained"]["perplexity"]), abs=0.05)
+    gsm8k_report.main(gsm8k_report.Report(results=str(out / "results.jsonl")))
+    assert "| QLoRA for NF4 | bnb_nf4 |" in capsys.readouterr().out
 
 
 def test_seeds_wait_for_all_rates():

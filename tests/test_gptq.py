@@ -15,6 +15,7 @@ from fsdp_utils.export.bnb import TableGrid
 from fsdp_utils.export.config import ExportConfig
 from fsdp_utils.export.trained import TrainedWeights
 from fsdp_utils.folders.describe import describe, tokenizer_of
+from methods.closest import closest
 
 NF4 = torch.tensor([-1.0, -0.7, -0.5, -0.4, -0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.25, 0.3, 0.4, 0.6, 0.7, 1.0])
 
@@ -132,7 +133,7 @@ def test_adapter_that_makes_up_for_the_rounding():
     """No other of its rank is better on the inputs: not a part of it that is turned, and not the plain SVD."""
     error, inputs = torch.randn(40, 96, generator=torch.Generator().manual_seed(1)), correlated_inputs()
     cost = lambda pair: ((error - pair[1] @ pair[0]) @ inputs.T).square().sum()
-    a, b = gptq.closest(error, inputs.T @ inputs, rank=8)
+    a, b = closest(error, inputs.T @ inputs, rank=8)
     assert a.shape == (8, 96) and b.shape == (40, 8)
     left, sizes, right = torch.linalg.svd(error, full_matrices=False)
     assert cost((a, b)) < 0.8 * cost((right[:8], left[:, :8] * sizes[:8]))

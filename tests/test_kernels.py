@@ -22,6 +22,7 @@ from methods.quantizers.bnb import Bnb4bit
 from methods.quantizers.hqq import HQQ
 from methods.quantizers.int4 import Int4
 from methods.quantizers.linear import QuantizedLinear, packed_parts
+from methods.quantizers.mxfp4 import MXFP4
 
 BNB = [Bnb4bit(), Bnb4bit("fp4", 128, "fp32"), Bnb4bit("nf4", 32, "double")]
 QUANTIZERS = [
@@ -29,6 +30,7 @@ QUANTIZERS = [
     *[HQQ(bits) for bits in (8, 4, 3, 2, 1)],
     Int4(64, "bf16"),
     Int4(128, "fp16"),
+    MXFP4(),
     None,
 ]
 IN, OUT = 256, 192

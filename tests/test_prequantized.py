@@ -240,7 +240,7 @@ def test_saved_adapters(comes, save_run, export, kind):
 def bytes_and_reads(flags):
     """`packed_bytes`, and how many bytes this process read of what is packed."""
     read, counted = [0], {}
-    for name in ("rows", "columns"):
+    for name in ("rows", "columns", "stacked_rows"):
         counted[name] = original = getattr(CheckpointReader, name)
 
         def spy(self, tensor, *rows, original=original):
@@ -384,7 +384,7 @@ FLAGS = [
     ("nf4", dict(train_type="hqq_dora"), r"--train_type hqq_dora: .*bnb_dora"),
     ("group", dict(train_type="lora"), r"--train_type lora: .*pack-quantized.*use one of hqq_lora, hqq_dora"),
     ("gptq", dict(train_type="bnb_dora"), r"--train_type bnb_dora: .*gptq in 4 bits.*hqq_dora"),
-    ("nf4", dict(lora_init="pissa"), r"--lora_init pissa: takes its start out of the base"),
+    ("nf4", dict(lora_init="pissa"), r"--lora_init pissa: needs the 16-bit weights"),
     ("nf4", dict(quant_group_size=128), r"--quant_group_size 128: .*quantized with 64; drop it"),
     ("nf4", dict(quant_type="fp4"), r"--quant_type fp4: .*quantized with nf4"),
     ("double", dict(quant_scales="double"), r"--quant_scales double: .*quantized with fp32"),
@@ -414,7 +414,6 @@ CT = dict(quant_method="compressed-tensors", format="pack-quantized")
 SETTINGS = [
     (dict(quant_method="awq", bits=4), "awq"),
     (dict(quant_method="fp8"), "fp8"),
-    (dict(quant_method="mxfp4"), "mxfp4"),
     (dict(quant_method="bitsandbytes", load_in_8bit=True), "bitsandbytes in 8 bits"),
     (dict(quant_method="gptq", bits=8), "gptq in 8 bits"),
     (dict(quant_method="gptq", bits=4, desc_act=True), "act-order"),

@@ -12,6 +12,7 @@ from methods.packed import STORED_BYTES, as_bytes, parse_quantizer, spec_of
 from methods.quantizers.bnb import Bnb4bit
 from methods.quantizers.hqq import HQQ, PLANES, pack, unpack
 from methods.quantizers.int4 import Int4
+from methods.quantizers.mxfp4 import MXFP4
 
 QUANTIZERS = [
     *[
@@ -22,6 +23,7 @@ QUANTIZERS = [
     *[HQQ(bits, group, scales) for bits in PLANES for group, scales in ((64, "bf16"), (32, "fp32"))],
     *[Int4(group, scales) for group, scales in ((64, "bf16"), (128, "fp32"))],
 ]
+POWERS = [MXFP4()]  # whose scales are none that a constant row could be exact with
 WIDTH = 256
 
 
@@ -77,7 +79,7 @@ def test_double_scales_err_by_half_a_step(group):
     assert ((double.absmax(*packed[1:]) - scales).abs() <= half_step * 1.001).all()
 
 
-@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
+@pytest.mark.parametrize("quantizer", QUANTIZERS + POWERS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_alone_equal_the_slice_of_the_whole(quantizer, dtype):
     """Any split of the rows, uneven or empty, gives the bytes that the whole gives."""
@@ -89,7 +91,7 @@ def test_rows_alone_equal_the_slice_of_the_whole(quantizer, dtype):
         assert_same_bytes([j.view(want.dtype) for j, want in zip(joined, whole, strict=True)], whole)
 
 
-@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
+@pytest.mark.parametrize("quantizer", QUANTIZERS + POWERS, ids=str)
 def test_layout_is_what_quantize_returns(quantizer):
     """Shapes and dtypes announced on meta are those filled later."""
     layout = quantizer.layout(48, WIDTH)
@@ -107,6 +109,7 @@ def test_layout_is_what_quantize_returns(quantizer):
         (Bnb4bit("fp4", 256, "bf16"), 4.0625),
         *[(HQQ(bits), bits + 0.5) for bits in PLANES],
         (HQQ(4, 128, "fp32"), 4.5),
+        (MXFP4(), 4.25),
     ],
     ids=str,
 )
@@ -169,7 +172,7 @@ def test_degenerate_groups_stay_finite(quantizer, row):
         assert (got - w).abs().max() <= w.abs().max() * 2**-8
 
 
-@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
+@pytest.mark.parametrize("quantizer", QUANTIZERS + POWERS, ids=str)
 def test_row_factor_multiplies_rows(quantizer):
     """A row factor passed to dequantize is the factor of the dequantized rows, to rounding."""
     packed, factor = quantizer.quantize(weight()), torch.rand(48) + 0.5

@@ -83,6 +83,19 @@ def test_rows_equal_slices_from_several_threads(tmp_path):
     assert not wrong
 
 
+def test_rows_of_a_stack(tmp_path):
+    """As if its matrices stood below one another, from anywhere to anywhere; the beginning of one matrix."""
+    stack, flat = torch.arange(4 * 5 * 3 * 2, dtype=torch.uint8).view(4, 5, 3, 2), torch.arange(12.0).view(3, 4)
+    save_file({"stack": stack, "flat": flat}, tmp_path / "model.safetensors")
+    reader = CheckpointReader(tmp_path)
+    for start in range(21):
+        for stop in range(start, 21):
+            assert same_bytes(reader.stacked_rows("stack", start, stop), stack.flatten(0, 1)[start:stop])
+    for count in (1, 6, 7, 100):
+        assert torch.equal(reader.beginning("stack", 2, count), stack[2].flatten()[:count])
+        assert torch.equal(reader.beginning("flat", 2, count), flat[2][:count])
+
+
 def test_writer_wants_each_announced_tensor_once(tmp_path):
     """A wrong name, shape or dtype, a second write and a missing tensor are errors that name the tensor."""
     writer = StreamingWriter(tmp_path, {"a": (torch.float32, (2, 3)), "b": (torch.float32, (1,))})

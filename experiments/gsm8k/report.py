@@ -5,6 +5,7 @@ python experiments/gsm8k/report.py --results output/gsm8k/results.jsonl
 
 import sys
 from dataclasses import dataclass
+from math import log
 from pathlib import Path
 from statistics import mean
 
@@ -54,6 +55,21 @@ def methods(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def exports(rows: list[dict]) -> str:
+    """Loss of the exported model, and the share of what that method's own run gained which it keeps."""
+    lines = ["| method | export | loss trained | loss exported | kept of its gain |", "|---" * 5 + "|"]
+    found: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if row["lr"] == best_rate(rows, row["method"].removesuffix(NF4)):
+            for name, scores in row.get("exported", {}).items():
+                found.setdefault((row["method"], name), []).append(scores)
+    for (method, name), scores in found.items():
+        loss = lambda which, scores=scores: spread([log(score[which]["perplexity"]) for score in scores], "{:.4f}")
+        kept = spread([100 * score["exported"]["gain_kept"] for score in scores], "{:.1f}")
+        lines.append(f"| {method} | {name} | {loss('trained')} | {loss('exported')} | {kept} % |")
+    return "\n".join(lines) if found else ""
+
+
 def rates(rows: list[dict]) -> str:
     """Loss on the held-out rows; a chosen rate at the edge of what was tried is said to be."""
     lines = ["| method | rate: loss on held-out rows; bold: chosen |", "|---|---|"]
@@ -69,7 +85,8 @@ def rates(rows: list[dict]) -> str:
 
 def main(config: Report) -> None:
     rows = read_rows(Path(config.results))
-    print(f"## Methods\n\n{methods(rows)}\n\n## Rates\n\n{rates(rows)}")
+    parts = {"Methods": methods(rows), "Exports": exports(rows), "Rates": rates(rows)}
+    print("\n\n".join(f"## {name}\n\n{table}" for name, table in parts.items() if table))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ are reported: the loss on the answers of the test file, and how many answers are
 was picked for it. results.jsonl only grows; what is in it is not run again.
 """
 
+import json
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import prepare_weights
 from experiments.runs import RESULTS, carry_out, evaluate_once, in_its_place, logged, train_flags, train_once
 from fsdp_utils.core.devices import pick_device
 from fsdp_utils.core.errors import UserError
@@ -33,6 +36,8 @@ ADAPTER_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 FULL_RATES = (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)  # a tenth
 NF4 = " + NF4"  # of a row: the trained weights, read again through NF4
 NO_RATE = 1e-12  # one step of it leaves the model as it is
+REPORTED = 200  # answers of the test file in the report of an export
+SERVED = ("bnb_nf4", "w4a16")
 NEW_BLOCKS = 3  # of 30: --expansion_rate 0.1, as in 2024
 COMMON = dict(context_length=512, lora_dropout=0.0, wd=0.0, lr_scheduler="cosine", use_cpu_offload=False,
               cuda_graphs=False, use_gradient_checkpointing=False)  # fmt: skip
@@ -46,16 +51,20 @@ class Method:
         flags: of train.py.
         rates: that are tried.
         nf4: whether the result is read a second time, with its blocks quantized to NF4: the row `… + NF4`.
+        exports: of prepare_weights.py's formats, what becomes of it: `exported` of a row has the report of each.
     """
 
     flags: dict = field(default_factory=dict)
     rates: tuple[float, ...] = ADAPTER_RATES
     nf4: bool = False
+    exports: tuple[str, ...] = ()
 
 
-def adapted(train_type: str = "custom_lora", *, rates: tuple[float, ...] = ADAPTER_RATES, **flags) -> Method:
+def adapted(
+    train_type: str = "custom_lora", *, rates: tuple[float, ...] = ADAPTER_RATES, exports=(), **flags
+) -> Method:
     """Rank 64, alpha 16 on q, k, v, gate, up and down, as in 2024, unless `flags` say otherwise."""
-    return Method(dict(train_type=train_type) | flags, rates)
+    return Method(dict(train_type=train_type) | flags, rates, exports=exports)
 
 
 def untrained(train_type: str, **flags) -> Method:
@@ -69,13 +78,21 @@ METHODS = {
     "base, HQQ 4 bits": untrained("hqq_lora", n_bits=4),
     "base, HQQ 2 bits": untrained("hqq_lora", n_bits=2),
     "full": Method(dict(train_type="full"), FULL_RATES, nf4=True),
-    "LoRA": adapted(),
-    "QLoRA": adapted("custom_qlora"),
-    "QDoRA": adapted("bnb_dora"),
+    "LoRA": adapted(exports=SERVED),
+    "QLoRA": adapted("custom_qlora", exports=SERVED),
+    "QLoRA for NF4": adapted("custom_qlora", train_for="nf4", exports=SERVED[:1]),
+    "QDoRA": adapted("bnb_dora", exports=SERVED),
+    "QDoRA for NF4": adapted("bnb_dora", train_for="nf4", exports=SERVED[:1]),
+    "LoRA for w4a16": adapted("hqq_lora", train_for="w4a16", exports=SERVED[1:]),
+    "DoRA for w4a16": adapted("hqq_dora", train_for="w4a16", exports=SERVED[1:]),
     "Llama-Pro": Method(dict(train_type="bnb_llama_pro"), FULL_RATES),
     "HQQ 4 bits LoRA": adapted("hqq_lora", n_bits=4),
     "HQQ 2 bits LoRA": adapted("hqq_lora", n_bits=2),
     "HQQ 2 bits DoRA": adapted("hqq_dora", n_bits=2),
+    "HQQ 3 bits LoRA": adapted("hqq_lora", n_bits=3),
+    **{f"HQQ {bits} bits LoRA, QERA": adapted("hqq_lora", n_bits=bits, lora_init="qera") for bits in (2, 3, 4)},
+    "HQQ 2 bits DoRA, QERA": adapted("hqq_dora", n_bits=2, lora_init="qera"),
+    "QLoRA, QERA": adapted("custom_qlora", lora_init="qera"),
     "LoRA, o_proj too": adapted(lora_target_modules="all_linear"),
     "LoRA, rank 8": adapted(lora_rank=8),
     "LoRA, rank 256": adapted(lora_rank=256),
@@ -182,6 +199,21 @@ def exam(folder: Path, study: Study, device, *, eval_type: str = "auto") -> dict
     return dict(exact_match=right / asked, interval_95=wilson_interval(right, asked), asked=asked)
 
 
+def exported(folder: Path, study: Study, infer_type: str) -> dict:
+    """What prepare_weights.py reports of an export: perplexities of base, trained and exported model, and the share of
+    the gain that is kept."""
+    target = folder.with_name(f"{folder.name}_{infer_type}")
+    flags = dict(model=folder, save_dir=target, infer_type=infer_type, device=study.device, group_size=64)
+    flags |= dict(fidelity_data=study.file("test"), fidelity_samples=min(study.questions, REPORTED))
+    if infer_type != "w4a16":
+        del flags["group_size"]
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    prepare_weights.main(parse(prepare_weights.ExportConfig, words, prog="prepare_weights.py"))
+    found = json.loads((target / "fidelity.json").read_text())
+    shutil.rmtree(target)
+    return {name: found[name] for name in ("base", "trained", "exported")}
+
+
 def outcome(job: Job, study: Study) -> list[dict]:
     """The row of one job, and that of its second reading."""
     flags, device, method = flags_of(job, study), pick_device(study.device), METHODS[job.method]
@@ -194,6 +226,7 @@ def outcome(job: Job, study: Study) -> list[dict]:
     if not job.seed:
         return [row]
     folder = Path(flags["output_dir"])
+    row |= dict(exported={name: exported(folder, study, name) for name in method.exports}) if method.exports else {}
     rows = [row | exam(folder, study, device)]
     if method.nf4:
         again = flags | METHODS["base, NF4"].flags | dict(model_name=folder, lr=NO_RATE, save_model=False)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -78,6 +79,21 @@ class CheckpointReader:
     def columns(self, name, start, stop):
         """Columns [start, stop) of a matrix, without reading the others."""
         return self._file(name).get_slice(name)[:, start:stop]
+
+    def stacked_rows(self, name, start, stop):
+        """Rows [start, stop) of all matrices `[n, height, ...]`, as if they stood below one another, and no others."""
+        whole, height = self._file(name).get_slice(name), self.shape(name)[1]
+        edges = [start, *range((start // height + 1) * height, stop, height), stop]  # where matrices end, too
+        parts = [whole[a // height, a % height : a % height + b - a] for a, b in pairwise(edges) if a < b]
+        return torch.cat(parts) if parts else torch.empty(0, *self.shape(name)[2:], dtype=self.dtype(name))
+
+    def beginning(self, name, row, count):
+        """The first numbers of row `row` of dim 0, at most `count`; of a row that is a matrix, the rest is not read."""
+        _, *shape = self.shape(name)
+        if len(shape) < 2:
+            return self.rows(name, row, row + 1).reshape(-1)[:count]
+        height = -(-count // max(1, math.prod(shape[1:])))
+        return self._file(name).get_slice(name)[row, :height].reshape(-1)[:count]
 
     def _file(self, name):
         self._entry(name)

@@ -135,6 +135,11 @@ class TokenizedData:
         kept = self.dataset.select(np.flatnonzero(keep))
         return replace(self, dataset=kept, lengths=self.lengths[keep], rows=self.rows[keep])
 
+    def spread(self, count: int) -> list[torch.Tensor]:
+        """Ids `[tokens]` of so many samples, evenly over all; of all where there are no more."""
+        chosen = np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int)
+        return [torch.tensor(self.dataset[int(place)]["input_ids"]) for place in chosen]
+
     def digest(self) -> str:
         """Tells these samples, in this order, from others; reads them all."""
         found = hashlib.sha256(self.lengths.tobytes())

@@ -85,6 +85,12 @@ class Bnb(Format):
             llm_int8_skip_modules=[*self.unpacked_linears(), *self.trained.new_blocks],
         )
 
+    def as_trained(self, path: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The codes of a base `[out, in/2]`, and its absmax, fp32 `[out, in/group]`, by what training multiplies rows
+        with."""
+        codes, *scales = self.trained.packed(path)
+        return codes, self.trained.quantizer.absmax(*scales) * self.trained.row_factor(path).unsqueeze(1)
+
     @property
     def _dtype_name(self):
         return str(self.dtype).removeprefix("torch.")
@@ -122,9 +128,11 @@ class BnbNF4(Bnb):
         own = trained.quantizer if isinstance(trained.quantizer, Bnb4bit) else Bnb4bit()
         self.quantizer = replace(own, scales="fp32")
         self.check_group(self.quantizer.group_size, way_out="use --infer_type merged")
+        self.exact = trained.folded and isinstance(trained.quantizer, Bnb4bit)
+        self.calibrates = not self.exact
         # under PiSSA the grid is that of the base's rest, and the merged weight lies on it no more than any other
         on_its_grid = trained.run.kind == "adapter" and not trained.method.base_recipe
-        if on_its_grid and isinstance(trained.quantizer, Bnb4bit):
+        if on_its_grid and isinstance(trained.quantizer, Bnb4bit) and not self.exact:
             say(
                 "note: rounding to the grid it was trained on undoes part of an adapter; --infer_type bnb_dora is exact"
             )
@@ -135,6 +143,8 @@ class BnbNF4(Bnb):
         return TableGrid(table, absmax, self.quantizer.group_size)
 
     def linear_tensors(self, path):
+        if self.exact:
+            return self.stored(path, *self.as_trained(path))
         values, grid, _ = self.rounded(path)
         if self.calibrated:
             return self.stored(path, grid.codes(values), grid.absmax)
@@ -156,6 +166,8 @@ class BnbDoRA(Bnb):
                 f"--infer_type bnb_dora: {trained.run.folder} ({trained.run.train_type or trained.run.kind}) is no "
                 f"adapter on a bitsandbytes base{alike}; use merged, bnb_nf4 or w4a16"
             )
+        if trained.folded:
+            raise UserError(f"--infer_type bnb_dora: {trained.run.folder} has its adapter in the base; use bnb_nf4")
         for path in sorted(self.packed):
             if trained.quantizer_at(path) is None:  # its base came so; rows of 16 bits cannot be scaled without loss
                 raise UserError(f"--infer_type bnb_dora: {path} of {trained.run.base} is in 16 bits; use merged")
@@ -166,11 +178,9 @@ class BnbDoRA(Bnb):
         return "--infer_type merged --dtype fp32"
 
     def linear_tensors(self, path):
-        codes, *scales = self.trained.packed(path)
-        factor = self.trained.row_factor(path)  # fp32 [out]
         if path in self.trained.adapted():
-            self._factors[path] = factor
-        return self.stored(path, codes, self.quantizer.absmax(*scales) * factor.unsqueeze(1))
+            self._factors[path] = self.trained.row_factor(path)  # fp32 [out]
+        return self.stored(path, *self.as_trained(path))
 
     def finish(self, folder, *, target):
         pairs = {}

@@ -12,12 +12,12 @@ from typing import NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from fsdp_utils.data.tokens import training_samples
 from fsdp_utils.export.trained import TrainedWeights
 from fsdp_utils.folders.describe import Run
 from fsdp_utils.inference.load import load_for_inference
+from fsdp_utils.model.calibrate import grams, record, through
 from methods.adapter import Pair
 from methods.targets import decoder_blocks
 
@@ -73,29 +73,12 @@ def round_together(weight: Tensor, grid: Grid, hessian: Tensor) -> Tensor:
     return found
 
 
-def closest(error: Tensor, hessian: Tensor, *, rank: int) -> Pair:
-    """A `[rank, in]` and B `[out, rank]`, fp32, for which `|(error - B A) X|` is smallest (arXiv:2410.06040).
-
-    Args:
-        error: fp32 `[out, in]`; hessian: as of `round_together`.
-    """
-    root = torch.linalg.cholesky(_damped(hessian)).float()
-    left, sizes, right = torch.linalg.svd(error @ root, full_matrices=False)
-    share = sizes[:rank].sqrt()
-    a = torch.linalg.solve_triangular(root, share.unsqueeze(1) * right[:rank], upper=False, left=False)
-    return Pair(a, left[:, :rank] * share)
-
-
-def _damped(hessian: Tensor) -> Tensor:
+def _upper_of_inverse(hessian: Tensor) -> Tensor:
+    """The upper Cholesky factor of the damped inverse, fp32 `[in, in]`."""
     damped = hessian.double()
     diagonal = damped.diagonal()
     diagonal += DAMPING * diagonal.mean() + (diagonal == 0)  # an input that is always zero costs nothing
-    return damped
-
-
-def _upper_of_inverse(hessian: Tensor) -> Tensor:
-    """The upper Cholesky factor of the damped inverse, fp32 `[in, in]`."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(_damped(hessian)))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     return torch.linalg.cholesky(inverse, upper=True).float()
 
 
@@ -131,7 +114,8 @@ class Calibrated:
     ):
         self.trained, self.packed, self.solve, self.ready = trained, packed, solve, {}
         self.blocks = list(zip(trained.block_paths, decoder_blocks(model).values(), strict=True))
-        self.samples = _record(model, [block for _, block in self.blocks], rows)
+        run = lambda ids: model(input_ids=ids.to(trained.device), use_cache=False)
+        self.samples = record(run, [block for _, block in self.blocks], rows)
         self.states, self.done = [sample.pop("state") for sample in self.samples], 0
 
     def __call__(self, path: str) -> Rounded:
@@ -159,23 +143,13 @@ class Calibrated:
 
     def _through(self, number: int, sample: int) -> Tensor:
         """What a block makes of a sample's state."""
-        found = self.blocks[number][1](self.states[sample], **self.samples[sample][number])
-        return found[0] if isinstance(found, tuple) else found
+        return through(self.blocks[number][1], self.states[sample], self.samples[sample][number])
 
     def _hessians(self, number: int, linears: dict[str, nn.Module]) -> dict[str, Tensor]:
         """`X X^T` of each linear's inputs over all samples, fp32 `[in, in]`."""
-        sums, hooks = {}, []
-        for path, module in linears.items():
-
-            def add(module, args, *, path=path):
-                inputs = args[0].flatten(0, -2).float()
-                sums[path] = torch.addmm(sums[path], inputs.T, inputs) if path in sums else inputs.T @ inputs
-
-            hooks.append(module.register_forward_pre_hook(add))
-        for sample in range(len(self.samples)):
-            self._through(number, sample)
-        for hook in hooks:
-            hook.remove()
+        with grams(linears, device=self.trained.device) as sums:
+            for sample in range(len(self.samples)):
+                self._through(number, sample)
         return sums
 
     def _replace(self, path: str, module: nn.Module, weight: Tensor) -> None:
@@ -183,24 +157,3 @@ class Calibrated:
         name, dtype = f"{path}.bias", self.states[0].dtype
         bias = self.trained.tensor(name).to(dtype) if name in self.trained.shapes else None
         module.forward = partial(F.linear, weight=weight.to(dtype), bias=bias)
-
-
-@torch.no_grad()
-def _record(model: nn.Module, blocks: list[nn.Module], rows: Iterable[Tensor]) -> list[dict]:
-    """For each sample the state that the first block gets, under `state`, and what else each block is given, under its
-    number: positions and masks, which a family may make for each block anew."""
-    found, hooks = [], []
-    for number, block in enumerate(blocks):
-
-        def keep(module, args, kwargs, *, number=number):
-            if number == 0:
-                found[-1]["state"] = args[0]
-            found[-1][number] = kwargs
-
-        hooks.append(block.register_forward_pre_hook(keep, with_kwargs=True))
-    for ids in tqdm(rows, desc="calibrating", unit="sample"):
-        found.append({})
-        model(input_ids=ids.unsqueeze(0).to(next(model.parameters()).device), use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return found

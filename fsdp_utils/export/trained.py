@@ -86,6 +86,11 @@ class TrainedWeights:
         return [blocks[i] for i in ids]
 
     @property
+    def folded(self) -> bool:
+        """Whether the packed base holds the adapter already (--train_for)."""
+        return self.method is not None and self.method.start.folds
+
+    @property
     def nbytes(self) -> int:
         """Bytes of what is read: the base or model, and the adapter."""
         adapter = sum(t.nbytes for tensors in self._adapter.values() for t in tensors.values())
@@ -137,7 +142,7 @@ class TrainedWeights:
 
     def low_rank(self, path: str) -> Pair:
         """A `[r, in]` and B `[out, r]` of an adapted linear."""
-        return self.method.start.trained(self._tensors(path))
+        return self.method.start.added(self._tensors(path))
 
     def row_factor(self, path: str) -> torch.Tensor:
         """What training multiplies each output row by, fp32 `[out]`: DoRA's m / n, ones elsewhere."""

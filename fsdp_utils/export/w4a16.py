@@ -3,83 +3,15 @@
 W = (code - zero) * scale      code and zero are integers from -8 to 7; symmetric: zero = 0
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-
 import torch
 
 from fsdp_utils.core.ranks import say
 from fsdp_utils.export.formats import Format
+from methods.packed import as_bytes
 from methods.quantizers.hqq import HQQ
+from methods.quantizers.int4 import LOW, Int4, choose, grids
 
-LOW, HIGH = -8, 7
 GROUPS = (128, 64, 32)  # that vLLM's kernels know
-# ranges tried for each group; a little clipping often costs less than a coarser grid
-SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)
-
-
-def grids(groups: torch.Tensor, *, symmetric: bool):
-    """Yields (scale, zero), fp32 `[..., 1]` each, that cover the values of each group fully or nearly."""
-    low = groups.amin(-1, keepdim=True).clamp(max=0)  # with 0 inside, the zero is a code
-    high = groups.amax(-1, keepdim=True).clamp(min=0)
-    width = 2 * torch.maximum(-low, high) if symmetric else high - low
-    for shrink in SHRINKS:
-        scale = width * shrink / (HIGH - LOW)
-        scale = torch.where(scale > 0, scale, 1.0)
-        yield scale, torch.zeros_like(scale) if symmetric else LOW - low * shrink / scale
-
-
-@dataclass(frozen=True)
-class IntGrid:
-    """Codes from -8 to 7, evenly spaced in each group of a row.
-
-    Args:
-        scale: fp32 `[out, in/group]`; zero: whole numbers, fp32, alike.
-    """
-
-    scale: torch.Tensor
-    zero: torch.Tensor
-    group_size: int
-
-    def nearest(self, column, place):
-        group = place // self.group_size
-        scale, zero = self.scale[:, group], self.zero[:, group]
-        return ((column / scale + zero).round().clamp(LOW, HIGH) - zero) * scale
-
-    def codes(self, values: torch.Tensor) -> torch.Tensor:
-        """int8 `[out, in]` of values `[out, in]` on the grid, or the next ones there."""
-        groups = values.unflatten(1, (-1, self.group_size))
-        codes = (groups / self.scale.unsqueeze(-1) + self.zero.unsqueeze(-1)).round().clamp(LOW, HIGH)
-        return codes.flatten(1).to(torch.int8)
-
-
-def choose(
-    weight: torch.Tensor,
-    candidates: Iterable[tuple[torch.Tensor, torch.Tensor]],
-    *,
-    group_size: int,
-    dtype: torch.dtype,
-    importance: torch.Tensor | None = None,
-) -> IntGrid:
-    """Of the candidates for each group that which rounds to the nearest with the smallest squared error.
-
-    Args:
-        weight: fp32 `[out, in]`.
-        candidates: (scale, zero), fp32 `[out, in/group, 1]`; zeros are rounded here.
-        dtype: storage dtype of the scales, which the error is that of.
-        importance: what an error costs at each input, fp32 `[in]`; None: the same everywhere.
-    """
-    groups = weight.unflatten(1, (-1, group_size))  # [out, in/group, group]
-    costs = 1 if importance is None else importance.unflatten(0, (-1, group_size))
-    best = None
-    for scale, zero in candidates:
-        scale, zero = scale.to(dtype).float(), zero.round().clamp(LOW, HIGH)
-        codes = (groups / scale + zero).round().clamp(LOW, HIGH)
-        error = (((codes - zero) * scale - groups).square() * costs).sum(-1, keepdim=True)
-        found = (error, scale, zero)
-        best = best or found
-        best = tuple(torch.where(error < best[0], new, old) for new, old in zip(found, best, strict=True))
-    return IntGrid(best[1].squeeze(-1), best[2].squeeze(-1), group_size)
 
 
 def pack(values: torch.Tensor) -> torch.Tensor:
@@ -101,12 +33,16 @@ class W4A16(Format):
 
     def __init__(self, trained, options):
         super().__init__(trained, options)
-        self.symmetric, self.group_size = options.symmetric, self._fitting_group()
+        self.exact = trained.folded and isinstance(trained.quantizer, Int4)
+        self.symmetric, self.group_size = options.symmetric or self.exact, self._fitting_group()
+        self.calibrates = not self.exact
         smaller = "use a smaller --group_size" if self.group_size > 32 else "use --infer_type merged"
         self.check_group(self.group_size, way_out=smaller)
 
     def _fitting_group(self) -> int:
         """--group_size, or the largest that divides the rows of all linears where it was not given."""
+        if self.exact:
+            return self.trained.quantizer.group_size
         wanted, widths = self.options.group_size, [self.trained.linears[path].in_features for path in self.packed]
         fitting = [size for size in GROUPS if not any(width % size for width in widths)]
         if "group_size" in self.options.explicit_flags or wanted in fitting or not fitting:
@@ -132,6 +68,8 @@ class W4A16(Format):
         return choose(weight, candidates, group_size=self.group_size, dtype=self.dtype, importance=importance)
 
     def linear_tensors(self, path):
+        if self.exact:
+            return self._as_trained(path)
         values, grid, _ = self.rounded(path)
         found = {
             f"{path}.weight_packed": pack(grid.codes(values)),
@@ -141,6 +79,17 @@ class W4A16(Format):
         if not self.symmetric:
             found[f"{path}.weight_zero_point"] = pack(grid.zero.to(torch.int8).T).T.contiguous()
         return found
+
+    def _as_trained(self, path):
+        """The codes of the base that holds the adapter; scales by what training multiplies rows with."""
+        codes, scales = self.trained.packed(path)
+        codes = as_bytes(codes)
+        nibbles = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1).to(torch.int8) + LOW
+        return {
+            f"{path}.weight_packed": pack(nibbles),
+            f"{path}.weight_scale": (scales.float() * self.trained.row_factor(path).unsqueeze(1)).to(self.dtype),
+            f"{path}.weight_shape": torch.tensor(nibbles.shape),
+        }
 
     def _hqq(self, path):
         """HQQ's own (scale, zero) of each group, its zero to be rounded: it may be any fraction there."""

@@ -2,9 +2,10 @@
 
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.export.formats import write_adapter
-from fsdp_utils.export.gptq import Rounded, closest, round_together
+from fsdp_utils.export.gptq import Rounded, round_together
 from fsdp_utils.export.w4a16 import W4A16
 from methods.adapter import Pair
+from methods.closest import closest
 
 
 class W4A16DoRA(W4A16):
@@ -20,6 +21,8 @@ class W4A16DoRA(W4A16):
             raise UserError(
                 f"--infer_type w4a16_dora: {trained.run.folder} ({trained.run.kind}) has no adapter; use w4a16"
             )
+        if trained.folded:
+            raise UserError(f"--infer_type w4a16_dora: {trained.run.folder} has its adapter in the base; use w4a16")
         self._pairs: dict[str, Pair] = {}
 
     def solve(self, path, hessian):

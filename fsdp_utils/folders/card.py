@@ -14,6 +14,7 @@ from fsdp_utils.core.flags import flags
 from fsdp_utils.core.folders import HUB_NAME
 from fsdp_utils.folders.documents import read_json
 from fsdp_utils.folders.names import ADAPTER_CONFIG, CARD, METRICS_FILE, RUN_FILE
+from methods import CORRECTING
 
 OURS = "<!-- written with the result and replaced with it; a card without this line is left alone -->"
 SNAPSHOT = re.compile(r"models--(.+?)--(.+)")  # how the hub's cache calls the folder of a model
@@ -26,6 +27,10 @@ HUB_SETS = {
     "orca_math": "microsoft/orca-math-word-problems-200k",
 }
 LICENSE_KEYS = ("license", "license_name", "license_link")
+CORRECTS = (
+    "The adapter makes up for the rounding of the base that it was trained on. On weights in 16 bits it is wrong; for "
+    "these, `prepare_weights.py --infer_type merged` makes a model of the two."
+)
 NO_LICENSE = "license: other: the base names none. Fill in `license:` above before you share this model."
 # sections of flags that say how a run was started, not what it learned, or name places and accounts
 NOT_TOLD = ("_files", "_sharding", "_checkpoints", "_output", "_launch", "_profiling")
@@ -88,6 +93,7 @@ def write_card(folder: Path, told: Told) -> None:
         rows += [("format", _command({"infer_type": told.infer_type} | told.settings))]
     blocks = [f"# {folder.name}", _table(("", ""), rows)]
     blocks += [_scores(told.scores)] if told.scores else []
+    blocks += [CORRECTS] if trained.get("lora_init") in CORRECTING and not told.infer_type else []
     blocks += [ROOM] if (record.get("task") or {}).get("room") else []
     blocks += [] if licenses else [NO_LICENSE]
     (folder / CARD).write_text(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join([*blocks, OURS]) + "\n")

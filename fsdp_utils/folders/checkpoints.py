@@ -13,7 +13,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -108,7 +108,7 @@ def take(step, planned, *, describe: Callable[[Path], None], state: dict) -> Sna
     optimizer = _OptimizerState(own_state["optimizer"]["state"], trained, by_rows=by_rows)
     agreed = _agreed(optimizer)
     # buffers do not train, but a whole model is none without them
-    kept = trained | (saved_buffers(model) if trained_file(model) == MODEL_WEIGHTS else {})
+    kept = trained | planned.method.kept(model) | (saved_buffers(model) if trained_file(model) == MODEL_WEIGHTS else {})
     specs = {
         trained_file(model): {name: (p.dtype, tuple(p.shape)) for name, p in kept.items()},
         OPTIMIZER_FILE: {name: spec for found, _, _ in agreed for name, spec in found.items()},
@@ -480,6 +480,12 @@ def restore_parameters(model, folder: Path) -> None:
     for name, p in model.named_parameters():
         if p.requires_grad and local(p).numel():
             local(p).copy_(file.rows(name, *row_range(p)))
+
+
+def whole_tensors(folder: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Those of what a run goes on from, whole, by their names in the model."""
+    names = list(names)
+    return {name: tensor for name, tensor in load_file(folder / TRAINED_FILE).items() if name in names} if names else {}
 
 
 def restore(step, folder: Path) -> None:

@@ -13,10 +13,11 @@ from fsdp_utils.core.safetensors_io import CheckpointReader
 from fsdp_utils.folders import checkpoints, saving
 from fsdp_utils.folders.describe import adapter_tensors, check_adapter, describe
 from fsdp_utils.folders.names import DIVERGED_FILE
-from fsdp_utils.model.assemble import parameter_counts
+from fsdp_utils.model.assemble import parameter_counts, round_again
 from fsdp_utils.model.weights import fingerprint
 from fsdp_utils.training.flops import device_name
 from fsdp_utils.training.stopping import announce
+from methods import CORRECTING
 from methods.adapter import flags_of, scaling_factor
 
 STOPPING_VOTES = 2  # of the votes of a step, those of `Stopping` come first
@@ -101,12 +102,13 @@ class Session:
             if self.config.init_adapter:
                 say(f"note: --init_adapter is not read again: the run goes on from {self.checkpoint}")
             tensors = adapter_tensors(self.checkpoint)
+            kept = checkpoints.whole_tensors(self.checkpoint, method.kept(self.planned.model))
         elif self.config.init_adapter:
             with naming("--init_adapter"):
-                tensors = _fitting_adapter(self.config, self.planned)
+                tensors, kept = _fitting_adapter(self.config, self.planned), {}
         else:
             return None
-        method.begin_as(tensors)
+        method.begin_as(tensors, kept)
         return tensors
 
     @contextmanager
@@ -153,12 +155,14 @@ class Session:
         return [*self.stopping.votes(), *self.keeper.votes()]
 
     def after(self, number: int, votes: list[float], *, logger) -> bool:
-        """After step `number`, with the sums of `votes`: validates and keeps; whether it was the last step.
+        """After step `number`, with the sums of `votes`: rounds, validates and keeps; whether it was the last step.
 
         Raises:
             Ended: a signal or a flag ends the run here.
         """
         last = number == self.total_steps
+        if self.config.train_for != "none" and (last or number % self.config.round_every == 0):
+            round_again(self.planned, self.step.prepared)
         if self.validation and self.validation.due(number, last=last):
             last = self._validate(number, logger=logger) or last
         stop = self.stopping.after(number, votes[:STOPPING_VOTES])
@@ -252,6 +256,10 @@ def _fitting_adapter(config, planned) -> dict:
     tensors = adapter_tensors(run.adapter_folder)
     check_adapter(run, tensors, dict(planned.method.tensors(planned.model)))
     quantizer = asdict(planned.quantizer) if planned.quantizer else None
+    began = run.config.lora_init if run.config else "default"
+    if began in CORRECTING and (began != config.lora_init or run.quantizer != quantizer):
+        why = f"corrects the rounding of its base ({run.quantizer})"
+        raise UserError(f"{run.folder}: {why}; pass --lora_init {began} and the base that it was trained with")
     if run.config and run.quantizer != quantizer:
         say(f"note: {run.folder} was trained on a base quantized as {run.quantizer}; this run's is {quantizer}")
     return tensors

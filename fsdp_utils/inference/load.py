@@ -23,7 +23,7 @@ from fsdp_utils.model.assemble import Dtypes, Plan, attach, build, load_whole
 from fsdp_utils.model.build import build_on_meta, quantize_on_meta, read_model_config
 from fsdp_utils.model.checkpoint import match
 from fsdp_utils.model.weights import check_loaded, checkpoint_dtype, load_weights, materialize
-from methods import METHODS, TRAIN_TYPES, bits, method_of
+from methods import CORRECTING, METHODS, TRAIN_TYPES, bits, method_of
 from methods.adapter import flags_of
 from methods.targets import refuse_experts, weights_in_blocks
 
@@ -126,9 +126,10 @@ def _config_for(run: Run, *, train_type: str) -> TrainConfig:
 
 
 def _of_type(config: TrainConfig, train_type: str) -> TrainConfig:
-    """The flags with another train type; a plan of bits is of the quantizer that it was written for."""
+    """The flags with another train type; a plan of bits and a rounding are of the quantizer that they were for."""
     same = TRAIN_TYPES[train_type].quantizer == config.quantizer
-    return replace(config, train_type=train_type, bits_plan=config.bits_plan if same else None)
+    own = {} if same else dict(bits_plan=None, train_for="none")
+    return replace(config, train_type=train_type, **own)
 
 
 def inference_config(run: Run, *, dtype: torch.dtype, eval_type: str | None = None) -> TrainConfig:
@@ -145,6 +146,9 @@ def inference_config(run: Run, *, dtype: torch.dtype, eval_type: str | None = No
     if config.lora_init not in METHODS[config.method].starts:
         began = f"{run.folder} began with --lora_init {config.lora_init}, which it cannot"
         raise UserError(f"--eval_type {eval_type}: {began}; leave --eval_type away")
+    if run.config and run.config.lora_init in CORRECTING and run.config.quantizer != config.quantizer:
+        why = f"{run.folder} corrects the rounding of the base it was trained on"
+        raise UserError(f"--eval_type {eval_type}: {why}; leave --eval_type away")
     # the attention of packed rows knows no cache, and another one may be missing where there is no GPU; the quantized
     # cache belongs to the machine of the training, and writing it takes all its processes
     others = dict(packing=False, attn_implementation="auto", quantized_cache=None)
@@ -178,7 +182,7 @@ def plan_adapter(run: Run, *, device, dtype, eval_type=None) -> tuple[Plan, dict
         raise UserError(f"{run.folder}: trained on a base quantized as {run.quantizer}, this version makes {built}")
     stored = adapter_tensors(run.adapter_folder)
     check_adapter(run, stored, dict(planned.method.tensors(planned.model)))
-    planned.method.begin_as(stored)
+    planned.method.begin_as(stored, {})
     return planned, stored, config
 
 

@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -15,15 +16,17 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from fsdp_utils.core.devices import synchronize
 from fsdp_utils.core.errors import UserError, first_line, refuse_code
 from fsdp_utils.core.folders import refuse_cache
-from fsdp_utils.core.processes import from_main
+from fsdp_utils.core.processes import barrier, from_main
 from fsdp_utils.core.ranks import say
 from fsdp_utils.core.rows import local
 from fsdp_utils.data.parts import Part
 from fsdp_utils.memory import budget, recompute
 from fsdp_utils.model import attention, prequantized
 from fsdp_utils.model.build import build_on_meta, quantize_on_meta, read_model_config, resolve_model
+from fsdp_utils.model.calibrate import linears_seen
 from fsdp_utils.model.quantized_cache import QuantizedCache, cache_folder, check_cache_root
 from fsdp_utils.model.weights import (
     base_bytes,
@@ -39,7 +42,7 @@ from fsdp_utils.model.weights import (
 from fsdp_utils.options import OPTIMIZERS, PRECISIONS
 from fsdp_utils.sharding import context_parallel, fsdp, offload, peer_gather, tiles, wrapping
 from fsdp_utils.sharding.prepared import Prepared
-from methods import METHODS, bits, method_of
+from methods import CORRECTING, METHODS, bits, method_of
 from methods.base import Method
 from methods.dropout import seed_dropout
 from methods.expert_lora import adapters_beside_experts
@@ -192,6 +195,9 @@ def check_trainable(built: Built, config, *, device: torch.device) -> None:
     """Raises UserError for what only training cannot do; gives the model the attention that only training can use: it
     knows neither a cache nor padding on the left."""
     model = built.model
+    if config.lora_init in CORRECTING and model.config.is_encoder_decoder:
+        why = f"looks at one block after the other, and {config.source} has an encoder and a decoder"
+        raise UserError(f"--lora_init {config.lora_init}: {why}; drop it")
     wrapping.check_policy(model, config, device=device)
     positions = learned_positions(model)
     if positions and config.context_length > positions:
@@ -250,8 +256,14 @@ def trained_routers(model: nn.Module, config) -> list[str]:
     return found
 
 
-def load(planned: Plan, config, *, mesh, device: torch.device, compile_block: Callable | None = None) -> Prepared:
-    """Shards the planned model over `mesh` (None: one process holds it), fills it, and makes it ready to train."""
+def load(
+    planned: Plan, config, *, mesh, device: torch.device, compile_block: Callable | None = None, data=None
+) -> Prepared:
+    """Shards the planned model over `mesh` (None: one process holds it), fills it, and makes it ready to train.
+
+    Args:
+        data: the samples to train on (`data.tokens.TokenizedData`), for a start that looks at them.
+    """
     model, method, dtypes = planned.model, planned.method, planned.dtypes
     blocks = decoder_blocks(model)
     shards = peer_gather.choose(blocks, config, mesh=mesh, device=device)
@@ -270,7 +282,8 @@ def load(planned: Plan, config, *, mesh, device: torch.device, compile_block: Ca
     wrapping.wrap_blocks(model, blocks, config, **wrap)
     frozen, apart = (shards.parameters if shards else set()), set(on_host.values())
     fsdp.shard(model, blocks, config, mesh=mesh, dtype=dtypes.stored, apart=apart, frozen=frozen, **groups)
-    _fill(planned, config, on_host=on_host, rows_on_host=mesh is not None and config.use_cpu_offload, device=device)
+    rows_on_host = mesh is not None and config.use_cpu_offload
+    _fill(planned, config, on_host=on_host, rows_on_host=rows_on_host, device=device, data=data)
     peers = peer_gather.PeerGather(shards, device) if shards else None
     more = dict(peers=peers, sharing=sharing(config, model, device=device), **groups, **layout._asdict())
     return Prepared(model, method, blocks, device, mesh, dtypes.autocast, **more)
@@ -296,12 +309,13 @@ def load_whole(planned: Plan, config, *, device: torch.device) -> nn.Module:
     return planned.model
 
 
-def _fill(planned: Plan, config, *, on_host: dict, rows_on_host: bool, device: torch.device) -> None:
+def _fill(planned: Plan, config, *, on_host: dict, rows_on_host: bool, device: torch.device, data=None) -> None:
     """Gives every parameter memory and values."""
     model, method, weights = planned.model, planned.method, planned.weights
     offload.move_embedding_to_host(model, on_host, device=device)
     materialize(model, device=torch.device("cpu") if rows_on_host else device, buffer_device=device)
     method.before_loading(whole_reader(weights, device=device), device=device)
+    method.calibrate(model, partial(_seen, planned, config, data, device=device))
     codes, cache = prequantized.stored_codes(weights), None
     if config.quantized_cache and planned.quantizer and not codes:
         # only now does the method know which base it wants; process 0 says for all which files those are
@@ -312,6 +326,30 @@ def _fill(planned: Plan, config, *, on_host: dict, rows_on_host: bool, device: t
         cache.write(model)
     method.initialize(model, device=device)
     check_loaded(model)
+
+
+def _seen(planned: Plan, config, data, paths, *, device: torch.device):
+    """`linears_seen` of the dense model that was planned, with samples of the data."""
+    how = dict(task=planned.task, trust_remote_code=config.trust_remote_code)
+    model_config = read_model_config(config.source, attn_implementation=config.attn_implementation, **how)
+    dense = build_on_meta(model_config, dtype=planned.dtype, **how)
+    return linears_seen(dense, planned.weights, data.spread(config.init_samples), paths, device=device)
+
+
+def round_again(planned: Plan, prepared: Prepared) -> None:
+    """Fills the base of adapters that learn on its rounding anew, from the checkpoint and what they have learned.
+    Collective, between two steps."""
+    fsdp.leave_sharded(prepared)
+    synchronize(prepared.device)
+    barrier()  # others may be reading this process's rows
+
+    def rewrite(paths) -> None:
+        how = dict(device=prepared.device, base_rows=planned.method.base_rows)
+        load_weights(prepared.model, planned.weights, only=paths, **how)
+        synchronize(prepared.device)
+        barrier()
+
+    planned.method.fold(prepared.model, rewrite, device=prepared.device)
 
 
 def is_local(config) -> bool:

@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import nn
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from fsdp_utils.core.classes import load_class
 from fsdp_utils.core.errors import CheckpointError, UserError
@@ -17,8 +18,10 @@ from fsdp_utils.core.rows import row_range
 from fsdp_utils.core.safetensors_io import CheckpointReader
 from methods import GROUP_SIZES, TRAIN_TYPES, group_sizes_for
 from methods.packed import STORED_BYTES, Quantizer
+from methods.quantizers.experts import expert_stacks
 from methods.quantizers.int4 import SCALE_DTYPES, Int4
-from methods.targets import block_linears
+from methods.quantizers.mxfp4 import MXFP4
+from methods.targets import block_linears, weights_in_blocks
 
 DENSE = "give the 16-bit model"
 # eight zeros of 8 in a word of GPTQ; its first version stores one less
@@ -26,10 +29,10 @@ SYMMETRIC_ZEROS = {"gptq": 0x77777777, "gptq_v2": 0x88888888 - 2**32}
 
 
 class Weight(NamedTuple):
-    """A packed weight `[out, in]`: how the names of its parts begin, and how many weights of a row share a scale."""
+    """A packed weight `[..., out, in]`: how the names of its parts begin, how many weights of a row share a scale."""
 
     stem: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     group_size: int
 
 
@@ -41,6 +44,8 @@ class Prequantized(ABC):
         title: what it is called in messages.
         marks: by which end of a name a packed weight is known.
         parts: ends of the names of all that is stored of one.
+        ending: what follows their beginning in the name that a dense model has for one.
+        without: methods in `methods.METHODS` that such a folder cannot be trained by.
         packed: packed weights by name.
         quantizer: how all of them are laid out.
 
@@ -52,6 +57,8 @@ class Prequantized(ABC):
     title: ClassVar[str]
     marks: ClassVar[tuple[str, ...]]
     parts: ClassVar[tuple[str, ...]]
+    ending: ClassVar[str] = ".weight"
+    without: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, files: CheckpointReader, settings: dict):
         self.files, self.folder, self.settings = files, files.folder, settings
@@ -61,10 +68,10 @@ class Prequantized(ABC):
             raise CheckpointError(f"{self.folder}: {said}; remove quantization_config from it")
         weights = [self._weight(name.removesuffix(mark)) for name, mark in marked]
         for weight in weights:
-            if weight.shape[1] % weight.group_size:
-                crossing = f"groups of {weight.group_size} cross its rows of {weight.shape[1]}"
+            if weight.shape[-1] % weight.group_size:
+                crossing = f"groups of {weight.group_size} cross its rows of {weight.shape[-1]}"
                 raise CheckpointError(f"{self.folder}: {weight.stem}: {crossing}, which cannot be sharded; {DENSE}")
-        self.packed = {f"{weight.stem}.weight": weight for weight in weights}
+        self.packed = {f"{weight.stem}{self.ending}": weight for weight in weights}
         part_of = {f"{w.stem}{part}": name for name, w in self.packed.items() for part in self.parts}
         self._names = list(dict.fromkeys(part_of.get(name, name) for name in files.names()))
         group_size = shared_group_size({weight.group_size for weight in weights}, named=str(self.folder))
@@ -92,9 +99,14 @@ class Prequantized(ABC):
         """How many weights share a scale, where no file says more; not above 0: those of a row."""
 
     @classmethod
+    def packable(cls, model: nn.Module) -> list[str]:
+        """Paths of what such a folder packs of a dense model, but for what it skips, where no file says more."""
+        return list(block_linears(model))
+
+    @classmethod
     @abstractmethod
     def skips(cls, settings: dict, path: str) -> bool:
-        """Whether the linear at a path is left in 16 bits, where no file says more."""
+        """Whether what is at a path is left in 16 bits, where no file says more."""
 
     # --- the files ----------------------------------------------------------------------------------------------------
 
@@ -115,15 +127,15 @@ class Prequantized(ABC):
 
     @abstractmethod
     def _scales(self, weight: Weight, start: int, stop: int, *, device: torch.device) -> torch.Tensor:
-        """Rows [start, stop) of the scales that are stored, `[n, in/group]`, on `device`."""
+        """Rows [start, stop) of the scales that are stored, `[n, in/group]`, contiguous, on `device`."""
 
     def packed_rows(self, name: str, start: int, stop: int, *, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """Rows [start, stop) of every packed parameter of a weight, on `device`."""
+        """Rows [start, stop) of every packed parameter of a weight, on `device`; of a stack, those of all matrices."""
         weight = self.packed[name]
         codes, scales = (part(weight, start, stop, device=device) for part in (self._codes, self._scales))
         shared = weight.group_size // self.quantizer.group_size
-        codes = codes.view(torch.uint8).view(stop - start, weight.shape[1] // 2)
-        return codes.view(STORED_BYTES), scales.repeat_interleave(shared, dim=1).contiguous()
+        codes = codes.view(torch.uint8).view(stop - start, weight.shape[-1] // 2)
+        return codes.view(STORED_BYTES), scales if shared == 1 else scales.repeat_interleave(shared, dim=1)
 
     def names(self) -> list[str]:
         return self._names
@@ -149,7 +161,7 @@ class Prequantized(ABC):
             return self.files.rows(name, start, stop)
         weight = self.packed[name]
         packed = self.packed_rows(name, start, stop, device=torch.device("cpu"))
-        return self.quantizer.dequantize(packed, in_features=weight.shape[1], dtype=self.dtype_of(weight))
+        return self.quantizer.dequantize(packed, in_features=weight.shape[-1], dtype=self.dtype_of(weight))
 
 
 def shared_group_size(sizes: set[int], *, named: str) -> int:
@@ -355,14 +367,89 @@ class GPTQ(Integers):
         return Weight(stem, (out, width), group_size)
 
     def _codes(self, weight, start, stop, *, device):
-        columns = self.files.columns(f"{weight.stem}.qweight", start, stop).to(device)
-        return columns.T.clone(memory_format=torch.contiguous_format)  # of no row too, where contiguous() does nothing
+        return self._rows(f"{weight.stem}.qweight", start, stop, device=device)
 
     def _scales(self, weight, start, stop, *, device):
-        return self.files.columns(f"{weight.stem}{self.scales}", start, stop).to(device).T
+        return self._rows(f"{weight.stem}{self.scales}", start, stop, device=device)
+
+    def _rows(self, name, start, stop, *, device):
+        columns = self.files.columns(name, start, stop).to(device)
+        return columns.T.clone(memory_format=torch.contiguous_format)  # of no row too, where contiguous() does nothing
 
 
-FORMATS = {"bitsandbytes": BitsAndBytes, "compressed-tensors": CompressedTensors, "gptq": GPTQ}
+class MicroscalingFloats(Prequantized):
+    """gpt-oss as published: experts in MXFP4, codes `[experts, out, in/32, 16]`, low nibble first, and exponents
+    `[experts, out, in/32]`, where the model has `[experts, in, out]`. Everything else is in 16 bits."""
+
+    base, title, without = "bnb", "MXFP4", ("llama_pro",)
+    marks, parts, ending = ("_blocks",), ("_blocks", "_scales"), ""
+
+    @classmethod
+    def refusal(cls, settings):
+        return None
+
+    @classmethod
+    def usual(cls, settings, *, group_size):
+        return MXFP4(group_size)
+
+    @classmethod
+    def usual_group_size(cls, settings):
+        return MXFP4.group_size
+
+    @classmethod
+    def packable(cls, model):
+        return expert_stacks(model)
+
+    @classmethod
+    def skips(cls, settings, path):
+        return not should_convert_module(path.rpartition(".")[0], settings.get("modules_to_not_convert"))
+
+    def _weight(self, stem):
+        (codes, code_shape), (scales, scale_shape) = (
+            (f"{stem}{part}", self.files.shape(f"{stem}{part}")) for part in self.parts
+        )
+        if len(code_shape) != 4 or code_shape[-1] != MXFP4.group_size // 2:
+            raise CheckpointError(f"{self.folder}: {codes} has shape {code_shape}, not [experts, out, in/32, 16]")
+        if scale_shape != code_shape[:3]:
+            raise CheckpointError(f"{self.folder}: {scales} has shape {scale_shape}, its codes want {code_shape[:3]}")
+        for name in (codes, scales):
+            if self.files.dtype(name) != torch.uint8:
+                raise CheckpointError(f"{self.folder}: {name} is {self.files.dtype(name)}, not bytes")
+        return Weight(stem, (*code_shape[:2], code_shape[2] * MXFP4.group_size), MXFP4.group_size)
+
+    def _quantizer(self, weight, group_size):
+        return MXFP4(group_size)
+
+    def dtype_of(self, weight):
+        return torch.bfloat16  # which holds each value exactly
+
+    def _codes(self, weight, start, stop, *, device):
+        stored = self.files.stacked_rows(f"{weight.stem}_blocks", start, stop).to(device)
+        return stored << 4 | stored >> 4
+
+    def _scales(self, weight, start, stop, *, device):
+        return self.files.stacked_rows(f"{weight.stem}_scales", start, stop).to(device).view(STORED_BYTES)
+
+    def shape(self, name):
+        if name not in self.packed:
+            return super().shape(name)
+        experts, out, width = self.packed[name].shape
+        return experts, width, out
+
+    def rows(self, name, start, stop):
+        """Rows [start, stop) of dim 0; of a stack, matrices `[n, in, out]`."""
+        if name not in self.packed:
+            return super().rows(name, start, stop)
+        _, out, width = self.packed[name].shape
+        return super().rows(name, start * out, stop * out).view(stop - start, out, width).transpose(1, 2)
+
+
+FORMATS = {
+    "bitsandbytes": BitsAndBytes,
+    "compressed-tensors": CompressedTensors,
+    "gptq": GPTQ,
+    "mxfp4": MicroscalingFloats,
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -397,13 +484,15 @@ def check_flags(config, model_config) -> None:
     if not settings_of(model_config):
         return
     kind, named = _format_of(model_config), f"{config.source} comes quantized"
-    if config.quantizer != kind.base:
-        fitting = ", ".join(name for name, row in TRAIN_TYPES.items() if row.quantizer == kind.base)
+    fitting = [name for name, r in TRAIN_TYPES.items() if r.quantizer == kind.base and r.method not in kind.without]
+    if config.train_type not in fitting:
         given = f"--train_type {config.train_type}"
-        raise UserError(f"{given}: {named} ({kind.title}); use one of {fitting}, or {DENSE}")
+        raise UserError(f"{given}: {named} ({kind.title}); use one of {', '.join(fitting)}, or {DENSE}")
     if config.lora_init != "default":
         given = f"--lora_init {config.lora_init}"
-        raise UserError(f"{given}: takes its start out of the base, and {named}; drop it, or {DENSE}")
+        raise UserError(f"{given}: needs the 16-bit weights, and {named}; drop it, or {DENSE}")
+    if config.train_for != "none":
+        raise UserError(f"--train_for {config.train_for}: {named}, and is rounded again from 16 bits; {DENSE}")
     if config.bits_plan:
         raise UserError(f"--bits_plan: {named}, so its bits are known; drop it, or {DENSE}")
 
@@ -425,7 +514,7 @@ def open_files(folder, model_config) -> "CheckpointReader | Prequantized":
 
 
 class Coming(NamedTuple):
-    """How a model comes quantized: the paths of its packed linears, and the quantizer whose layout they have."""
+    """How a model comes quantized: the paths of its packed linears and stacks, and the quantizer that lays them out."""
 
     quantizer: Quantizer
     paths: frozenset[str]
@@ -437,7 +526,7 @@ class Coming(NamedTuple):
             UserError: what is to train in 16 bits comes packed.
         """
         in_blocks = set(method.packed_in_blocks(model))
-        trained = sorted(self.paths & block_linears(model).keys() - in_blocks)
+        trained = sorted(self.paths & set(weights_in_blocks(model)) - in_blocks)
         if trained:
             raise UserError(f"{trained[0]}: comes in 4 bits, and is to train in 16; {DENSE}")
         dense = in_blocks - self.paths
@@ -459,15 +548,16 @@ def coming(model: nn.Module, weights) -> Coming | None:
         return None
     reader, kind = getattr(weights, "reader", None), _format_of(model.config)
     if reader is None:
-        linears = {path: m for path, m in block_linears(model).items() if not kind.skips(settings, path)}
+        paths = [path for path in kind.packable(model) if not kind.skips(settings, path)]
         stored = kind.usual_group_size(settings)
-        sizes = {stored if stored > 0 else linear.in_features for linear in linears.values()}
+        sizes = {stored if stored > 0 else model.get_submodule(path).in_features for path in paths}
         group_size = shared_group_size(sizes, named=type(model).__name__)
-        return Coming(kind.usual(settings, group_size=group_size), frozenset(linears))
+        return Coming(kind.usual(settings, group_size=group_size), frozenset(paths))
     path_of = {name: place.removesuffix(".weight") for place, name in weights.places.items() if isinstance(name, str)}
+    modules, stacks = dict(model.named_modules()), expert_stacks(model)
     for name in reader.packed:
-        module = model.get_submodule(path_of[name]) if name in path_of else None
-        if not isinstance(module, nn.Linear):
+        module = modules.get(path_of.get(name))
+        if not isinstance(module, nn.Linear) and path_of.get(name) not in stacks:
             what = "one of several in a stack" if module is None else type(module).__name__
             raise CheckpointError(f"{reader.folder}: {name} is packed, and {what}, not a linear; {DENSE}")
     return Coming(reader.quantizer, frozenset(path_of[name] for name in reader.packed))
@@ -503,13 +593,17 @@ class StoredCodes:
     def __init__(self, weights):
         self.weights = weights
 
+    def _place(self, path: str):
+        """What the files call the weight of a linear, or a stack, which is a parameter itself."""
+        return self.weights.places.get(f"{path}.weight", self.weights.places.get(path))
+
     def __contains__(self, path: str) -> bool:
-        return self.weights.places.get(f"{path}.weight") in self.weights.reader.packed
+        return self._place(path) in self.weights.reader.packed
 
     def packed_rows(self, path: str, module, *, device: torch.device) -> tuple[torch.Tensor, ...]:
         """This process's rows of every packed parameter of a module, on `device`."""
         rows = row_range(module.packed()[0])
-        return self.weights.reader.packed_rows(self.weights.places[f"{path}.weight"], *rows, device=device)
+        return self.weights.reader.packed_rows(self._place(path), *rows, device=device)
 
 
 def stored_codes(weights) -> StoredCodes | None:

@@ -130,7 +130,7 @@ def fingerprint(weights) -> str:
         digest.update(f"{name} {weights.dtype(name)} {shape}".encode())
         rows = shape[0] if shape else 0
         for row in sorted({i * rows // 16 for i in range(16)} if rows else ()):
-            sample = weights.rows(name, row, row + 1).reshape(-1)[:512].contiguous()
+            sample = weights.beginning(name, row, 512).contiguous()
             digest.update(sample.view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()
 
@@ -206,7 +206,7 @@ def whole_reader(weights, *, device: torch.device):
 
 @torch.no_grad()
 def load_weights(
-    model: nn.Module, weights, *, device: torch.device, base_rows=None, cache=None, readers: int = 2
+    model: nn.Module, weights, *, device: torch.device, base_rows=None, cache=None, only=None, readers: int = 2
 ) -> None:
     """Fills this process's rows of every base parameter: reads them, quantizes them on `device`, drops them. Buffers
     that are stored are filled whole.
@@ -214,9 +214,12 @@ def load_weights(
     Args:
         base_rows: `Method.base_rows`, or None to store the checkpoint's own.
         cache: a QuantizedCache or StoredCodes, whose packed rows are taken as they are, or None.
+        only: paths of packed weights to fill again, and nothing else; None: all there is.
         readers: threads that read ahead, one tensor each, so that reading and quantizing overlap.
     """
     plan = plan_reads(model)
+    if only is not None:
+        plan = [step for step in plan if step.parameter_name is None and step.name.removesuffix(".weight") in only]
 
     def read(step: Read):
         path = step.name.removesuffix(".weight")
@@ -227,7 +230,8 @@ def load_weights(
 
     with ThreadPoolExecutor(max_workers=readers) as pool:
         ahead = deque(pool.submit(read, step) for step in plan[:readers])
-        for i, step in enumerate(tqdm(plan, desc="loading", unit="tensor", disable=not is_main())):
+        bar = dict(desc="loading", unit="tensor", disable=not is_main() or only is not None)
+        for i, step in enumerate(tqdm(plan, **bar)):
             rows, is_packed = ahead.popleft().result()
             if i + readers < len(plan):
                 ahead.append(pool.submit(read, plan[i + readers]))
@@ -238,7 +242,7 @@ def load_weights(
                 step.module.packed(), rows if is_packed else step.module.quantizer.quantize(rows), strict=True
             ):
                 local(parameter).view(torch.uint8).copy_(packed.view(torch.uint8))
-    for name, buffer in saved_buffers(model).items():
+    for name, buffer in saved_buffers(model).items() if only is None else ():
         if name in weights:
             buffer.copy_(weights.tensor(name))
 

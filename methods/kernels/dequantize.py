@@ -18,6 +18,7 @@ except ImportError:  # CPU builds of torch come without it
 from methods.packed import as_bytes
 
 WEIGHTS_PER_PROGRAM = 4096
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)  # 4-bit floats
 
 
 def available(tensor: torch.Tensor) -> bool:
@@ -119,14 +120,17 @@ def rows_by(
 
 @lru_cache
 def code_table(quant_type: str, device: torch.device) -> torch.Tensor:
-    """The 16 values of bitsandbytes' 4-bit code, fp32."""
+    """The 16 values of a 4-bit code, fp32: bitsandbytes' nf4 and fp4, or mxfp4."""
+    if quant_type == "mxfp4":
+        return torch.tensor(E2M1, device=device)
     from bitsandbytes.functional import get_4bit_type
 
     return get_4bit_type(quant_type, device=device).float().contiguous()
 
 
 def table_rows(codes, scales, ranges, out, *, quant_type, group_size, row_factor=None) -> torch.Tensor:
-    """bitsandbytes rows into `out` `[n, in]` (rows may be strided): `table[code] * scale`, times `row_factor`."""
+    """Rows of codes, high nibble first, into `out` `[n, in]` (rows may be strided): `table[code] * scale`, times
+    `row_factor`."""
     groups, table = scales.numel(), code_table(quant_type, codes.device)
     block = WEIGHTS_PER_PROGRAM // group_size
     if groups:

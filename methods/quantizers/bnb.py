@@ -29,6 +29,11 @@ class Bnb4bit(Quantizer):
             scales = "bf16" if checkpoint_dtype == torch.bfloat16 else "fp32"
         return cls(config.quant_type, config.quant_group_size, scales)
 
+    @classmethod
+    def served(cls, config) -> "Bnb4bit":
+        """As an export has it: NF4, whose scales stock software keeps in fp32."""
+        return cls("nf4", config.quant_group_size, "fp32")
+
     def layout(self, out_features, in_features):
         groups = in_features // self.group_size
         parts = {

@@ -1,0 +1,67 @@
+"""QERA (arXiv:2410.06040): A and B begin as what makes up best for the rounding of a quantized base, on real inputs.
+
+    s B0 A0 = the matrix of rank r for which |(W - W_q - s B A) X| is smallest      X: what samples of the data give W
+
+The base is the quantized checkpoint as without it, and what is saved is a plain adapter for that base. On the 16-bit
+weights it would be wrong: it adds what these do not lack.
+"""
+
+import torch.nn.functional as F
+from torch import nn
+
+from fsdp_utils.core.errors import UserError
+from fsdp_utils.core.ranks import rank, world_size
+from fsdp_utils.core.rows import fill, local
+from methods.adapter import LORA_A, LORA_B, Pair, Start, tell_all
+from methods.base import Seen
+from methods.closest import closest
+from methods.quantizers.linear import QuantizedWeight
+
+
+class QERA(Start):
+    """Each process works out its share of the layers and tells the others."""
+
+    def __init__(self, config, *, scaling):
+        super().__init__(config, scaling=scaling)
+        self.rank = config.lora_rank
+        self.whole: dict[str, Pair] = {}  # A and B of each layer on the CPU, until its own parameters hold them
+
+    def attach(self, path, layer, *, dtype):
+        self.dtype = dtype
+        if self.rank > min(layer.in_features, layer.out_features):
+            shape = f"{layer.out_features} x {layer.in_features}"
+            raise UserError(f"--lora_rank {self.rank}: --lora_init qera corrects {path} of {shape}; lower it")
+
+    def calibrate(self, layers, see):
+        if self.whole:  # of an adapter that was saved
+            return
+        # a plan of bits may leave some in 16 bits, which begin as by default
+        rounded = {path: layer for path, layer in layers.items() if isinstance(layer.base_layer, QuantizedWeight)}
+        owners = {path: number % world_size() for number, path in enumerate(rounded)}
+        for block in see(rounded):
+            for seen in block:
+                if owners[seen.path] == rank():
+                    self.whole[seen.path] = self._correction(rounded[seen.path], seen)
+        tell_all(self.whole, rounded, rank=self.rank)
+
+    def _correction(self, layer: nn.Module, seen: Seen) -> Pair:
+        base = layer.base_layer
+        packed = base.quantizer.quantize(seen.weight)
+        rounded = base.quantizer.dequantize(packed, in_features=base.in_features, dtype=self.dtype)
+        a, b = closest(seen.weight.float() - rounded.float(), seen.gram, rank=self.rank)
+        # a row of A as long as its column of B, whatever the size of the inputs: each learns as fast as the other
+        root = (a.norm(dim=1) * b.norm(dim=0) / self.scaling).sqrt()
+        return Pair((F.normalize(a) * root.unsqueeze(1)).cpu(), (F.normalize(b, dim=0) * root).cpu())
+
+    def origin(self, path, layer):
+        return local(layer.weight_norm)  # a saved adapter does not tell what A and B were at the start
+
+    def begin(self, path, layer, pair):
+        correction = self.whole.pop(path, None)
+        if correction is None or not correction.b.any():  # zeros on both sides would never learn
+            return super().begin(path, layer, pair)
+        for parameter, values in zip(pair, correction, strict=True):
+            fill(parameter, values)
+
+    def begin_as(self, tensors, kept):
+        self.whole = {path: Pair(saved[LORA_A], saved[LORA_B]) for path, saved in tensors.items()}
