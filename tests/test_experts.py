@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from closeness import assert_close, assert_close_norm, assert_learns
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from peft import PeftModel
 from real_run import assert_answers_alike, dense_of, first_step, logits, make_config, packed_bytes, plan, prepared
 from safetensors.torch import load_file, save_file
@@ -215,9 +216,38 @@ def test_saved_and_loaded(pair, tiny, tiny_data, save_run, export, tmp_path, fam
     transformers, under the names of the base's files."""
     folder, model = save_run(tiny(family), "bnb_dora", quant_scales="fp32")
     assert_answers_alike(folder, model, base=tiny(family), export=export)
-    for infer_type in set(INFER_TYPES) - {"merged", "merged_bnb_dora"}:
-        with pytest.raises(UserError, match=r"experts cannot be packed so yet; use merged|use --infer_type merged"):
+    packs = {"w4a16"} if family != "gpt_oss" else set()
+    for infer_type in set(INFER_TYPES) - {"merged", "merged_bnb_dora"} - packs:
+        with pytest.raises(UserError, match=r"its experts.*; use merged|use --infer_type merged"):
             export(folder, infer_type, name=infer_type)
+
+
+@pytest.mark.parametrize(("family", "train_type", "more"), [
+    ("mixtral", "custom_qlora", dict(lora_target_modules="all,experts")),
+    ("qwen3_moe", "bnb_dora", {}),
+    ("deepseek_v3", "full", {}),
+])  # fmt: skip
+def test_packed_for_servers(tiny, save_run, export, family, train_type, more):
+    """w4a16 has every expert's matrices under the names of the base's files, as vLLM 0.32 reads them, near the
+    merged weight; what chooses experts is left alone."""
+    folder, _ = save_run(tiny(family), train_type, **more)
+    merged = load_file(export(folder, "merged", name="merged", dtype="fp32") / "model.safetensors")
+    target = export(folder, "w4a16", name="packed", group_size=32, gptq="false")
+    packed, left = load_file(target / "model.safetensors"), 0
+    config = json.loads((target / "config.json").read_text())["quantization_config"]
+    for name, weight in merged.items():
+        path = name.removesuffix(".weight")
+        if name in packed:
+            assert weight.dim() < 2 or "embed" in name or path in config["ignore"]
+            left += path in config["ignore"]
+            continue
+        codes = unpack_from_int32(packed[f"{path}.weight_packed"], 4, weight.shape)
+        scales = packed[f"{path}.weight_scale"].float().repeat_interleave(32, dim=1)
+        assert packed[f"{path}.weight_shape"].tolist() == list(weight.shape)
+        # clipping is allowed where it makes the whole group more exact
+        assert ((codes * scales - weight).abs() <= 0.5 * scales).float().mean() > 0.85
+        assert (codes * scales - weight).norm() < 0.12 * weight.norm()
+    assert left >= 2 and sum("experts.0." in name for name in packed) >= 3
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])

@@ -19,6 +19,7 @@ from fsdp_utils.export.trained import TrainedWeights
 from fsdp_utils.folders.describe import generation_folder, task_of, tokenizer_folder
 from fsdp_utils.folders.documents import describe_generation, describe_model, describe_tokenizer
 from fsdp_utils.folders.names import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, GENERATION_CONFIG
+from fsdp_utils.model.checkpoint import Cut
 from fsdp_utils.options import DTYPES
 from methods.adapter import KEY_PREFIX, LORA_A, LORA_B, Pair
 from methods.kernels.rounding import at_random
@@ -38,6 +39,7 @@ class Format:
         packed: paths of the linears that are stored in the format's own way; everything else is stored in `dtype`.
         reader: package beside transformers that loading the result needs.
         for_all_tasks: whether models of other tasks than language models can be stored so.
+        packs_experts: whether the matrices of experts are packed like linears, where files have them one by one.
         calibrates: whether weights are rounded to a grid, which `calibrate` can do by their inputs.
 
     Raises:
@@ -45,8 +47,7 @@ class Format:
     """
 
     reader: str | None = None
-    calibrates = False
-    for_all_tasks = False
+    calibrates = packs_experts = for_all_tasks = False
 
     def __init__(self, trained: TrainedWeights, options):
         self.trained, self.options, self.dtype = trained, options, getattr(torch, DTYPES[options.dtype])
@@ -74,17 +75,43 @@ class Format:
         if odd or self.trained.has_conv1d:
             kind = odd.pop() if odd else "Conv1D"
             raise UserError(f"{self.trained.run.folder}: stock loaders read no packed {kind} layers; use merged")
-        if self.trained.stacks:  # they would stay in 16 bits, most of the model
-            raise UserError(f"{self.trained.run.folder}: its experts cannot be packed so yet; use merged")
+        if self.trained.stacks and not self.packs_experts:  # they would stay in 16 bits, most of the model
+            raise UserError(f"{self.trained.run.folder}: its experts cannot be packed so; use merged or w4a16")
+        for path in self.trained.stacks:
+            if len(self.trained.weights.pieces(path)) == 1:
+                stored = "its files have all matrices of its experts in one tensor, for which no packed form is read"
+                raise UserError(f"{self.trained.run.folder}: {stored}; use merged")
 
     def unpacked_linears(self) -> list[str]:
-        """Paths of the linears that a stock loader must leave alone."""
-        return [path for path in self.trained.linears if path not in self.packed]
+        """Paths of the linears, and of what chooses experts, that a stock loader must leave alone, as the base's files
+        name them."""
+        paths = [*(path for path in self.trained.linears if path not in self.packed), *self.trained.routers]
+        return [self._place(path) for path in dict.fromkeys(paths)]
+
+    def _place(self, path: str) -> str:
+        stored = next(iter(self.trained.weights.pieces(f"{path}.weight"))).removesuffix(".weight")
+        # a tied head is stored as the embedding, and is still the head that is to be left alone
+        return stored if stored.rpartition(".")[2] == path.rpartition(".")[2] else path
+
+    def matrices(self, name: str) -> dict[str, Cut]:
+        """Of a stack of experts in files that have them one by one: the path of each, and how it is cut out."""
+        if not self.packs_experts or name not in self.trained.stacks:
+            return {}
+        return {stored.removesuffix(".weight"): cut for stored, cut in self.trained.weights.pieces(name).items()}
+
+    def matrix_specs(self, path: str, shape: tuple[int, int]) -> dict[str, Spec]:
+        """`linear_specs` of a matrix `[out, in]` that is none of a linear."""
+        raise NotImplementedError  # only what packs experts calls it
+
+    def matrix_tensors(self, path: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The tensors announced by `matrix_specs`, of a weight fp32 `[out, in]`."""
+        raise NotImplementedError
 
     def check_group(self, group_size: int, *, way_out: str) -> None:
         """Raises UserError if a row of a packed linear is no whole number of groups."""
-        for path in self.packed:
-            width = self.trained.linears[path].in_features
+        widths = {path: self.trained.linears[path].in_features for path in self.packed}
+        widths |= {path: self.trained.shapes[path][-1] for path in self.trained.stacks}
+        for path, width in widths.items():
             if width % group_size:
                 raise UserError(f"{path}: its {width} inputs are no multiple of the group size {group_size}; {way_out}")
 
@@ -141,6 +168,11 @@ class Format:
             if path in self.packed:
                 found |= self.linear_specs(path)
                 continue
+            if matrices := self.matrices(name):
+                whole = torch.empty(shape, device="meta")
+                for stored, cut in matrices.items():
+                    found |= self.matrix_specs(stored, tuple(cut(whole).shape))
+                continue
             whole, dtype = torch.empty(shape, device="meta"), self._dtype_of(name)
             found |= {stored: (dtype, tuple(cut(whole).shape)) for stored, cut in self._pieces(name)}
         return found
@@ -151,6 +183,11 @@ class Format:
             path = name.removesuffix(".weight")
             if path in self.packed:
                 yield from self.linear_tensors(path).items()
+                continue
+            if matrices := self.matrices(name):
+                whole = self.trained.merged(name) if name in self.trained.adapted() else self.trained.tensor(name)
+                for stored, cut in matrices.items():
+                    yield from self.matrix_tensors(stored, cut(whole).float()).items()
                 continue
             merges = path in self.trained.linears or path in self.trained.adapted()
             whole = self.trained.merged(path) if merges else self.trained.tensor(name)

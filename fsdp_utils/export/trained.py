@@ -15,7 +15,7 @@ from methods import quantizer_of
 from methods.adapter import Pair
 from methods.llama_pro import expanded_layers
 from methods.quantizers.experts import expert_stacks
-from methods.targets import block_linears, decoder_blocks
+from methods.targets import block_linears, decoder_blocks, routers
 
 
 class TrainedWeights:
@@ -36,6 +36,7 @@ class TrainedWeights:
         never_packed: ends of paths of linears that stock loaders leave alone, as the family wants some in fp32.
         block_paths: of the decoder blocks.
         stacks: paths of the stacks of experts.
+        routers: of what chooses among them.
         has_conv1d: whether some layers are GPT-2's transposed linears, which are in neither of the two.
         new_blocks: paths of the decoder blocks that block expansion added.
         quantizer: of the base under the adapter, or of the frozen blocks of a Llama-Pro model; None for a dense one,
@@ -73,7 +74,7 @@ class TrainedWeights:
         self.linears = {path: m for path, m in built.named_modules() if isinstance(m, nn.Linear)}
         self.in_blocks, self.block_paths = list(block_linears(built)), list(decoder_blocks(built))
         self.never_packed = tuple(getattr(built, "_keep_in_fp32_modules", None) or ())
-        self.stacks = expert_stacks(built)
+        self.stacks, self.routers = expert_stacks(built), routers(built)
         self.has_conv1d = any(isinstance(m, Conv1D) for m in built.modules())
         self.new_blocks = self._expanded(self.block_paths)
 

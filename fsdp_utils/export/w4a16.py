@@ -29,7 +29,7 @@ def scheme(*, symmetric: bool, group_size: int) -> dict:
 class W4A16(Format):
     """From the merged weight. The grid that HQQ chose is tried too, where it is such a grid."""
 
-    reader, calibrates = "compressed_tensors", True
+    reader, calibrates, packs_experts = "compressed_tensors", True, True
 
     def __init__(self, trained, options):
         super().__init__(trained, options)
@@ -44,6 +44,7 @@ class W4A16(Format):
         if self.exact:
             return self.trained.quantizer.group_size
         wanted, widths = self.options.group_size, [self.trained.linears[path].in_features for path in self.packed]
+        widths += [self.trained.shapes[path][-1] for path in self.trained.stacks]  # [experts, out, in]
         fitting = [size for size in GROUPS if not any(width % size for width in widths)]
         if "group_size" in self.options.explicit_flags or wanted in fitting or not fitting:
             return wanted
@@ -51,7 +52,10 @@ class W4A16(Format):
         return fitting[0]
 
     def linear_specs(self, path):
-        out, width = self.trained.shapes[f"{path}.weight"]
+        return self.matrix_specs(path, self.trained.shapes[f"{path}.weight"])
+
+    def matrix_specs(self, path, shape):
+        out, width = shape
         groups = width // self.group_size
         found = {
             f"{path}.weight_packed": (torch.int32, (out, width // 8)),
@@ -71,6 +75,12 @@ class W4A16(Format):
         if self.exact:
             return self._as_trained(path)
         values, grid, _ = self.rounded(path)
+        return self._stored(path, values, grid)
+
+    def matrix_tensors(self, path, weight):
+        return self._stored(path, weight, self.grid(path, weight))
+
+    def _stored(self, path, values, grid):
         found = {
             f"{path}.weight_packed": pack(grid.codes(values)),
             f"{path}.weight_scale": grid.scale.to(self.dtype),
@@ -100,6 +110,9 @@ class W4A16(Format):
         _, scales, zeros = self.trained.packed(path)
         factor = self.trained.row_factor(path).abs().unsqueeze(1)
         yield (scales.float() * factor).unsqueeze(-1), (zeros.float() + LOW).unsqueeze(-1)
+
+    def misread(self):
+        return "transformers reads no packed experts; vLLM does" if self.trained.stacks else None
 
     def quantization_config(self):
         weights = scheme(symmetric=self.symmetric, group_size=self.group_size)

@@ -15,6 +15,8 @@ class W4A16DoRA(W4A16):
     the rounding and what was learned. It goes into the subfolder `adapter/`.
     """
 
+    packs_experts = False  # their adapters would have to stand beside them
+
     def __init__(self, trained, options):
         super().__init__(trained, options)
         if trained.run.kind != "adapter":
