@@ -60,7 +60,6 @@ def test_between_steps_stands_the_average(flags):
 
 @installed
 @pytest.mark.parametrize("options", [
-    dict(train_type="full"),
     dict(train_type="bnb_dora", lr_scheduler="constant_with_warmup", use_cpu_offload=True),
     dict(train_type="full", optimizer_in_backward=True),
 ], ids=str)  # fmt: skip
