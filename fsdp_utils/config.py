@@ -341,14 +341,13 @@ class TrainConfig:
     def errors(self) -> list[str]:
         """One line for each flag that cannot work beside the others."""
         found = [*self._quantizer_errors(), *bits.errors(self), *self._rounding_errors()]
-        if self.lora_init not in METHODS[self.method].starts:
-            able = [name for name, row in TRAIN_TYPES.items() if self.lora_init in METHODS[row.method].starts]
-            found.append(f"--lora_init {self.lora_init}: not with {self.train_type}; use one of {', '.join(able)}")
-        elif self.lora_init in CORRECTING and self.quantizer == "none":
-            fits = lambda row: row.quantizer != "none" and self.lora_init in METHODS[row.method].starts
-            able = ", ".join(name for name, row in TRAIN_TYPES.items() if fits(row))
-            why = f"corrects the rounding of a base, and {self.train_type} rounds none"
-            found.append(f"--lora_init {self.lora_init}: {why}; use one of {able}")
+        rounds = lambda row: row.quantizer != "none" or self.lora_init not in CORRECTING
+        able = [n for n, row in TRAIN_TYPES.items() if self.lora_init in METHODS[row.method].starts and rounds(row)]
+        if self.train_type not in able:
+            why = f"not with {self.train_type}"
+            if self.lora_init in CORRECTING and METHODS[self.method].adapts:
+                why = f"corrects the rounding of a base, and {self.train_type} rounds none"
+            found.append(f"--lora_init {self.lora_init}: {why}; use one of {', '.join(able)}")
         if not self.output_dir:
             found.append("--output_dir: name a folder")
         found += repository_errors(self.push_to_hub, flag="push_to_hub")
@@ -549,6 +548,10 @@ class TrainConfig:
             said.append("--no_sync false with CPU offload: gradients go to the host at every accumulation step")
         if self.use_activation_cpu_offload and self.checkpoint_policy != "full" and not self.compile:
             said.append("--use_activation_cpu_offload with --compile false: only the inputs of blocks leave the GPU")
+        if self.train_for != "none":
+            often = f"rounded anew every {self.round_every} steps, before validations and at the end"
+            export = f"export it by --infer_type {ROUNDINGS[self.train_for].infer_type}"
+            said.append(f"--train_for {self.train_for}: the base is the merged weight, {often}; {export}")
         nearest = self.stores_bf16 and not self.rounds_stochastically
         if nearest and self.lr <= ROUNDED_AWAY_LR:
             ways = [] if OPTIMIZERS[self.optimizer].rounds else ["--optimizer adamw"]

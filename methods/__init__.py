@@ -80,19 +80,20 @@ SCALINGS = {False: "methods.adapter:Scaling", True: "methods.rslora:RankStabiliz
 
 
 class Rounding(NamedTuple):
-    """A value of --train_for: the quantizer whose train types can have it, and that of the base in their place, whose
-    `served` takes the flags."""
+    """A value of --train_for: the quantizer whose train types can have it, that of the base in their place, whose
+    `served` takes the flags, and the --infer_type that stores it."""
 
     quantizer: str
     target: str
+    infer_type: str
 
 
 # exports that keep what was learned because the adapter learned on their rounding (methods/folded.py)
 FOLDED = "methods.folded:Folded"
 ROUNDINGS = {
     "none": None,
-    "nf4": Rounding("bnb", "methods.quantizers.bnb:Bnb4bit"),
-    "w4a16": Rounding("hqq", "methods.quantizers.int4:Int4"),
+    "nf4": Rounding("bnb", "methods.quantizers.bnb:Bnb4bit", "bnb_nf4"),
+    "w4a16": Rounding("hqq", "methods.quantizers.int4:Int4", "w4a16"),
 }
 METHODS = {
     "full": MethodRow("methods.full:Full"),

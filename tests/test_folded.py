@@ -11,9 +11,11 @@ import train
 from fsdp_utils.core.errors import ConfigError, UserError
 from fsdp_utils.core.rows import local
 from fsdp_utils.export import fidelity
+from fsdp_utils.folders import session
 from fsdp_utils.folders.describe import describe
 from fsdp_utils.inference.load import load_for_inference
 from fsdp_utils.model.assemble import round_again
+from fsdp_utils.training.validation import Validation
 from methods.quantizers.bnb import Bnb4bit
 from methods.quantizers.int4 import Int4
 from methods.quantizers.linear import weight_rows
@@ -119,6 +121,16 @@ def test_two_processes_learn_the_same(pair, given, tmp_path):
 
 def run_main(**flags):
     train.main(make_config(**flags))
+
+
+def test_what_is_judged_is_rounded(given, monkeypatch):
+    """Before each validation, whatever --round_every says, and once where several reasons meet."""
+    rounds, seen = [], []
+    monkeypatch.setattr(session, "round_again", lambda planned, prepared: rounds.append(len(seen)))
+    judge = Validation.__call__
+    monkeypatch.setattr(Validation, "__call__", lambda self, step: (seen.append(step.taken), judge(self, step))[1])
+    train.main(make_config(**given("custom_qlora", "nf4", eval_samples=4, eval_every_steps=2, max_steps=5)))
+    assert seen == [2, 4, 5] and rounds == [0, 1, 1, 2]  # after steps 2, 3, 4 and 5
 
 
 def test_another_base_has_no_rounding(given, tmp_path):

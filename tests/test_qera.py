@@ -208,8 +208,13 @@ def test_another_base_is_refused(save_run, tiny, tiny_data):
     begun = dict(
         model_name=tiny(), dataset=tiny_data, init_adapter=folder, lora_rank=4, output_dir=folder.parent / "on"
     )
-    for other in (dict(train_type="hqq_lora"), dict(TWO_BITS, lora_init="qera"), dict(train_type="custom_lora")):
-        with pytest.raises(UserError, match=r"run: corrects the rounding of its base .*; pass --lora_init qera"):
+    alone = "is for a rounded base alone, which it corrects; pass --lora_init qera"
+    for other, why in (
+        (dict(train_type="hqq_lora"), alone),
+        (dict(TWO_BITS, lora_init="qera"), "corrects the rounding of a base with .*; give this run the same"),
+        (dict(train_type="custom_lora"), alone),
+    ):
+        with pytest.raises(UserError, match=f"run: {why}"):
             run_train(**begun, **other)
 
 

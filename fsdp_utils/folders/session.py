@@ -161,9 +161,11 @@ class Session:
             Ended: a signal or a flag ends the run here.
         """
         last = number == self.total_steps
-        if self.config.train_for != "none" and (last or number % self.config.round_every == 0):
+        due = self.validation and self.validation.due(number, last=last)
+        # before a validation too: what is judged, and kept as the best, is what an export of it computes
+        if self.config.train_for != "none" and (last or due or number % self.config.round_every == 0):
             round_again(self.planned, self.step.prepared)
-        if self.validation and self.validation.due(number, last=last):
+        if due:
             last = self._validate(number, logger=logger) or last
         stop = self.stopping.after(number, votes[:STOPPING_VOTES])
         self.keeper.after(number, votes[STOPPING_VOTES:], last=last)
@@ -257,9 +259,12 @@ def _fitting_adapter(config, planned) -> dict:
     check_adapter(run, tensors, dict(planned.method.tensors(planned.model)))
     quantizer = asdict(planned.quantizer) if planned.quantizer else None
     began = run.config.lora_init if run.config else "default"
-    if began in CORRECTING and (began != config.lora_init or run.quantizer != quantizer):
-        why = f"corrects the rounding of its base ({run.quantizer})"
-        raise UserError(f"{run.folder}: {why}; pass --lora_init {began} and the base that it was trained with")
+    if began in CORRECTING and began != config.lora_init:
+        why = "is for a rounded base alone, which it corrects"
+        raise UserError(f"{run.folder}: {why}; pass --lora_init {began}, so that the new adapter is told to be one too")
+    if began in CORRECTING and run.quantizer != quantizer:
+        how = ", ".join(f"{name} {value}" for name, value in (run.quantizer or {}).items())
+        raise UserError(f"{run.folder}: corrects the rounding of a base with {how}; give this run the same")
     if run.config and run.quantizer != quantizer:
         say(f"note: {run.folder} was trained on a base quantized as {run.quantizer}; this run's is {quantizer}")
     return tensors
