@@ -20,6 +20,7 @@ from statistics import mean, median, stdev
 import torch
 
 import evaluate
+import prepare_weights
 import train
 from fsdp_utils.config import TrainConfig
 from fsdp_utils.core.devices import peak_memory_gib
@@ -90,6 +91,16 @@ def evaluate_once(flags: dict, device: torch.device, *, output: Path) -> dict:
     result = json.loads(output.read_text())
     output.unlink()
     return result
+
+
+def export_once(flags: dict, device: torch.device) -> dict:
+    """What prepare_weights.py reports of an export with these flags; the folder is not kept."""
+    forget(device)
+    words = _words(flags | dict(device=device.type))
+    prepare_weights.main(parse(prepare_weights.ExportConfig, words, prog="prepare_weights.py"))
+    report = json.loads((Path(flags["save_dir"]) / "fidelity.json").read_text())
+    shutil.rmtree(flags["save_dir"])
+    return report
 
 
 def spread(values: list[float], form: str) -> str:

@@ -124,6 +124,13 @@ class Start:
         return rank
 
 
+def hold_frozen(layer: nn.Module, names: tuple[str, str], *, dtype: torch.dtype) -> None:
+    """Gives an adapted layer on meta a frozen twin of A and of B."""
+    for name, trained in zip(names, (layer.lora_A, layer.lora_B), strict=True):
+        layer.register_parameter(name, nn.Parameter(torch.empty_like(trained, dtype=dtype), requires_grad=False))
+    layer.own_parameters = (*layer.own_parameters, *names)
+
+
 def tell_all(pairs: dict[str, Pair], layers: dict[str, nn.Module], *, rank: int) -> None:
     """Gives every process A and B of all layers, fp32 on the CPU, of which layer n is in the `pairs` of process n.
     Collective. What each works out for itself may differ: two GPUs may give a singular vector the other sign."""

@@ -13,13 +13,10 @@ any factor of it. The last step ends with a rounding: what the run then computes
 Saved are A and B, for the 16-bit base. Read again by us, the base is rounded with them in it.
 """
 
-import hashlib
-
 import torch
-from torch import nn
 
 from fsdp_utils.core.rows import fill, gather
-from methods.adapter import Pair, Start
+from methods.adapter import Pair, Start, hold_frozen
 
 FROZEN = ("folded_A", "folded_B")
 
@@ -35,22 +32,9 @@ class Folded(Start):
         self.paths: set[str] = set()
         self.norms: dict[str, torch.Tensor] = {}  # of this process's rows of W, fp32 `[n]`
 
-    @property
-    def base_recipe(self):
-        digest = hashlib.sha256()
-        for path, pair in sorted(self.whole.items()):
-            digest.update(path.encode())
-            for tensor in pair:
-                digest.update(tensor.float().contiguous().numpy())
-        return f"folded {self.scaling} {digest.hexdigest()}" if self.whole else ""
-
     def attach(self, path, layer, *, dtype):
         self.paths.add(path)
-        shapes = layer.lora_A.shape, layer.lora_B.shape
-        for name, shape in zip(FROZEN, shapes, strict=True):
-            empty = torch.empty(shape, dtype=dtype, device="meta")
-            layer.register_parameter(name, nn.Parameter(empty, requires_grad=False))
-        layer.own_parameters = (*layer.own_parameters, *FROZEN)
+        hold_frozen(layer, FROZEN, dtype=dtype)
         layer.folds = True
 
     def take(self, pairs: dict[str, Pair]) -> None:
@@ -64,7 +48,8 @@ class Folded(Start):
     def base_rows(self, path, rows, *, start):
         if path not in self.paths:
             return rows
-        self.norms[path] = rows.float().norm(dim=1)
+        if path not in self.norms:  # read again and again, W stays what it is
+            self.norms[path] = rows.float().norm(dim=1)
         if path not in self.whole:
             return rows
         a, b = (t.to(rows.device, torch.float32) for t in self.whole[path])

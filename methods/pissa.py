@@ -16,7 +16,7 @@ from tqdm import tqdm
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.ranks import is_main, rank, world_size
 from fsdp_utils.core.rows import fill, gather, local, row_range
-from methods.adapter import LORA_A, LORA_B, Pair, Start, Stored, seed_of, tell_all
+from methods.adapter import LORA_A, LORA_B, Pair, Start, Stored, hold_frozen, seed_of, tell_all
 from methods.quantizers.linear import QuantizedWeight
 
 NITER = 16
@@ -48,11 +48,7 @@ class PiSSA(Start):
             shape = f"{layer.out_features} x {layer.in_features}"
             raise UserError(f"--lora_rank {self.rank}: --lora_init pissa splits {path} of {shape}; lower it")
         self.layers[path] = layer
-        shapes = (self.rank, layer.in_features), (layer.out_features, self.rank)
-        for name, shape in zip(FROZEN, shapes, strict=True):
-            empty = torch.empty(shape, dtype=dtype, device="meta")
-            layer.register_parameter(name, nn.Parameter(empty, requires_grad=False))
-        layer.own_parameters = (*layer.own_parameters, *FROZEN)
+        hold_frozen(layer, FROZEN, dtype=dtype)
         layer.unread_names = FROZEN  # kept to be saved; no forward reads them
 
     def principal(self, path: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

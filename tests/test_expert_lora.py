@@ -78,6 +78,11 @@ def test_as_peft_computes_them(tiny, save_run, tmp_path, family):
     assert not base.load_state_dict(dense_of(model), strict=False)[1]
     stock = PeftModel.from_pretrained(base, folder, is_trainable=True).eval()
     torch.testing.assert_close(logits(stock), logits(model), atol=1e-5, rtol=0)
+    assert_gradients_alike(model, stock)
+
+
+def assert_gradients_alike(model, stock) -> dict:
+    """Of every A and B, ours and PEFT's, by PEFT's names; ours."""
     theirs = gradients(stock, lambda name: name.removeprefix("base_model.model.").replace(".default", ""))
     saved = {
         name: f"{model_path(path, layer)}.{name.rpartition('.')[2]}.weight"
@@ -88,6 +93,7 @@ def test_as_peft_computes_them(tiny, save_run, tmp_path, family):
     assert ours.keys() == theirs.keys() and any("experts" in name for name in ours)
     for name, gradient in theirs.items():
         assert (ours[name] - gradient).abs().max() < 1e-5 * gradient.abs().max().clamp_min(1e-6), name
+    return ours
 
 
 def model_layers(model) -> dict:

@@ -9,13 +9,12 @@ from closeness import assert_close, assert_learns
 from peft import PeftModel
 from real_run import CPU, batches_of, dense_of, first_step, logits, make_config, packed_bytes, plan, prepared, set_json
 from safetensors.torch import load_file, save_file
-from test_expert_lora import gradients, model_layers, model_path
-from test_prequantized import bytes_and_reads, changed, loss_of
+from test_expert_lora import assert_gradients_alike
+from test_prequantized import assert_goes_on, bytes_and_reads, changed, loss_of
 from transformers import AutoModelForCausalLM, Mxfp4Config
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-import train
-from fsdp_utils.core.errors import Ended, UserError
+from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.rows import gather
 from fsdp_utils.folders.describe import describe
 from fsdp_utils.inference.load import load_for_inference
@@ -168,16 +167,7 @@ def test_as_peft_computes_them(published, save_run):
     theirs = PeftModel.from_pretrained(stock(published()), folder, is_trainable=True).eval()
     assert (logits(stock(published())) - logits(model)).abs().max() > 1e-2  # the adapter matters
     torch.testing.assert_close(logits(theirs), logits(model), atol=1e-5, rtol=0)
-    wanted = gradients(theirs, lambda name: name.removeprefix("base_model.model.").replace(".default", ""))
-    saved = {
-        name: f"{model_path(path, layer)}.{name.rpartition('.')[2]}.weight"
-        for path, layer in model_layers(model).items()
-        for name in (f"{path}.lora_A", f"{path}.lora_B")
-    }
-    found = gradients(model, saved.__getitem__)
-    assert found.keys() == wanted.keys() and sum("experts" in name for name in found) == 8
-    for name, gradient in wanted.items():
-        assert (found[name] - gradient).abs().max() < 1e-5 * gradient.abs().max().clamp_min(1e-6), name
+    assert sum("experts" in name for name in assert_gradients_alike(model, theirs)) == 8
 
 
 @pytest.mark.parametrize("train_type, targets", [
@@ -248,19 +238,9 @@ def test_the_base_alone(published):
 
 def test_a_run_goes_on(published, tiny_data, tmp_path, capfd):
     """From its checkpoint, to the adapter of a run that was not interrupted; how the base is stored is in run.json."""
-    common = dict(dataset=tiny_data, batch_size=4, max_steps=2, lr=0.01, save_model=True, log_to="stdout")
-    flags = dict(model_name=published(), quantized_cache=tmp_path / "cache", **EXPERTS, **common)
-    train.main(make_config(**flags, output_dir=tmp_path / "whole"))
-    said, stored = capfd.readouterr().out, "n_bits 4, quant_group_size 32, quant_scales e8m0, quant_type mxfp4"
-    assert f"comes quantized, and its codes are taken as they are: {stored}" in said
-    assert "--quantized_cache has no effect" in said and not any((tmp_path / "cache").iterdir())
-    parts = dict(flags, output_dir=tmp_path / "parts", save_every_steps=1)
-    with pytest.raises(Ended):
-        train.main(make_config(**parts, stop_at_step=1))
-    train.main(make_config(**parts, resume="auto"))
-    one, other = (tmp_path / name / "adapter_model.safetensors" for name in ("whole", "parts"))
-    assert one.read_bytes() == other.read_bytes()
-    assert json.loads((tmp_path / "parts" / "run.json").read_text())["quantizer"] == dict(group_size=32)
+    flags = dict(model_name=published(), quantized_cache=tmp_path / "cache", **EXPERTS, dataset=tiny_data)
+    stored = "n_bits 4, quant_group_size 32, quant_scales e8m0, quant_type mxfp4"
+    assert assert_goes_on(flags, tmp_path, capfd, stored=stored)["quantizer"] == dict(group_size=32)
 
 
 def planned_stacks(folder) -> dict:

@@ -286,13 +286,17 @@ def test_any_rows_are_those_of_the_whole(comes, kind):
 
 def test_a_run_goes_on(comes, tiny_data, tmp_path, capfd):
     """From its checkpoint, to the adapter of a run that was not interrupted; how the base is stored is in run.json."""
-    common = dict(dataset=tiny_data, batch_size=4, max_steps=2, lr=0.01, save_model=True, log_to="stdout")
-    flags = flags_for(comes("group"), "group", quantized_cache=tmp_path / "cache", **common)
+    flags = flags_for(comes("group"), "group", quantized_cache=tmp_path / "cache", dataset=tiny_data)
+    record = assert_goes_on(flags, tmp_path, capfd, stored="n_bits 4, quant_group_size 32, quant_scales fp32")
+    assert record["quantizer"] == dict(group_size=32, scales="fp32")
+
+
+def assert_goes_on(flags, tmp_path, capfd, *, stored: str) -> dict:
+    """A run on a base that comes quantized, interrupted after one of two steps, is one that was not; its run.json."""
+    flags = flags | dict(batch_size=4, max_steps=2, lr=0.01, save_model=True, log_to="stdout")
     train.main(make_config(**flags, output_dir=tmp_path / "whole"))
     said = capfd.readouterr().out
-    assert (
-        "comes quantized, and its codes are taken as they are: n_bits 4, quant_group_size 32, quant_scales fp32" in said
-    )
+    assert f"comes quantized, and its codes are taken as they are: {stored}" in said
     assert "--quantized_cache has no effect" in said and not any((tmp_path / "cache").iterdir())
     parts = dict(flags, output_dir=tmp_path / "parts", save_every_steps=1)
     with pytest.raises(Ended):
@@ -300,8 +304,7 @@ def test_a_run_goes_on(comes, tiny_data, tmp_path, capfd):
     train.main(make_config(**parts, resume="auto"))
     one, other = (tmp_path / name / "adapter_model.safetensors" for name in ("whole", "parts"))
     assert one.read_bytes() == other.read_bytes()
-    record = json.loads((tmp_path / "parts" / "run.json").read_text())
-    assert record["quantizer"] == dict(group_size=32, scales="fp32")
+    return json.loads((tmp_path / "parts" / "run.json").read_text())
 
 
 def test_passed_flags_that_agree_are_taken(comes):

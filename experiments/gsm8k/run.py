@@ -9,8 +9,6 @@ are reported: the loss on the answers of the test file, and how many answers are
 was picked for it. results.jsonl only grows; what is in it is not run again.
 """
 
-import json
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -21,8 +19,16 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import prepare_weights
-from experiments.runs import RESULTS, carry_out, evaluate_once, in_its_place, logged, train_flags, train_once
+from experiments.runs import (
+    RESULTS,
+    carry_out,
+    evaluate_once,
+    export_once,
+    in_its_place,
+    logged,
+    train_flags,
+    train_once,
+)
 from fsdp_utils.core.devices import pick_device
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.flags import flag, parse
@@ -199,18 +205,13 @@ def exam(folder: Path, study: Study, device, *, eval_type: str = "auto") -> dict
     return dict(exact_match=right / asked, interval_95=wilson_interval(right, asked), asked=asked)
 
 
-def exported(folder: Path, study: Study, infer_type: str) -> dict:
+def exported(folder: Path, study: Study, device, *, infer_type: str) -> dict:
     """What prepare_weights.py reports of an export: perplexities of base, trained and exported model, and the share of
     the gain that is kept."""
-    target = folder.with_name(f"{folder.name}_{infer_type}")
-    flags = dict(model=folder, save_dir=target, infer_type=infer_type, device=study.device, group_size=64)
+    flags = dict(model=folder, save_dir=folder.with_name(f"{folder.name}_{infer_type}"), infer_type=infer_type)
     flags |= dict(fidelity_data=study.file("test"), fidelity_samples=min(study.questions, REPORTED))
-    if infer_type != "w4a16":
-        del flags["group_size"]
-    words = [f"--{name}={value}" for name, value in flags.items()]
-    prepare_weights.main(parse(prepare_weights.ExportConfig, words, prog="prepare_weights.py"))
-    found = json.loads((target / "fidelity.json").read_text())
-    shutil.rmtree(target)
+    flags |= dict(group_size=64) if infer_type == "w4a16" else {}
+    found = export_once(flags, device)
     return {name: found[name] for name in ("base", "trained", "exported")}
 
 
@@ -226,7 +227,8 @@ def outcome(job: Job, study: Study) -> list[dict]:
     if not job.seed:
         return [row]
     folder = Path(flags["output_dir"])
-    row |= dict(exported={name: exported(folder, study, name) for name in method.exports}) if method.exports else {}
+    if method.exports:
+        row["exported"] = {name: exported(folder, study, device, infer_type=name) for name in method.exports}
     rows = [row | exam(folder, study, device)]
     if method.nf4:
         again = flags | METHODS["base, NF4"].flags | dict(model_name=folder, lr=NO_RATE, save_model=False)

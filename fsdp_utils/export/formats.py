@@ -105,7 +105,7 @@ class Format:
 
     def matrix_tensors(self, path: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """The tensors announced by `matrix_specs`, of a weight fp32 `[out, in]`."""
-        raise NotImplementedError
+        raise NotImplementedError  # as above
 
     def check_group(self, group_size: int, *, way_out: str) -> None:
         """Raises UserError if a row of a packed linear is no whole number of groups."""
@@ -168,12 +168,11 @@ class Format:
             if path in self.packed:
                 found |= self.linear_specs(path)
                 continue
+            whole, dtype = torch.empty(shape, device="meta"), self._dtype_of(name)
             if matrices := self.matrices(name):
-                whole = torch.empty(shape, device="meta")
                 for stored, cut in matrices.items():
                     found |= self.matrix_specs(stored, tuple(cut(whole).shape))
                 continue
-            whole, dtype = torch.empty(shape, device="meta"), self._dtype_of(name)
             found |= {stored: (dtype, tuple(cut(whole).shape)) for stored, cut in self._pieces(name)}
         return found
 
@@ -184,13 +183,12 @@ class Format:
             if path in self.packed:
                 yield from self.linear_tensors(path).items()
                 continue
+            merges = path in self.trained.linears or path in self.trained.adapted()
+            whole = self.trained.merged(path) if merges else self.trained.tensor(name)
             if matrices := self.matrices(name):
-                whole = self.trained.merged(name) if name in self.trained.adapted() else self.trained.tensor(name)
                 for stored, cut in matrices.items():
                     yield from self.matrix_tensors(stored, cut(whole).float()).items()
                 continue
-            merges = path in self.trained.linears or path in self.trained.adapted()
-            whole = self.trained.merged(path) if merges else self.trained.tensor(name)
             whole = self.in_dtype(name, whole, self._dtype_of(name))
             yield from ((stored, cut(whole).contiguous()) for stored, cut in self._pieces(name))
 

@@ -7,9 +7,8 @@ import torch
 
 from fsdp_utils.core.ranks import say
 from fsdp_utils.export.formats import Format
-from methods.packed import as_bytes
 from methods.quantizers.hqq import HQQ
-from methods.quantizers.int4 import LOW, Int4, choose, grids
+from methods.quantizers.int4 import LOW, Int4, choose, grids, numbers
 
 GROUPS = (128, 64, 32)  # that vLLM's kernels know
 
@@ -81,11 +80,7 @@ class W4A16(Format):
         return self._stored(path, weight, self.grid(path, weight))
 
     def _stored(self, path, values, grid):
-        found = {
-            f"{path}.weight_packed": pack(grid.codes(values)),
-            f"{path}.weight_scale": grid.scale.to(self.dtype),
-            f"{path}.weight_shape": torch.tensor(values.shape),
-        }
+        found = self._parts(path, grid.codes(values), grid.scale)
         if not self.symmetric:
             found[f"{path}.weight_zero_point"] = pack(grid.zero.to(torch.int8).T).T.contiguous()
         return found
@@ -93,12 +88,14 @@ class W4A16(Format):
     def _as_trained(self, path):
         """The codes of the base that holds the adapter; scales by what training multiplies rows with."""
         codes, scales = self.trained.packed(path)
-        codes = as_bytes(codes)
-        nibbles = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1).to(torch.int8) + LOW
+        return self._parts(path, numbers(codes), scales.float() * self.trained.row_factor(path).unsqueeze(1))
+
+    def _parts(self, path, codes, scale):
+        """What is stored of codes int8 `[out, in]` and scales `[out, in/group]`."""
         return {
-            f"{path}.weight_packed": pack(nibbles),
-            f"{path}.weight_scale": (scales.float() * self.trained.row_factor(path).unsqueeze(1)).to(self.dtype),
-            f"{path}.weight_shape": torch.tensor(nibbles.shape),
+            f"{path}.weight_packed": pack(codes),
+            f"{path}.weight_scale": scale.to(self.dtype),
+            f"{path}.weight_shape": torch.tensor(codes.shape),
         }
 
     def _hqq(self, path):

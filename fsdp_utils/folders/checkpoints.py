@@ -485,7 +485,10 @@ def restore_parameters(model, folder: Path) -> None:
 def whole_tensors(folder: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
     """Those of what a run goes on from, whole, by their names in the model."""
     names = list(names)
-    return {name: tensor for name, tensor in load_file(folder / TRAINED_FILE).items() if name in names} if names else {}
+    if not names:
+        return {}
+    with safe_open(folder / TRAINED_FILE, "pt") as file:
+        return {name: file.get_tensor(name) for name in names}
 
 
 def restore(step, folder: Path) -> None:

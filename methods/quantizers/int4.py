@@ -84,6 +84,12 @@ def choose(
     return IntGrid(best[1].squeeze(-1), best[2].squeeze(-1), group_size)
 
 
+def numbers(codes: torch.Tensor) -> torch.Tensor:
+    """int8 `[n, in]` from -8 to 7, of packed codes `[n, in/2]`."""
+    codes = as_bytes(codes)
+    return torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1).to(torch.int8) - ZERO
+
+
 @dataclass(frozen=True)
 class Int4(Quantizer):
     """Codes `[out, in/2]`, low nibble first, and scales `[out, in/group]`.
@@ -123,9 +129,7 @@ class Int4(Quantizer):
     def dequantize_plain(self, packed, *, in_features, dtype, row_factor=None):
         """The definition, in torch."""
         codes, scales = packed
-        codes = as_bytes(codes)
-        nibbles = torch.stack([codes & 15, codes >> 4], dim=-1)  # [n, in/2, 2]
-        groups = (nibbles.to(torch.int8) - ZERO).view(len(codes), in_features // self.group_size, self.group_size)
+        groups = numbers(codes).view(len(codes), in_features // self.group_size, self.group_size)
         weight = (groups.to(scales.dtype) * scales.unsqueeze(-1)).view(len(codes), in_features)
         if row_factor is not None:
             weight = weight.float() * row_factor.unsqueeze(1)
