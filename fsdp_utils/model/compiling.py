@@ -16,6 +16,8 @@ from fsdp_utils.core.ranks import say
 BOUNDARIES = {1: (0,)}
 VARYING = {**BOUNDARIES, 2: (1,), 3: (1,), 4: (2, 3)}
 CACHE = "TORCHINDUCTOR_CACHE_DIR"  # also of what Triton makes
+# attention that is run again in backward: torch before 2.13 keeps no code that has it, and compiles it at each start
+ATTENTION_AGAIN = "torch.ops.higher_order.graphsafe_run_with_rng_state"
 
 
 def cannot_compile(error: Exception) -> UserError:
@@ -86,6 +88,7 @@ def unmarked(tensor: torch.Tensor) -> torch.Tensor:
 
 def keep_between_runs() -> None:
     """torch keeps code in the folder for temporary files, which is often gone with the machine's next start."""
+    torch._inductor.config.unsafe_marked_cacheable_functions[ATTENTION_AGAIN] = "1"
     if CACHE in os.environ:
         return
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch" / "inductor"
