@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.common import SHAPES, write_config, write_results
 from benchmarks.published import with_tokenizer
 from fsdp_utils.core.errors import UserError
-from fsdp_utils.core.processes import python
+from fsdp_utils.core.processes import command as starting
 from fsdp_utils.core.ranks import say
 from fsdp_utils.model.compiling import CACHE
 
@@ -53,7 +53,7 @@ def command(args: argparse.Namespace, folder: Path) -> list[str]:
     flags |= dict(dataset=args.data, dataset_samples=4000, batch_size=4, context_length=512, lora_dropout=0)
     flags |= dict(use_cpu_offload=False, max_steps=args.steps, log_to="stdout", output_dir=folder / "run")
     flags |= dict(overwrite=True) | dict(pair.split("=") for pair in args.extra.split(",") if pair)
-    return [*python(args.processes), "train.py", *(f"--{name}={value}" for name, value in flags.items())]
+    return [*starting("train.py", processes=args.processes), *(f"--{name}={value}" for name, value in flags.items())]
 
 
 IMPORTS = "import torch._inductor.compile_fx, fsdp_utils.folders.opening"

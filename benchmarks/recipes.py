@@ -28,7 +28,7 @@ import yaml
 from benchmarks.common import write_results
 from benchmarks.published import PUBLISHED, expanded, published, with_tokenizer
 from fsdp_utils.core.folders import read_rows
-from fsdp_utils.core.processes import python
+from fsdp_utils.core.processes import command
 from fsdp_utils.core.ranks import say
 from fsdp_utils.folders.opening import PLANNED
 
@@ -85,7 +85,7 @@ def prepared(path: Path, args: argparse.Namespace, folder: Path) -> tuple[int, l
     flags |= dict(max_steps=args.steps, device=args.device, log_to="stdout", output_dir=folder / "run")
     written = folder / "flags.yaml"
     written.write_text(yaml.safe_dump({k: str(v) if isinstance(v, Path) else v for k, v in flags.items()}))
-    return int(several[1]) if several else 1, ["train.py", "--config", str(written)]
+    return int(several[1]) if several else 1, ["--config", str(written)]
 
 
 class Cards:
@@ -116,7 +116,11 @@ def run(path: Path, args: argparse.Namespace, folder: Path, cards: Cards) -> dic
     taken = cards.take(processes)
     visible = dict(CUDA_VISIBLE_DEVICES=",".join(map(str, taken))) if taken else {}
     done = subprocess.run(
-        [*python(processes), *words], cwd=ROOT, env=os.environ | visible, capture_output=True, text=True
+        [*command("train.py", processes=processes), *words],
+        cwd=ROOT,
+        env=os.environ | visible,
+        capture_output=True,
+        text=True,
     )
     cards.give(taken)
     if args.logs:

@@ -50,7 +50,7 @@ from safetensors.torch import save_file
 from fsdp_utils.core.devices import pick_device
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.folders import model_folder
-from fsdp_utils.core.processes import python
+from fsdp_utils.core.processes import command
 from fsdp_utils.core.ranks import fail, say
 from fsdp_utils.core.safetensors_io import CheckpointReader
 from fsdp_utils.folders.opening import PLANNED
@@ -96,7 +96,7 @@ def cut(model: str, blocks: int, folder: Path) -> Path:
 
 def launched(words: list[str], *, processes: int) -> subprocess.CompletedProcess:
     """A train.py, by torchrun if there are several processes."""
-    return subprocess.run([*python(processes), ROOT / "train.py", *words], capture_output=True, text=True)
+    return subprocess.run([*command(ROOT / "train.py", processes=processes), *words], capture_output=True, text=True)
 
 
 class Runs:

@@ -14,10 +14,11 @@ from commands import REPOSITORY, TRAIN, clean_environment, forked, free_port, lo
 from real_run import make_config
 
 import train
+from fsdp_utils.config import TrainConfig
 from fsdp_utils.core import processes
 from fsdp_utils.core.devices import pick_device
 from fsdp_utils.core.errors import UserError
-from fsdp_utils.core.flags import as_dict
+from fsdp_utils.core.flags import as_dict, parse
 from fsdp_utils.core.ranks import fail, first_host, local_rank, rank, read_slurm_environment, world_size
 
 
@@ -33,6 +34,20 @@ def test_plain_python_starts_processes(tiny, tiny_data, tmp_path):
     assert done.stdout.count("trainable params") == 1  # process 0 speaks
     assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-5)
     assert len(losses(tmp_path / "2")) == 3
+
+
+def test_one_process_on_a_machine_of_many_gpus(monkeypatch):
+    """A command line for one process starts no others: plain `python train.py` takes every GPU that it sees, and what
+    self_test.py called one process was then two."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.multiprocessing, "spawn", lambda *_, **__: pytest.fail("started others"))
+    monkeypatch.delenv("RANK", raising=False)
+    _, script, *words = processes.command("train.py", processes=1)
+    assert script == "train.py"
+    seen = []
+    processes.launch(seen.append, parse(TrainConfig, ["--model_name=demo", *words], prog="train.py"))
+    assert len(seen) == 1
 
 
 def test_help():

@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -104,11 +105,13 @@ def from_main(make: Callable[[], T]) -> T:
     return value
 
 
-def python(processes: int) -> list[str]:
-    """How a command line for so many processes of this host begins; several take any free port."""
+def command(script: str | Path, *, processes: int) -> list[str]:
+    """How a command line of a script that calls `launch` begins, for so many processes of this host; several take any
+    free port. One is said to be one: by itself, a script starts a process for each GPU."""
     if processes == 1:
-        return [sys.executable]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        return [sys.executable, str(script), "--world_size=1"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [*torchrun, str(script)]
 
 
 def _spawned(index: int, function, count: int, config) -> None:
