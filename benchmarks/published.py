@@ -50,3 +50,11 @@ def expanded(folder: Path, *, new: list[int]) -> Path:
     LlamaConfig(**LLAMA_2_7B, num_hidden_layers=32 + len(new)).save_pretrained(folder)
     (folder / "expanded_layers.json").write_text(json.dumps({"expanded_layers": new}))
     return folder
+
+
+def folders_of(flags: dict, folder: Path) -> dict:
+    """The flags of a recipe that name models, with folders of their public shapes."""
+    found = dict(model_name=published(flags["model_name"], folder / "model"))
+    return found | (
+        dict(llama_pro_path=expanded(folder / "pro", new=[10, 21, 33])) if "llama_pro_path" in flags else {}
+    )

@@ -26,7 +26,7 @@ import torch
 import yaml
 
 from benchmarks.common import write_results
-from benchmarks.published import PUBLISHED, expanded, published, with_tokenizer
+from benchmarks.published import PUBLISHED, folders_of, with_tokenizer
 from fsdp_utils.core.folders import read_rows
 from fsdp_utils.core.processes import command
 from fsdp_utils.core.ranks import say
@@ -34,7 +34,7 @@ from fsdp_utils.folders.opening import PLANNED
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-OWN = ("dataset", "columns", "output_dir", "log_to", "llama_pro_path", "resume", "push_to_hub")  # of a user's run
+OWN = ("dataset", "columns", "output_dir", "log_to", "resume", "push_to_hub")  # of a user's run
 PEAK = re.compile(r"^tokens/s: .* peak ([\d.]+) GiB", re.MULTILINE)
 
 
@@ -74,9 +74,7 @@ def prepared(path: Path, args: argparse.Namespace, folder: Path) -> tuple[int, l
         row_of = COLUMNS.get(path.stem, dict)
         rows = [row_of(question=row["question"], answer=row["answer"]) for row in read_rows(Path(args.data))]
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        flags |= dict(model_name=published(recipe["model_name"], folder / "model"), dataset=folder / "rows.jsonl")
-        if "llama_pro_path" in recipe:
-            flags |= dict(llama_pro_path=expanded(folder / "pro", new=[10, 21, 33]))
+        flags |= folders_of(flags, folder) | dict(dataset=folder / "rows.jsonl")
         for place in {flags["model_name"], flags.get("llama_pro_path", flags["model_name"])}:
             with_tokenizer(place, args.tokenizer)
         flags |= dict(load_format="dummy")

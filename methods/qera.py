@@ -6,6 +6,7 @@ The base is the quantized checkpoint as without it, and what is saved is a plain
 weights it would be wrong: it adds what these do not lack.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -16,6 +17,17 @@ from methods.adapter import LORA_A, LORA_B, Pair, Start, tell_all
 from methods.base import Seen
 from methods.closest import closest
 from methods.quantizers.linear import QuantizedWeight
+
+ROWS = 2048  # whose rounding is worked out at a time: fitting it takes many times their memory
+
+
+def _error(base: QuantizedWeight, weight: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
+    """What rounding takes from a weight `[out, in]`, fp32; each row is rounded by itself."""
+    error = torch.empty_like(weight, dtype=torch.float32)
+    for part, rows in zip(error.split(ROWS), weight.split(ROWS), strict=True):
+        packed = base.quantizer.quantize(rows)
+        torch.sub(rows, base.quantizer.dequantize(packed, in_features=base.in_features, dtype=dtype).float(), out=part)
+    return error
 
 
 class QERA(Start):
@@ -45,10 +57,7 @@ class QERA(Start):
         tell_all(self.whole, rounded, rank=self.rank)
 
     def _correction(self, layer: nn.Module, seen: Seen) -> Pair:
-        base = layer.base_layer
-        packed = base.quantizer.quantize(seen.weight)
-        rounded = base.quantizer.dequantize(packed, in_features=base.in_features, dtype=self.dtype)
-        a, b = closest(seen.weight.float() - rounded.float(), seen.gram, rank=self.rank)
+        a, b = closest(_error(layer.base_layer, seen.weight, dtype=self.dtype), seen.gram, rank=self.rank)
         # a row of A as long as its column of B, whatever the size of the inputs: each learns as fast as the other
         root = (a.norm(dim=1) * b.norm(dim=0) / self.scaling).sqrt()
         return Pair((F.normalize(a) * root.unsqueeze(1)).cpu(), (F.normalize(b, dim=0) * root).cpu())

@@ -11,7 +11,7 @@ import pytest
 from commands import REPOSITORY, TRAIN, error_lines, losses, start
 
 import train
-from benchmarks.published import PUBLISHED, expanded, published
+from benchmarks.published import PUBLISHED, folders_of
 from fsdp_utils.config import TrainConfig
 from fsdp_utils.core.flags import ConfigError, as_dict, flags, parse, parse_or_fail, save
 from fsdp_utils.folders.names import RUN_FILE
@@ -79,9 +79,8 @@ def test_a_recipe_is_planned(recipe, tmp_path, capsys):
     config = read("--config", recipe)
     argv = ["--config", recipe, "--plan", "true", "--device", "cpu"]
     if config.model_name in PUBLISHED:
-        argv += ["--model_name", published(config.model_name, tmp_path)]
-    if config.llama_pro_path:
-        argv += ["--llama_pro_path", expanded(tmp_path, new=[10, 21, 33])]  # as scripts/block_expansion.py does by 0.1
+        named = {name: value for name, value in as_dict(config).items() if value is not None}
+        argv += [f"--{name}={path}" for name, path in folders_of(named, tmp_path).items()]
     cards = re.search(r"(?:(\d+)x)?(\d+)gb$", recipe.stem)
     argv += ["--plan_gpus", f"{cards[1] or 1}x{cards[2]}" if cards else "1x24"]
     train.main(read(*argv))

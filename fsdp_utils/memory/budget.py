@@ -18,9 +18,11 @@ from fsdp_utils.memory.activations import Kept
 from fsdp_utils.memory.graphs import graph_tokens
 from fsdp_utils.options import OPTIMIZERS, STRATEGIES
 from fsdp_utils.sharding.offload import is_shared
-from fsdp_utils.sharding.peer_gather import unread_parameters
+from fsdp_utils.sharding.peer_gather import frozen_weights, unread_parameters
 from fsdp_utils.sharding.prepared import Prepared
+from methods import CORRECTING
 from methods.kernels.cross_entropy import LOGITS_BYTES
+from methods.quantizers.linear import QuantizedWeight
 
 
 class OutOfMemory(UserError):
@@ -33,9 +35,11 @@ class Resident(NamedTuple):
     base: int  # frozen rows, and the slots that peer gathering fills
     learned: int  # trained rows and their gradients; whole ones too where they are whole during a step
     optimizer: int
-    gathered: int  # what FSDP2 makes whole, and the buffers that gradients are reduced in
+    gathered: int  # what FSDP2 makes whole while a block runs in backward, and what gradients are reduced in
     gradients: int = 0  # of `learned`, those that come into being during backward
     head: int = 0  # of head or embedding, whole while it runs
+    reducing: int = 0  # `gathered` when a block is done, and its gradients leave
+    beginning: int = 0  # before the first step, where samples pass through the blocks: all of it
     stepping: int = 0  # when backward is over: what gradients are reduced in, what the optimizer makes and drops
 
     @property
@@ -120,29 +124,50 @@ def resident(
         elif id(p) not in away:
             frozen += nbytes
     gradients = 0 if offloaded else _gradient_bytes(model, blocks, config, shards=shards)
-    learned, gathered, extra = trained + gradients, Gathered(0, 0, 0), 0
+    learned, gathered, extra = trained + gradients, Gathered(0, 0, 0, 0), 0
     if mesh is not None:
-        groups = dict(away=away, shards=shards, gathered_with_root=gathered_with_root)
-        gathered = _gathered(model, blocks, config, **groups)
+        by_peers = (
+            {id(m._parameters[n]) for b in blocks.values() for m, n in frozen_weights(b)} if slot_bytes else set()
+        )
+        groups = dict(shards=shards, gathered_with_root=gathered_with_root)
+        gathered = _gathered(model, blocks, config, away=away | by_peers, **groups)
     if gathered_with_root:  # a step holds weights and gradients whole, and at its end the rows of gradients
         extra = 2 * sum(p.nbytes for block in blocks.values() for p in block.parameters() if p.requires_grad)
         learned, gradients = trained + extra, extra // 2
+    samples = _of_samples(blocks) if config.lora_init in CORRECTING else 0
     copies = 0 if config.rounds_stochastically or config.optimizer_in_backward else OPTIMIZERS[config.optimizer].copies
     return Resident(
         base=frozen + slot_bytes,
         learned=learned,
         optimizer=states,
-        gathered=max(gathered.blocks - extra - slot_bytes, 0),
+        gathered=max(gathered.blocks - extra, 0),
+        reducing=max(gathered.reducing - extra, 0),
         gradients=0 if keeps_gradients(model, config, mesh=mesh, device=device) else gradients,
         head=gathered.ends,
+        beginning=samples and frozen + slot_bytes + trained + samples,
         stepping=max(copies * trained, gathered.at_end + (trained if gathered_with_root else 0)),
     )
+
+
+def _of_samples(blocks: dict[str, nn.Module]) -> int:
+    """Bytes while samples correct the rounding (`model.calibrate`): a block as its checkpoint has it, in 16 bits, an
+    fp32 matrix of the inputs of each linear, and one more as wide as the widest."""
+
+    def of(block: nn.Module) -> int:
+        linears = [m for m in block.modules() if isinstance(m, QuantizedWeight)]
+        of_inputs = [4 * m.in_features**2 for m in linears]
+        return sum(2 * math.prod(m.shape) for m in linears) + sum(of_inputs) + max(of_inputs, default=0)
+
+    return max(map(of, blocks.values()))
 
 
 class Gathered(NamedTuple):
     """Bytes of what FSDP2 makes whole, gradients of it and the fp32 buffers that these are reduced in included."""
 
-    blocks: int  # while blocks run
+    blocks: int  # while a block runs
+    reducing: (
+        int  # when it is done: with its gradients, which come as what it has recomputed goes, and what reduces them
+    )
     ends: int  # while head or embedding does
     at_end: int  # when backward is over: buffers of what is whole during a step
 
@@ -158,18 +183,22 @@ def _gathered(
     whole = lambda parameters: sum(p.nbytes for p in parameters)
     gradients = lambda parameters: sum(p.nbytes for p in parameters if p.requires_grad)
     buffers = lambda parameters: sum(4 * p.numel() for p in parameters if p.requires_grad)
-    largest = max(in_blocks, key=whole)
-    if STRATEGIES[config.sharding_strategy].resharded:
-        gathered = 3 * whole(largest)  # the block that runs, the next one, and the buffer that it arrives in
-    else:
-        gathered = sum(map(whole, in_blocks)) + whole(largest)
-    gathered += whole(root) + gradients(root) + 2 * gradients(largest) + 2 * buffers(largest)
+    running, reducing = [], []
+    for before, block, after in zip([[], *in_blocks], in_blocks, [*in_blocks[1:], []], strict=False):
+        coming = 2 * whole(before)  # and the buffer that it arrives in
+        running.append(whole(block) + coming + buffers(after))
+        reduced_in = buffers(block) + buffers(block) // shards
+        reducing.append(coming + gradients(block) + max(whole(block) + buffers(after), reduced_in))
+    largest, of_root = max(map(whole, in_blocks)), whole(root) + gradients(root)
+    if not STRATEGIES[config.sharding_strategy].resharded:
+        every = [max(map(gradients, in_blocks)) + 2 * max(map(buffers, in_blocks)) + sum(map(whole, in_blocks))]
+        running, reducing = [every[0] + largest], every
     if config.no_sync and config.gradient_accumulation_steps > 1:
-        gathered += buffers(model.parameters())
+        of_root += buffers(model.parameters())
     # what arrives from others does so in a buffer; meanwhile the last block comes, for backward
-    arriving, next_one = 2 if shards > 1 else 1, 0 if gathered_with_root else 2 * whole(largest)
+    arriving, next_one = 2 if shards > 1 else 1, 0 if gathered_with_root else 2 * largest
     of_ends = max((arriving * p.nbytes + buffers([p]) for p in ends), default=0) + next_one
-    return Gathered(gathered, of_ends, buffers(root))
+    return Gathered(of_root + max(running), of_root + max(reducing), of_ends, buffers(root))
 
 
 def _ends(model: nn.Module, *, away: set[int]) -> list[nn.Parameter]:
@@ -284,15 +313,18 @@ def sizes(config, held: Resident, kept: Kept | None, *, workspace: int = 0, **ac
     found = {"base": held.base, learned: held.learned, "optimizer": held.optimizer, "gathered": held.gathered}
     if kept is not None:
         peak = peak_activations(**activations, gradients=held.gradients)
-        loss, backward = peak.loss + held.head, peak.backward + held.gathered
-        found["gathered"] = held.head if loss > backward else held.gathered
+        block = activations["block"]
+        over = block.within + block.again * (activations["recomputed"] > 0)  # when the block is done
+        gathered = max(held.gathered, held.reducing - over)
+        loss, backward = peak.loss + held.head, peak.backward + gathered
+        found["gathered"] = held.head if loss > backward else gathered
         found["activations"] = peak.loss - activations["at_loss"] if loss > backward else peak.backward
         found["logits"] = activations["at_loss"] if loss > backward else 0
         if found["activations"] < 0:  # gradients that are not there yet are more
             found[learned] += found["activations"]
             found["activations"] = 0
         found["optimizer"] += max(held.stepping - max(loss, backward), 0)
-    found["workspace"] = workspace
+    found["workspace"] = workspace + max(held.beginning - sum(found.values()), 0)
     return {purpose: size for purpose, size in found.items() if size or purpose in SHOWN}
 
 

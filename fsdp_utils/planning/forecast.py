@@ -1,11 +1,14 @@
 """What a run takes in each process, from the configuration of a model alone."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from fsdp_utils.core.devices import GIB
+from fsdp_utils.data.batches import accumulation_for
+from fsdp_utils.data.parts import readers
 from fsdp_utils.memory import budget, recompute
 from fsdp_utils.model.assemble import Plan, offloads
 from fsdp_utils.options import STRATEGIES
@@ -60,6 +63,18 @@ def mesh_of(config, machine: Machine) -> Shards | None:
         return None
     whole = dict(one=total, processes=1, nodes=config.hybrid_shard_size if config.hybrid_shard_size > 0 else total)
     return Shards(total // whole[copies], whole[copies])
+
+
+def split_for(config, machine: Machine):
+    """The flags with the accumulation that `--global_batch_size` means on this machine.
+
+    Raises:
+        UserError: it is no whole number.
+    """
+    if config.global_batch_size < 1:
+        return config
+    split = dict(batch_size=config.batch_size, world_size=readers(config, machine.gpus), named="--global_batch_size")
+    return replace(config, gradient_accumulation_steps=accumulation_for(config.global_batch_size, **split))
 
 
 def forecast(planned: Plan, config, machine: Machine) -> Forecast:

@@ -9,7 +9,7 @@ from fsdp_utils.memory.budget import remedies
 from fsdp_utils.model.assemble import Plan, is_local, plan_only, quantizers_report, trainable_report
 from fsdp_utils.model.build import read_raw_config
 from fsdp_utils.model.prequantized import settings_of
-from fsdp_utils.planning.forecast import CONTEXT, Forecast, forecast
+from fsdp_utils.planning.forecast import CONTEXT, Forecast, forecast, split_for
 from fsdp_utils.planning.machines import Machine
 from fsdp_utils.planning.seconds import seconds_a_step
 from fsdp_utils.tasks import named_task, task_of_model
@@ -27,6 +27,7 @@ def planned_for(config, machine: Machine) -> Plan:
 
 def lines(config, machine: Machine) -> list[str]:
     """What a run with these flags would take on a machine."""
+    config = split_for(config, machine)
     planned = planned_for(config, machine)
     found = forecast(planned, config, machine)
     return [

@@ -6,10 +6,11 @@ from functools import cached_property
 from itertools import count, islice, takewhile
 from typing import NamedTuple
 
+from fsdp_utils.core.errors import DataError
 from fsdp_utils.data.parts import readers
 from fsdp_utils.model.assemble import Plan
 from fsdp_utils.model.prequantized import settings_of
-from fsdp_utils.planning.forecast import Forecast, forecast
+from fsdp_utils.planning.forecast import Forecast, forecast, split_for
 from fsdp_utils.planning.machines import CARDS, Machine, machine_of
 from fsdp_utils.planning.report import planned_for
 from fsdp_utils.planning.seconds import seconds_a_step
@@ -42,6 +43,7 @@ class Search:
     """Of one model on one machine; each placement is planned once."""
 
     def __init__(self, config, machine: Machine):
+        split_for(replace(config, batch_size=1), machine)  # refuses what no batch can make
         self.config, self.machine, self.plans = config, machine, {}
 
     def _planned(self, flags: dict) -> Plan:
@@ -51,9 +53,14 @@ class Search:
         return self.plans[packing]
 
     def tried(self, flags: dict, machine: Machine | None = None) -> Choice | None:
-        """What these flags make of it, here or on another machine; None where it does not fit."""
+        """What these flags make of it, here or on another machine; None where it does not fit, or where no number of
+        such batches makes `--global_batch_size`."""
         machine = machine or self.machine
-        config, planned = replace(self.config, **flags), self._planned(flags)
+        try:
+            config = split_for(replace(self.config, **flags), machine)
+        except DataError:
+            return None
+        planned = self._planned(flags)
         found = forecast(planned, config, machine)
         if not found.fits(machine):
             return None
