@@ -39,6 +39,7 @@ from scripts.block_expansion import Expansion, expand
 from scripts.make_demo import write_jsonl
 
 ADAPTER_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+NEAR = ADAPTER_RATES[3:6]  # where rows of the same kind were best
 FULL_RATES = (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)  # a tenth
 NF4 = " + NF4"  # of a row: the trained weights, read again through NF4
 NO_RATE = 1e-12  # one step of it leaves the model as it is
@@ -86,19 +87,22 @@ METHODS = {
     "full": Method(dict(train_type="full"), FULL_RATES, nf4=True),
     "LoRA": adapted(exports=SERVED),
     "QLoRA": adapted("custom_qlora", exports=SERVED),
-    "QLoRA for NF4": adapted("custom_qlora", train_for="nf4", exports=SERVED[:1]),
+    "QLoRA for NF4": adapted("custom_qlora", rates=NEAR, train_for="nf4", exports=SERVED[:1]),
     "QDoRA": adapted("bnb_dora", exports=SERVED),
-    "QDoRA for NF4": adapted("bnb_dora", train_for="nf4", exports=SERVED[:1]),
-    "LoRA for w4a16": adapted("hqq_lora", train_for="w4a16", exports=SERVED[1:]),
-    "DoRA for w4a16": adapted("hqq_dora", train_for="w4a16", exports=SERVED[1:]),
+    "QDoRA for NF4": adapted("bnb_dora", rates=NEAR, train_for="nf4", exports=SERVED[:1]),
+    "LoRA for w4a16": adapted("hqq_lora", rates=NEAR, train_for="w4a16", exports=SERVED[1:]),
+    "DoRA for w4a16": adapted("hqq_dora", rates=NEAR, train_for="w4a16", exports=SERVED[1:]),
     "Llama-Pro": Method(dict(train_type="bnb_llama_pro"), FULL_RATES),
     "HQQ 4 bits LoRA": adapted("hqq_lora", n_bits=4),
     "HQQ 2 bits LoRA": adapted("hqq_lora", n_bits=2),
     "HQQ 2 bits DoRA": adapted("hqq_dora", n_bits=2),
-    "HQQ 3 bits LoRA": adapted("hqq_lora", n_bits=3),
-    **{f"HQQ {bits} bits LoRA, QERA": adapted("hqq_lora", n_bits=bits, lora_init="qera") for bits in (2, 3, 4)},
-    "HQQ 2 bits DoRA, QERA": adapted("hqq_dora", n_bits=2, lora_init="qera"),
-    "QLoRA, QERA": adapted("custom_qlora", lora_init="qera"),
+    "HQQ 3 bits LoRA": adapted("hqq_lora", rates=NEAR, n_bits=3),
+    **{
+        f"HQQ {bits} bits LoRA, QERA": adapted("hqq_lora", rates=NEAR, n_bits=bits, lora_init="qera")
+        for bits in (2, 3, 4)
+    },
+    "HQQ 2 bits DoRA, QERA": adapted("hqq_dora", rates=NEAR, n_bits=2, lora_init="qera"),
+    "QLoRA, QERA": adapted("custom_qlora", rates=NEAR, lora_init="qera"),
     "LoRA, o_proj too": adapted(lora_target_modules="all_linear"),
     "LoRA, rank 8": adapted(lora_rank=8),
     "LoRA, rank 256": adapted(lora_rank=256),
