@@ -73,7 +73,11 @@ class TrainConfig:
     round_every: int = flag(10, "with --train_for: steps after which the base is rounded anew", minimum=1)
     use_rslora: bool = flag(False, "scale adapters by alpha / sqrt(r) instead of alpha / r", choices=tuple(SCALINGS))
     train_router: bool = flag(False, "train the routers of a mixture of experts too, whole")
-    n_bits: int = flag(4, "bits of the quantized base: 4 for bnb; 8, 4, 3, 2 or 1 for hqq")
+    n_bits: int | str = flag(
+        4,
+        "bits of the quantized base: 4 for bnb; 8, 4, 3, 2 or 1 for hqq; mixed: a fifth of the blocks, those at both "
+        "ends, at 4, the others at 2 (a plan by measure: scripts/plan_bits.py)",
+    )
     quant_type: str = flag("nf4", "4-bit code of bitsandbytes", choices=("nf4", "fp4"))
     quant_group_size: int = flag(64, "weights that share one scale", choices=GROUP_SIZES)
     quant_scales: str = flag(
@@ -289,6 +293,8 @@ class TrainConfig:
         for name in ("use_gradient_checkpointing", "peer_gather"):
             with suppress(ArgumentTypeError):  # what is neither true nor false is auto, or found wrong by its choices
                 setattr(self, name, boolean(str(getattr(self, name))))
+        with suppress(ValueError):  # `mixed`, or found wrong
+            self.n_bits = int(self.n_bits)
         if self.bits_plan is not None:
             with suppress(ConfigError):  # a plan that cannot be read is found by `errors`
                 given, self.bits_plan = self.bits_plan, bits.text_of(self.bits_plan)
@@ -445,7 +451,10 @@ class TrainConfig:
             return (
                 [f"--n_bits {self.n_bits}: {self.train_type} does not quantize{self._offering_bits()}"] if given else []
             )
-        if self.n_bits not in row.bits:
+        if self.n_bits == bits.MIXED and set(bits.OF_MIXED) <= set(row.bits):
+            if self.bits_plan is not None:
+                found.append(f"--n_bits {self.n_bits}: {bits.named(self)} says what each block has; drop one")
+        elif self.n_bits not in row.bits:
             offers = f"{self.quantizer} offers {', '.join(map(str, row.bits))}"
             found.append(f"--n_bits {self.n_bits}: {offers}{self._offering_bits()}")
         if self.quant_scales not in row.scales:
@@ -475,7 +484,8 @@ class TrainConfig:
 
     def _offering_bits(self) -> str:
         """The way out for --n_bits: train types of another quantizer."""
-        names = [f"{name}_*" for name, row in QUANTIZERS.items() if self.n_bits in row.bits]
+        wanted = set(bits.OF_MIXED) if self.n_bits == bits.MIXED else {self.n_bits}
+        names = [f"{name}_*" for name, row in QUANTIZERS.items() if wanted <= set(row.bits)]
         return f"; use an {' or '.join(names)} train type" if names else ""
 
     def _without_effect(self) -> list[tuple[str, str]]:

@@ -17,6 +17,8 @@ from fsdp_utils.core.classes import load_class
 from fsdp_utils.core.errors import ConfigError, first_line
 from methods import GROUP_SIZES, QUANTIZERS, group_sizes_for, make_quantizer
 
+MIXED = "mixed"  # of --n_bits: a plan by where a block stands
+OF_MIXED, SHARE = (4, 2), 1 / 5  # its bits, of which the first are for this share of the blocks
 KEYS = ("bits", "group_size", "quantizer")
 FORM = 'write patterns and settings, as {"model.layers.0.*": {"bits": 4}, "*": {"bits": 2}}'
 
@@ -151,6 +153,19 @@ def quantizer_of_flags(config, *, checkpoint_dtype):
         return load_class(QUANTIZERS[name].target).from_config(asked, checkpoint_dtype=checkpoint_dtype)
 
     return Mixed({pattern: made(entry) for pattern, entry in entries.items()}, otherwise)
+
+
+def settle(config, blocks: list[str]) -> None:
+    """Makes `--n_bits mixed` the plan that it is for a model with blocks at these paths; before anything is packed.
+
+    Those at both ends get more: what the first get wrong passes through all others, and nothing mends what the last do.
+    The share is that of 2024, whose authors chose by block influence.
+    """
+    if config.n_bits != MIXED:
+        return
+    count, (more, config.n_bits) = max(round(len(blocks) * SHARE), 2), OF_MIXED
+    chosen = dict.fromkeys(blocks[: -(-count // 2)] + blocks[len(blocks) - count // 2 :])
+    config.bits_plan = json.dumps({f"{path}.*": dict(bits=more) for path in chosen})
 
 
 def check(config, model, quantizers: dict) -> None:

@@ -28,3 +28,8 @@ def closest(error: torch.Tensor, hessian: torch.Tensor, *, rank: int) -> Pair:
     seen = error.T @ found  # [in, n]
     b = found @ torch.linalg.eigh(seen.T @ weighted(seen)).eigenvectors[:, -rank:]
     return Pair(b.T @ error, b)
+
+
+def changed(error: torch.Tensor, hessian: torch.Tensor) -> float:
+    """`|error X|^2`: by how much outputs change, squared and summed; arguments as of `closest`."""
+    return torch.tensordot(error @ hessian, error).item()

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from fsdp_utils.core.errors import UserError
-from fsdp_utils.core.ranks import rank, world_size
+from fsdp_utils.core.processes import all_reduce_each
+from fsdp_utils.core.ranks import rank, say, world_size
 from fsdp_utils.core.rows import fill, local
 from methods.adapter import LORA_A, LORA_B, Pair, Start, tell_all
 from methods.base import Seen
-from methods.closest import closest
+from methods.closest import changed, closest
 from methods.quantizers.linear import QuantizedWeight
 
 ROWS = 2048  # whose rounding is worked out at a time: fitting it takes many times their memory
@@ -36,6 +37,7 @@ class QERA(Start):
     def __init__(self, config, *, scaling):
         super().__init__(config, scaling=scaling)
         self.rank = config.lora_rank
+        self.made_up: list[float] = []  # of each layer that this process worked out, the share
         self.whole: dict[str, Pair] = {}  # A and B of each layer on the CPU, until its own parameters hold them
 
     def attach(self, path, layer, *, dtype):
@@ -55,9 +57,18 @@ class QERA(Start):
                 if owners[seen.path] == rank():
                     self.whole[seen.path] = self._correction(rounded[seen.path], seen)
         tell_all(self.whole, rounded, rank=self.rank)
+        device = next(iter(rounded.values())).base_layer.packed()[0].device if rounded else torch.device("cpu")
+        share, count = all_reduce_each([sum(self.made_up), len(self.made_up)], device)
+        say(
+            f"--lora_init qera: of the change that rounding makes to the outputs of {count:.0f} linears, squared, "
+            f"adapters begin by making up for {100 * share / max(count, 1):.0f} % on average"
+        )
 
     def _correction(self, layer: nn.Module, seen: Seen) -> Pair:
-        a, b = closest(_error(layer.base_layer, seen.weight, dtype=self.dtype), seen.gram, rank=self.rank)
+        error = _error(layer.base_layer, seen.weight, dtype=self.dtype)
+        a, b = closest(error, seen.gram, rank=self.rank)
+        rounded = changed(error, seen.gram)
+        self.made_up.append(1 - changed(error.sub_(b @ a), seen.gram) / rounded if rounded else 1.0)
         # a row of A as long as its column of B, whatever the size of the inputs: each learns as fast as the other
         root = (a.norm(dim=1) * b.norm(dim=0) / self.scaling).sqrt()
         return Pair((F.normalize(a) * root.unsqueeze(1)).cpu(), (F.normalize(b, dim=0) * root).cpu())

@@ -30,6 +30,7 @@ from fsdp_utils.planning.machines import machine_of
 from fsdp_utils.planning.search import Search
 from fsdp_utils.sharding import peer_gather
 from fsdp_utils.tasks.causal_lm import CAUSAL_LM
+from methods import bits
 from methods.bits import first_match
 from methods.quantizers.linear import QuantizedWeight
 from scripts import plan_bits
@@ -266,6 +267,30 @@ def test_resuming(flags, written, tmp_path):
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
 
 
+def test_mixed_is_a_plan(tiny, flags, written, tmp_path):
+    """`--n_bits mixed` trains as the plan that it stands for, goes on by the same command, and is kept as that."""
+    model = tiny("llama", num_hidden_layers=4)
+    given = flags(train_type="hqq_dora") | dict(model_name=model, max_steps=4, batch_size=4)
+    by_hand = written({f"model.layers.{n}.*": {"bits": 4} for n in (0, 3)})
+    assert run_train(**given, n_bits=2, bits_plan=by_hand, output_dir=tmp_path / "by_hand") == 0
+    mixed = dict(**given, n_bits="mixed", output_dir=tmp_path / "mixed", resume="auto")
+    assert run_train(**mixed, stop_at_step=2) == 0
+    assert run_train(**mixed) == 0
+    ends = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("by_hand", "mixed")]
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+    found = [logits(load_for_inference(describe(tmp_path / name), device=CPU)) for name in ("by_hand", "mixed")]
+    assert torch.equal(*found)
+
+
+def test_where_mixed_has_more_bits():
+    """A fifth of the blocks, both ends; one at each end of a small model."""
+    for count, ends in ((2, {0, 1}), (4, {0, 3}), (32, {0, 1, 2, 29, 30, 31}), (33, {0, 1, 2, 3, 30, 31, 32})):
+        config = make_config(train_type="hqq_dora", n_bits="mixed")
+        bits.settle(config, [f"h.{n}" for n in range(count)])
+        assert config.n_bits == 2
+        assert json.loads(config.bits_plan) == {f"h.{n}.*": {"bits": 4} for n in sorted(ends)}
+
+
 def test_a_file_of_flags_holds_the_plan(written, tmp_path):
     """--save_config writes what the plan says, and --config reads it; a wrong plan there is found with its line."""
     file = tmp_path / "run.yaml"
@@ -325,6 +350,10 @@ def test_plans_beside_other_flags(written):
         make_config(train_type="dora", bits_plan=path)
     with pytest.raises(ConfigError, match=r"\*\.mlp\.\*: --quant_scales double: hqq offers auto, bf16, fp32"):
         make_config(train_type="bnb_dora", quant_scales="double", bits_plan=written(TWO))
+    with pytest.raises(ConfigError, match=f"--n_bits mixed: --bits_plan {path} says what each block has; drop one"):
+        make_config(train_type="hqq_dora", n_bits="mixed", bits_plan=path)
+    with pytest.raises(ConfigError, match=r"--n_bits mixed: bnb offers 4; use an hqq_\* train type"):
+        make_config(train_type="bnb_dora", n_bits="mixed")
     with pytest.raises(ConfigError) as error:
         make_config(train_type="hqq_dora", bits_plan=written({"a": {"bits": 5}, "b": {"group_size": 1}}))
     assert len(str(error.value).splitlines()) == 2

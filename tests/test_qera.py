@@ -1,5 +1,7 @@
 """QERA's start: A and B begin as what makes up best for the rounding of the base, on the data's own inputs."""
 
+from statistics import mean
+
 import pytest
 import torch
 from peft import PeftModel
@@ -103,14 +105,15 @@ def test_samples_are_spread(tiny, tiny_data):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_begins_nearer_on_its_inputs(tiny, tiny_data):
+def test_begins_nearer_on_its_inputs(tiny, tiny_data, capsys):
     """Of every layer, what the samples give differs less from the dense layer than with the plain SVD of the error, and
-    that less than without a correction."""
+    that less than without a correction; by how much is said."""
     flags = dict(model_name=tiny(), dataset=tiny_data, **TWO_BITS)
     run = prepared(make_config(**flags, lora_init="qera"))
     grams = stock_grams(tiny(), tokenized(make_config(**flags)).spread(128), layers(run.model))
     dense = AutoModelForCausalLM.from_pretrained(tiny(), dtype=torch.float32).state_dict()
     base = dequantized(run.model)
+    made_up = []
     for path, layer in layers(run.model).items():
         error, gram = dense[f"{path}.weight"] - base[f"{path}.weight"], grams[path]
         cost = lambda low_rank, error=error, gram=gram: ((error - low_rank) @ gram * (error - low_rank)).sum()
@@ -119,6 +122,9 @@ def test_begins_nearer_on_its_inputs(tiny, tiny_data):
         a, b = layer.lora_A.detach(), layer.lora_B.detach()
         assert cost(layer.scaling * b @ a) < 0.9 * cost(plain) < 0.9 * cost(torch.zeros_like(error))
         torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0), rtol=1e-3, atol=1e-5)
+        made_up.append(1 - (cost(layer.scaling * b @ a) / cost(torch.zeros_like(error))).item())
+    told = f"of {len(made_up)} linears, squared, adapters begin by making up for {100 * mean(made_up):.0f} % on average"
+    assert told in capsys.readouterr().out
 
 
 def test_begins_with_a_smaller_loss():

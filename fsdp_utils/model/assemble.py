@@ -225,7 +225,10 @@ def attach(built: Built, config) -> Plan:
             not go with a base that comes quantized.
     """
     model, weights = built.model, built.weights
-    method, comes = method_of(config.train_type)(config), prequantized.coming(model, weights)
+    comes = prequantized.coming(model, weights)
+    if not comes:
+        bits.settle(config, list(decoder_blocks(model)))
+    method = method_of(config.train_type)(config)
     if comes:
         quantizer = comes.quantizer
         prequantized.check_values(config, quantizer)
