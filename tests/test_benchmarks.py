@@ -145,7 +145,7 @@ def test_recipes_are_told_what_to_run_on(tmp_path, few):
     """Of each the flags without its own data and folders, and rows with the columns that it reads."""
     args = recipes.parse_arguments([f"--data={few}", "--steps=3"])
     for path in recipes.RECIPES:
-        _, (_, _, written) = recipes.prepared(path, args, tmp_path)
+        _, (_, written) = recipes.prepared(path, args, tmp_path)
         config = parse(TrainConfig, ["--config", written], prog="train.py")
         assert config.max_steps == 3 and not config.save_model and str(tmp_path) in config.output_dir
         if config.model_name != "demo":
