@@ -112,7 +112,6 @@ LENGTHS = (64, 32, 96, 16, 128)  # 64 is also the hidden size
     dict(train_type="bnb_dora"),
     dict(train_type="bnb_dora", packing=True),
     dict(train_type="custom_lora", use_gradient_checkpointing=False),
-    dict(train_type="custom_lora", checkpoint_policy="narrow"),
     dict(train_type="full"),
 ])  # fmt: skip
 def test_one_code_for_blocks_and_shapes(base, more):

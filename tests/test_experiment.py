@@ -118,14 +118,14 @@ def test_pretraining_is_another_task():
 def base(tmp_path_factory):
     """A barely pre-trained small model with its problems."""
     folder = tmp_path_factory.mktemp("mini") / "base"
-    flags = dict(scale="small", steps=4, train_samples=40, test_samples=6, validation_samples=4, device="cpu")
+    flags = dict(scale="small", steps=2, train_samples=40, test_samples=6, validation_samples=4, device="cpu")
     pretrain.main(pretrain.Pretrain(output_dir=str(folder), **flags))
     return folder
 
 
 def test_pretraining_is_repeatable(base, tmp_path):
     """The same seed gives the same files; every row of weights holds whole groups of 64."""
-    flags = dict(scale="small", steps=4, train_samples=40, test_samples=6, validation_samples=4, device="cpu")
+    flags = dict(scale="small", steps=2, train_samples=40, test_samples=6, validation_samples=4, device="cpu")
     pretrain.main(pretrain.Pretrain(output_dir=str(tmp_path / "again"), **flags))
     first, second = (load_file(folder / "model" / "model.safetensors") for folder in (base, tmp_path / "again"))
     assert all(torch.equal(first[name], second[name]) for name in first)

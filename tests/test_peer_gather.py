@@ -108,7 +108,6 @@ def trained(flags: dict) -> tuple[list[float], dict[str, torch.Tensor]]:
     [
         ("custom_qlora", TOGETHER, dict()),
         ("bnb_dora", TOGETHER, dict(packing=True)),
-        ("bnb_dora", TOGETHER, dict(batch_size=1, gradient_accumulation_steps=2)),
         ("bnb_dora", TOGETHER, dict(batch_size=1, gradient_accumulation_steps=2, no_sync=True)),
         ("custom_qlora", TOGETHER, dict(packing=True, sharding_strategy="shard_grad_op")),
         ("custom_qlora", APART, dict(packing=True, sharding_strategy="shard_grad_op")),

@@ -355,9 +355,16 @@ def step_with(flags: dict, recomputed: int):
 
 
 @pytest.mark.parametrize(
-    "how", [dict(), dict(reentrant_checkpointing=True), dict(checkpoint_policy="products")], ids=str
+    ("train_type", "how"),
+    [
+        ("bnb_dora", dict()),
+        ("bnb_dora", dict(checkpoint_policy="products")),
+        ("qlora", dict(reentrant_checkpointing=True)),
+        ("full", dict()),
+        ("full", dict(reentrant_checkpointing=True)),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("train_type", ["bnb_dora", "qlora", "full"])
 def test_gradients_of_a_mix(pair, tiny, tiny_data, train_type, how):
     """Loss and gradients are those of all blocks recomputed, however many do, on one process and two."""
     flags = dict(model_name=tiny("llama", num_hidden_layers=BLOCKS), dataset=tiny_data, train_type=train_type, **how)
