@@ -14,8 +14,6 @@ import train
 from fsdp_utils.tasks.causal_lm import CAUSAL_LM
 from fsdp_utils.training.step import TrainStep
 
-pytestmark = pytest.mark.versions
-
 STEPS = 120
 PARTS = {"lora_A.default.weight": "lora_A", "lora_B.default.weight": "lora_B"}
 PARTS["lora_magnitude_vector.default.weight"] = "magnitude_delta"  # m = weight_norm + delta: the same gradient

@@ -22,8 +22,6 @@ from fsdp_utils.tasks.causal_lm import CAUSAL_LM
 from methods.llama_pro import EXPANDED_LAYERS_FILE
 from methods.targets import adapter_targets
 
-pytestmark = pytest.mark.versions
-
 IDS = torch.arange(24).view(2, 12) * 7 % 256
 
 
@@ -72,6 +70,7 @@ def assert_close(got, want):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
 @pytest.mark.parametrize("train_type", ["qlora", "custom_qlora", "bnb_dora", "hqq_dora", "lora", "dora"])
 def test_peft_computes_the_runs_logits(pair, tiny, tmp_path, family, train_type):
@@ -97,6 +96,7 @@ def test_trained_adapter(pair, tiny, tiny_data, tmp_path, train_type):
     assert json.loads((tmp_path / "out" / "run.json").read_text())["finished"] is True
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
 def test_full_model_folder(pair, tiny, tmp_path, family):
     """A full fine-tune loads with AutoModelForCausalLM and gives the run's logits; a tied head stays tied."""
@@ -132,6 +132,7 @@ def test_sharding_does_not_change_the_files(pair, tiny, tmp_path, train_type, sh
     assert (tmp_path / "two" / weights.name).read_bytes() == weights.read_bytes()
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_saved_config_is_that_of_the_base(tiny, tmp_path, precision):
     """Nothing that training set (no cache, the attention chosen) stays in config.json; only the dtype may change, and
@@ -160,6 +161,7 @@ def test_llama_pro_with_a_quantized_head(tiny, expanded, tmp_path):
     assert_close(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "one")), logits)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("train_type", ["llama_pro", "bnb_llama_pro", "hqq_llama_pro"])
 def test_llama_pro_folder(pair, tiny, expanded, tmp_path, train_type):
     """Llama-Pro loads with AutoModelForCausalLM and gives the run's logits; only the new blocks moved."""
@@ -276,6 +278,7 @@ def test_a_disk_that_is_too_small(tiny, tiny_data, tmp_path, monkeypatch, train_
         train.main(make_config(**flags, save_model=True))
 
 
+@pytest.mark.versions
 def test_several_chat_templates(tiny, tmp_path):
     """What transformers saves in a folder is replaced like the rest."""
     source = tmp_path / "model"
@@ -374,6 +377,7 @@ TARGETS = {
 }
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(("family", "spec"), TARGETS, ids=str)
 def test_targets(tiny, family, spec):
     """Each choice of --lora_target_modules adapts exactly these linears, in every block and never the head."""
