@@ -269,7 +269,7 @@ def test_exports_that_are_for_language_models(task_flags, tmp_path, infer_type):
 )
 def test_resume(pair, task_flags, tmp_path, family, train_type):
     """In the middle of an epoch, with dropout: byte for byte."""
-    flags = task_flags(family, train_type=train_type) | dict(batch_size=2)
+    flags = task_flags(family, train_type=train_type) | dict(batch_size=2, num_epochs=2)
     assert pair.run(run_train, output_dir=tmp_path / "whole", **flags) == [0, 0]
     interrupted(pair, tmp_path / "parts", at=5, **flags)
     assert bytes_of(tmp_path / "parts") == bytes_of(tmp_path / "whole")

@@ -176,29 +176,32 @@ def _gathered(
     model: nn.Module, blocks: dict, config, *, away: set[int], shards: int, gathered_with_root: bool
 ) -> Gathered:
     away = away | {id(p) for p in unread_parameters(model)}
-    in_blocks = [[p for p in block.parameters() if id(p) not in away] for block in blocks.values()]
+    in_blocks = [
+        [p for p in block.parameters() if id(p) not in away and not gathered_with_root] for block in blocks.values()
+    ]
     ends = _ends(model, away=away)
     inside = {id(p) for parameters in in_blocks for p in parameters} | away | {id(p) for p in ends}
-    root = [p for p in model.parameters() if id(p) not in inside or (gathered_with_root and p.requires_grad)]
+    root = [p for p in model.parameters() if id(p) not in inside]
     whole = lambda parameters: sum(p.nbytes for p in parameters)
     gradients = lambda parameters: sum(p.nbytes for p in parameters if p.requires_grad)
     buffers = lambda parameters: sum(4 * p.numel() for p in parameters if p.requires_grad)
-    running, reducing = [], []
-    for before, block, after in zip([[], *in_blocks], in_blocks, [*in_blocks[1:], []], strict=False):
-        coming = 2 * whole(before)  # and the buffer that it arrives in
-        running.append(whole(block) + coming + buffers(after))
-        reduced_in = buffers(block) + buffers(block) // shards
-        reducing.append(coming + gradients(block) + max(whole(block) + buffers(after), reduced_in))
     largest, of_root = max(map(whole, in_blocks)), whole(root) + gradients(root)
-    if not STRATEGIES[config.sharding_strategy].resharded:
-        every = [max(map(gradients, in_blocks)) + 2 * max(map(buffers, in_blocks)) + sum(map(whole, in_blocks))]
-        running, reducing = [every[0] + largest], every
+    if STRATEGIES[config.sharding_strategy].resharded:
+        running = reducing = 0
+        for before, block, after in zip([[], *in_blocks], in_blocks, [*in_blocks[1:], []], strict=False):
+            coming = 2 * whole(before)  # with the buffer that it arrives in
+            reduced_in = buffers(block) + buffers(block) // shards
+            running = max(running, whole(block) + coming + buffers(after))
+            reducing = max(reducing, coming + gradients(block) + max(whole(block) + buffers(after), reduced_in))
+    else:
+        reducing = sum(map(whole, in_blocks)) + max(map(gradients, in_blocks)) + 2 * max(map(buffers, in_blocks))
+        running = reducing + largest
     if config.no_sync and config.gradient_accumulation_steps > 1:
         of_root += buffers(model.parameters())
     # what arrives from others does so in a buffer; meanwhile the last block comes, for backward
-    arriving, next_one = 2 if shards > 1 else 1, 0 if gathered_with_root else 2 * largest
-    of_ends = max((arriving * p.nbytes + buffers([p]) for p in ends), default=0) + next_one
-    return Gathered(of_root + max(running), of_root + max(reducing), of_ends, buffers(root))
+    arriving = 2 if shards > 1 else 1
+    of_ends = max((arriving * p.nbytes + buffers([p]) for p in ends), default=0) + 2 * largest
+    return Gathered(of_root + running, of_root + reducing, of_ends, buffers(root))
 
 
 def _ends(model: nn.Module, *, away: set[int]) -> list[nn.Parameter]:
