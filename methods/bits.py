@@ -158,13 +158,14 @@ def quantizer_of_flags(config, *, checkpoint_dtype):
 def settle(config, blocks: list[str]) -> None:
     """Makes `--n_bits mixed` the plan that it is for a model with blocks at these paths; before anything is packed.
 
-    Those at both ends get more: what the first get wrong passes through all others, and nothing mends what the last do.
-    The share is that of 2024, whose authors chose by block influence.
+    Those at both ends get more, most of them at the start: what the first get wrong passes through all others, and nothing
+    mends what the last do (docs/memory.md). The share is that of 2024, whose authors chose by block influence.
     """
     if config.n_bits != MIXED:
         return
     count, (more, config.n_bits) = max(round(len(blocks) * SHARE), 2), OF_MIXED
-    chosen = dict.fromkeys(blocks[: -(-count // 2)] + blocks[len(blocks) - count // 2 :])
+    last = max(count // 3, 1)
+    chosen = dict.fromkeys(blocks[: count - last] + blocks[-last:])
     config.bits_plan = json.dumps({f"{path}.*": dict(bits=more) for path in chosen})
 
 
