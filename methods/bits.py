@@ -158,8 +158,8 @@ def quantizer_of_flags(config, *, checkpoint_dtype):
 def settle(config, blocks: list[str]) -> None:
     """Makes `--n_bits mixed` the plan that it is for a model with blocks at these paths; before anything is packed.
 
-    Those at both ends get more, most of them at the start: what the first get wrong passes through all others, and nothing
-    mends what the last do (docs/memory.md). The share is that of 2024, whose authors chose by block influence.
+    Those at both ends get more, most of them at the start: what the first get wrong passes through all others, and
+    nothing mends what the last do (docs/memory.md). The share is that of 2024, whose authors chose by block influence.
     """
     if config.n_bits != MIXED:
         return
