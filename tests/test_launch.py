@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -48,6 +49,16 @@ def test_one_process_on_a_machine_of_many_gpus(monkeypatch):
     seen = []
     processes.launch(seen.append, parse(TrainConfig, ["--model_name=demo", *words], prog="train.py"))
     assert len(seen) == 1
+
+
+def test_a_port_that_is_taken(tiny, tiny_data, tmp_path):
+    """Two runs on one host: the second says in a line which flag parts them, before it starts a process."""
+    flags = dict(model_name=tiny(), dataset=tiny_data, world_size=2, device="cpu", output_dir=tmp_path / "out")
+    with socket.create_server(("localhost", 0)) as other:
+        flags["master_port"] = other.getsockname()[1]
+        done = forked([TRAIN, *(f"--{k}={v}" for k, v in flags.items())], tmp_path)
+    said = f"error: --master_port {flags['master_port']}: is in use, as by another run on this host; pass another\n"
+    assert done.returncode == 2 and done.stderr.endswith(said) and "Traceback" not in done.stderr
 
 
 def test_help():

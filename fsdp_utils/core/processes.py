@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -135,6 +136,8 @@ def launch(function, config) -> None:
     if count == 1:
         run(function, config)
         return
+    if "MASTER_PORT" not in os.environ and _in_use(int(config.master_port)):
+        fail(UserError(f"--master_port {config.master_port}: is in use, as by another run on this host; pass another"))
     os.environ.setdefault("MASTER_ADDR", config.master_addr)
     os.environ.setdefault("MASTER_PORT", config.master_port)
     told = []
@@ -151,6 +154,12 @@ def launch(function, config) -> None:
             print(f"error: process {error.error_index} was ended by {error.signal_name}{memory}", file=sys.stderr)
             sys.exit(1)
         sys.exit(error.exit_code or 1)  # the process has already said why
+
+
+def _in_use(port: int) -> bool:
+    """Whether something of this host listens there."""
+    with socket.socket() as asking:
+        return asking.connect_ex(("localhost", port)) == 0
 
 
 def _pass_signals_on(children: list, told: list[int]) -> None:
