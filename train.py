@@ -23,7 +23,6 @@ from fsdp_utils.core.ranks import rank, say, world_size
 from fsdp_utils.data.batches import accumulation_for
 from fsdp_utils.data.chats import give_template
 from fsdp_utils.data.layouts import Reading
-from fsdp_utils.data.parts import readers
 from fsdp_utils.data.prepare import hold_out, make_batches, prepare_data
 from fsdp_utils.data.show import in_colour, shown
 from fsdp_utils.folders import checkpoints, saving
@@ -188,8 +187,7 @@ def split_global_batch(config, checkpoint) -> None:
     if checkpoint and rows < 1:
         rows, named = checkpoints.read_state(checkpoint)["rows_per_step"], f"--resume {checkpoint}"
     if rows > 0:
-        split = dict(batch_size=config.batch_size, world_size=readers(config, world_size()))
-        config.gradient_accumulation_steps = accumulation_for(rows, named=named, **split)
+        config.gradient_accumulation_steps = accumulation_for(rows, config, processes=world_size(), named=named)
 
 
 if __name__ == "__main__":

@@ -57,8 +57,7 @@ class QERA(Start):
                 if owners[seen.path] == rank():
                     self.whole[seen.path] = self._correction(rounded[seen.path], seen)
         tell_all(self.whole, rounded, rank=self.rank)
-        device = next(iter(rounded.values())).base_layer.packed()[0].device if rounded else torch.device("cpu")
-        share, count = all_reduce_each([sum(self.made_up), len(self.made_up)], device)
+        share, count = all_reduce_each([sum(self.made_up), len(self.made_up)], torch.device("cpu"))
         say(
             f"--lora_init qera: of the change that rounding makes to the outputs of {count:.0f} linears, squared, "
             f"adapters begin by making up for {100 * share / max(count, 1):.0f} % on average"
@@ -68,7 +67,8 @@ class QERA(Start):
         error = _error(layer.base_layer, seen.weight, dtype=self.dtype)
         a, b = closest(error, seen.gram, rank=self.rank)
         rounded = changed(error, seen.gram)
-        self.made_up.append(1 - changed(error.sub_(b @ a), seen.gram) / rounded if rounded else 1.0)
+        # B A is a part of the error, at right angles to the rest
+        self.made_up.append(changed(a, seen.gram) / rounded if rounded else 1.0)
         # a row of A as long as its column of B, whatever the size of the inputs: each learns as fast as the other
         root = (a.norm(dim=1) * b.norm(dim=0) / self.scaling).sqrt()
         return Pair((F.normalize(a) * root.unsqueeze(1)).cpu(), (F.normalize(b, dim=0) * root).cpu())

@@ -88,7 +88,6 @@ if __name__ == "__main__":  # before the libraries, which take seconds: --help a
 
 import json
 import signal
-import socket
 import subprocess
 import time
 from contextlib import contextmanager, suppress
@@ -99,6 +98,7 @@ from transformers import GenerationConfig
 
 from fsdp_utils.core.devices import pick_device
 from fsdp_utils.core.errors import UserError, naming
+from fsdp_utils.core.processes import listens
 from fsdp_utils.core.ranks import fail
 from fsdp_utils.folders.describe import Run, describe, tokenizer_of
 from fsdp_utils.inference.asking import make_asking
@@ -205,9 +205,8 @@ def _serving(command: list, config: Check, *, log: Path):
 
 def _refuse_taken(port: int) -> None:
     """Raises UserError where another server would answer for ours."""
-    with socket.socket() as asked:
-        if asked.connect_ex(("localhost", port)) == 0:
-            raise UserError(f"--port {port}: another server listens there; choose another")
+    if listens(port):
+        raise UserError(f"--port {port}: another server listens there; choose another")
 
 
 def _wait(server: Server, process, *, seconds: float, log: Path) -> None:

@@ -136,7 +136,7 @@ def launch(function, config) -> None:
     if count == 1:
         run(function, config)
         return
-    if "MASTER_PORT" not in os.environ and _in_use(int(config.master_port)):
+    if "MASTER_PORT" not in os.environ and listens(int(config.master_port)):
         fail(UserError(f"--master_port {config.master_port}: is in use, as by another run on this host; pass another"))
     os.environ.setdefault("MASTER_ADDR", config.master_addr)
     os.environ.setdefault("MASTER_PORT", config.master_port)
@@ -156,7 +156,7 @@ def launch(function, config) -> None:
         sys.exit(error.exit_code or 1)  # the process has already said why
 
 
-def _in_use(port: int) -> bool:
+def listens(port: int) -> bool:
     """Whether something of this host listens there."""
     with socket.socket() as asking:
         return asking.connect_ex(("localhost", port)) == 0

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from fsdp_utils.core.errors import DataError
+from fsdp_utils.data.parts import readers
 
 IGNORED = -100  # the label that every cross entropy here skips
 BOUNDARIES_MULTIPLE = 32  # of the boundaries of packed samples, so that compiled code sees few shapes
@@ -249,7 +250,7 @@ def collate(rows: list, *, packing: bool, targets_multiple: int, **shape) -> dic
     return with_targets(padded(rows, **shape), multiple=targets_multiple)
 
 
-def accumulation_for(rows: int, *, batch_size: int, world_size: int, named: str) -> int:
+def accumulation_for(rows: int, config, *, processes: int, named: str) -> int:
     """Micro-batches of a process in a step of so many rows.
 
     Args:
@@ -258,6 +259,7 @@ def accumulation_for(rows: int, *, batch_size: int, world_size: int, named: str)
     Raises:
         DataError: it is no whole number; says which batch sizes would work.
     """
+    batch_size, world_size = config.batch_size, readers(config, processes)
     accumulation, rest = divmod(rows, batch_size * world_size)
     if rest or not accumulation:
         sizes = [size for size in range(1, rows // world_size + 1) if rows % (size * world_size) == 0]

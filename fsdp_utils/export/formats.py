@@ -105,7 +105,7 @@ class Format:
 
     def matrix_tensors(self, path: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """The tensors announced by `matrix_specs`, of a weight fp32 `[out, in]`."""
-        raise NotImplementedError  # as above
+        raise NotImplementedError  # only what packs experts calls it
 
     def check_group(self, group_size: int, *, way_out: str) -> None:
         """Raises UserError if a row of a packed linear is no whole number of groups."""

@@ -165,9 +165,7 @@ class Gathered(NamedTuple):
     """Bytes of what FSDP2 makes whole, gradients of it and the fp32 buffers that these are reduced in included."""
 
     blocks: int  # while a block runs
-    reducing: (
-        int  # when it is done: with its gradients, which come as what it has recomputed goes, and what reduces them
-    )
+    reducing: int  # when it is done, and its gradients leave; they come as what it has recomputed goes
     ends: int  # while head or embedding does
     at_end: int  # when backward is over: buffers of what is whole during a step
 
@@ -176,9 +174,8 @@ def _gathered(
     model: nn.Module, blocks: dict, config, *, away: set[int], shards: int, gathered_with_root: bool
 ) -> Gathered:
     away = away | {id(p) for p in unread_parameters(model)}
-    in_blocks = [
-        [p for p in block.parameters() if id(p) not in away and not gathered_with_root] for block in blocks.values()
-    ]
+    groups = [] if gathered_with_root else blocks.values()
+    in_blocks = [[p for p in block.parameters() if id(p) not in away] for block in groups] or [[]]
     ends = _ends(model, away=away)
     inside = {id(p) for parameters in in_blocks for p in parameters} | away | {id(p) for p in ends}
     root = [p for p in model.parameters() if id(p) not in inside]

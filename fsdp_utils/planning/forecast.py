@@ -8,7 +8,6 @@ from torch import nn
 
 from fsdp_utils.core.devices import GIB
 from fsdp_utils.data.batches import accumulation_for
-from fsdp_utils.data.parts import readers
 from fsdp_utils.memory import budget, recompute
 from fsdp_utils.model.assemble import Plan, offloads
 from fsdp_utils.options import STRATEGIES
@@ -73,8 +72,8 @@ def split_for(config, machine: Machine):
     """
     if config.global_batch_size < 1:
         return config
-    split = dict(batch_size=config.batch_size, world_size=readers(config, machine.gpus), named="--global_batch_size")
-    return replace(config, gradient_accumulation_steps=accumulation_for(config.global_batch_size, **split))
+    asked = dict(processes=machine.gpus, named="--global_batch_size")
+    return replace(config, gradient_accumulation_steps=accumulation_for(config.global_batch_size, config, **asked))
 
 
 def forecast(planned: Plan, config, machine: Machine) -> Forecast:

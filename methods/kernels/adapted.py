@@ -96,9 +96,10 @@ class Weights(NamedTuple):
         """W with its rows multiplied by `factor`, fp32 `[out]`."""
         p0, spec = self.base.p0, self.base.spec
         if spec == "dense":
-            if factor is None or dtype == fp8.E4M3:
-                weight = p0 if factor is None else p0 * factor.unsqueeze(1)
-                return weight.to(dtype) if out is None else out.copy_(weight)
+            if factor is None:
+                return p0.to(dtype) if out is None else out.copy_(p0)
+            if dtype == fp8.E4M3:  # no product is written in 8 bits
+                return (p0 * factor.unsqueeze(1)).to(dtype)
             out = p0.new_empty(p0.shape, dtype=dtype) if out is None else out
             return torch.mul(p0, factor.unsqueeze(1), out=out)  # in one pass, without an fp32 weight between
         settings = dict(in_features=self.in_features, dtype=dtype, row_factor=factor, out=out)
