@@ -3,6 +3,7 @@
 import gc
 import json
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,16 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.distributed import ReduceOp
-from transformers import LlamaConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Glm4MoeConfig,
+    GptOssConfig,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    Qwen3MoeConfig,
+)
 
 from fsdp_utils.config import TrainConfig
 from fsdp_utils.core import processes
@@ -38,12 +48,36 @@ SHAPES = {
                  num_key_value_heads=8, vocab_size=128256),
 }  # fmt: skip
 
+MIXTURES = {
+    "qwen3_30b_a3b": lambda: Qwen3MoeConfig(
+        vocab_size=151936, hidden_size=2048, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4,
+        head_dim=128, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, norm_topk_prob=True,
+    ),
+    "gpt_oss_20b": lambda: GptOssConfig(
+        num_hidden_layers=24, num_local_experts=32, tie_word_embeddings=False,
+        quantization_config=dict(quant_method="mxfp4", modules_to_not_convert=["model.layers.*.self_attn",
+                                 "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]),
+    ),
+    "mixtral_8x7b": lambda: MixtralConfig(vocab_size=32000, sliding_window=None),
+    "glm_4.5_air": lambda: Glm4MoeConfig(
+        vocab_size=151552, hidden_size=4096, intermediate_size=10944, num_hidden_layers=46, num_attention_heads=96,
+        num_key_value_heads=8, head_dim=128, moe_intermediate_size=1408, n_routed_experts=128, num_experts_per_tok=8,
+        n_shared_experts=1, first_k_dense_replace=1, partial_rotary_factor=0.5,
+    ),
+}  # fmt: skip
+
 
 def write_config(shape: str, folder: str | Path, **more) -> Path:
-    """A folder with only the configuration of a Llama of that shape; weights are dummies."""
-    settings = {**SHAPES[shape], "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, **more}
-    config = LlamaConfig(**settings, max_position_embeddings=131072, tie_word_embeddings=False, dtype="bfloat16")
-    config.architectures = ["LlamaForCausalLM"]
+    """A folder with only the configuration of a Llama or a mixture of that shape; weights are dummies."""
+    if shape in MIXTURES:
+        config = MIXTURES[shape]()
+        config.update(more)
+    else:
+        rope = {"rope_type": "default", "rope_theta": 500000.0}
+        settings = {**SHAPES[shape], "rope_parameters": rope, "max_position_embeddings": 131072, **more}
+        config = LlamaConfig(**settings, tie_word_embeddings=False)
+    config.dtype = "bfloat16"
+    config.architectures = [type(config).__name__.replace("Config", "ForCausalLM")]
     config.save_pretrained(folder)
     return Path(folder)
 
@@ -78,34 +112,47 @@ def seconds(fn, *, device: torch.device, repeat: int = 10, warmup: int = 3, at_l
     return (time.perf_counter() - start) / calls
 
 
+def matrices_of(config: PreTrainedConfig) -> Counter[tuple[int, ...]]:
+    """How often the blocks of a model have a matrix `[out, in]`, or a stack `[experts, out, in]`, of a shape."""
+    with torch.device("meta"):
+        blocks = AutoModelForCausalLM.from_config(config).model.layers
+    weights = [p for name, p in blocks.named_parameters() if not name.endswith("bias")]
+    return Counter(tuple(weight.shape) for weight in weights if weight.dim() > 1)
+
+
 def floor_seconds(
-    shape: str, *, batch: int, length: int, checkpointing: bool, device: torch.device, at_least: float = 0.0
+    folder: str | Path, *, batch: int, length: int, checkpointing: bool, device: torch.device, at_least: float = 0.0
 ) -> float:
     """Seconds of one step's work on the device that no implementation avoids: the frozen model's matrix products
     (forward, again when recomputed, gradient of the input), attention and the head, each timed alone.
 
+    Of a stack of experts, tokens meet as many as the model chooses for each, all of them equally often, in one grouped
+    product (`torch._grouped_mm`, on GPUs only) with the stack in 16 bits.
+
     Args:
+        folder: with the model's configuration.
         at_least: seconds that each is kept up. A GPU that was idle takes a few tenths of a second to come down to the
             clock rate that its power allows, and a step is never that short of rest.
     """
-    s = SHAPES[shape]
-    hidden, mlp, tokens = s["hidden_size"], s["intermediate_size"], batch * length
-    heads, kv = s["num_attention_heads"], s["num_key_value_heads"]
-    size = hidden // heads
+    config = AutoConfig.from_pretrained(folder)
+    hidden, heads, kv = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    size, tokens = getattr(config, "head_dim", None) or hidden // heads, batch * length
     new = lambda *shape: torch.randn(*shape, device=device, dtype=torch.bfloat16)
-    shapes = [(hidden, hidden), (kv * size, hidden), (kv * size, hidden), (hidden, hidden)]
-    shapes += [(mlp, hidden), (mlp, hidden), (hidden, mlp)]
-    weights = [new(*shape) for shape in shapes]
-    inputs = {width: new(tokens, width) for width in (hidden, mlp)}
-    grads = {width: new(tokens, width) for width in (hidden, kv * size, mlp)}
+    timed = partial(seconds, device=device, at_least=at_least)
     forwards = 2 if checkpointing else 1
 
-    def linears():
-        for _ in range(forwards):
-            for w in weights:
-                inputs[w.shape[1]] @ w.T
-        for w in weights:
-            grads[w.shape[0]] @ w
+    def product(*shape) -> float:
+        """Of all tokens with a matrix `[out, in]`."""
+        weight, inputs, grads = new(*shape), new(tokens, shape[1]), new(tokens, shape[0])
+        return forwards * timed(lambda: inputs @ weight.T) + timed(lambda: grads @ weight)
+
+    def grouped(experts, *shape) -> float:
+        """Of each token with its matrices of a stack `[experts, out, in]`."""
+        chosen = tokens * config.num_experts_per_tok
+        stack, inputs, grads = new(experts, *shape), new(chosen, shape[1]), new(chosen, shape[0])
+        ends = torch.arange(1, experts + 1, device=device, dtype=torch.int32) * (chosen // experts)
+        multiply = lambda rows, weight: timed(lambda: torch._grouped_mm(rows, weight, offs=ends))
+        return forwards * multiply(inputs, stack.transpose(1, 2)) + multiply(grads, stack)
 
     q, k, v = (new(batch, n, length, size).requires_grad_() for n in (heads, kv, kv))
 
@@ -114,9 +161,11 @@ def floor_seconds(
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         out.backward(out.detach())
 
-    states, head = new(tokens, hidden), new(s["vocab_size"], hidden)
-    timed = partial(seconds, device=device, at_least=at_least)
-    return s["num_hidden_layers"] * (timed(linears) + timed(attention)) + timed(lambda: (states @ head.T) @ head)
+    of_blocks = (
+        (product if len(shape) == 2 else grouped)(*shape) * count for shape, count in matrices_of(config).items()
+    )
+    states, head = new(tokens, hidden), new(config.vocab_size, hidden)
+    return sum(of_blocks) + config.num_hidden_layers * timed(attention) + timed(lambda: (states @ head.T) @ head)
 
 
 def median_step(

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import psutil
 import torch
 
-from benchmarks.common import SHAPES, Run, make_config, write_config, write_results
+from benchmarks.common import MIXTURES, SHAPES, Run, make_config, write_config, write_results
 from benchmarks.throughput import parse_row
 from fsdp_utils.core import processes
 from fsdp_utils.core.devices import pick_device
@@ -24,7 +24,7 @@ from fsdp_utils.core.ranks import say
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="70b", choices=SHAPES)
+    parser.add_argument("--shape", default="70b", choices=[*SHAPES, *MIXTURES])
     parser.add_argument("--train_type", default="bnb_dora")
     parser.add_argument("--cap_gib", type=float, help="memory this process may take of its GPU")
     parser.add_argument("--rows", default="2x2048")

@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.common import SHAPES, Run, floor_seconds, make_config, write_config, write_results
+from benchmarks.common import MIXTURES, SHAPES, Run, floor_seconds, make_config, write_config, write_results
 from benchmarks.peer import ALONE, PEERS, PeerRun, has_peer, parse_peers
 from fsdp_utils.core import processes
 from fsdp_utils.core.devices import pick_device, synchronize
@@ -90,8 +90,8 @@ def ratio_lines(results: list[dict]) -> list[str]:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags, from the command line if `argv` is None."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="8b", choices=SHAPES)
-    parser.add_argument("--layers", type=int, help="fewer layers than the shape has; the floor is scaled alike")
+    parser.add_argument("--shape", default="8b", choices=[*SHAPES, *MIXTURES])
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--train_types", default="custom_qlora,bnb_dora")
     parser.add_argument("--rows", default="4x2048:ckpt,1x2048:none,1x512:ckpt")
     parser.add_argument("--peer", default="", help=f"whom to measure beside ours, of {','.join((*PEERS, ALONE))}")
@@ -103,18 +103,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.layers:
-        SHAPES[args.shape]["num_hidden_layers"] = args.layers
     extra = dict(pair.split("=") for pair in args.extra.split(",") if pair)
     device = pick_device(extra.get("device", "auto"))
     peers = parse_peers(args.peer, device=device)
-    folder = write_config(args.shape, tempfile.mkdtemp())
+    fewer = dict(num_hidden_layers=args.layers) if args.layers else {}
+    folder = write_config(args.shape, tempfile.mkdtemp(), **fewer)
     common = dict(processes=world_size(), extra=extra)
     results = []
     say(HEADER)
     for row in args.rows.split(","):
         batch, length, checkpointing = parse_row(row)
-        floor_of = partial(floor_seconds, args.shape, batch=batch, length=length, checkpointing=checkpointing)
+        floor_of = partial(floor_seconds, folder, batch=batch, length=length, checkpointing=checkpointing)
         several = int(extra.get("context_parallel", 1))  # who share the work on a row
         timed = dict(floor=floor_of(device=device), sustained=floor_of(device=device, at_least=args.sustained))
         floors = {name: seconds / several for name, seconds in timed.items()}

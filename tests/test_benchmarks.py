@@ -23,7 +23,6 @@ CPU = torch.device("cpu")
 
 def test_table_with_a_peer(tmp_path, capsys, monkeypatch):
     """Ours and PEFT's rows in one table and file, with as many trained parameters, then their ratios."""
-    monkeypatch.setitem(SHAPES, "tiny", dict(SHAPES["tiny"]))  # --layers changes it
     path, train_types = tmp_path / "rows.jsonl", ["custom_qlora", "bnb_dora", "hqq_lora"]
     flags = ["--rows=1x16:ckpt", f"--train_types={','.join(train_types)}", "--extra=device=cpu", f"--json={path}"]
     throughput.main(

@@ -14,6 +14,7 @@ from fsdp_utils.model.assemble import load
 from fsdp_utils.model.compiling import Compiler
 from fsdp_utils.options import POLICIES
 from fsdp_utils.sharding import offload
+from fsdp_utils.training.expert_load import ExpertLoad
 from fsdp_utils.training.loss import CausalLMLoss
 from methods.dropout import DropoutSeeds
 
@@ -113,12 +114,16 @@ LENGTHS = (64, 32, 96, 16, 128)  # 64 is also the hidden size
     dict(train_type="bnb_dora", packing=True),
     dict(train_type="custom_lora", use_gradient_checkpointing=False),
     dict(train_type="full"),
+    dict(train_type="full", model="mixtral"),
+    dict(train_type="custom_qlora", model="qwen3_moe"),
 ])  # fmt: skip
-def test_one_code_for_blocks_and_shapes(base, more):
+def test_one_code_for_blocks_and_shapes(base, tiny, more):
     """Whatever the block, the length of rows, and the number of samples in packed ones: compiled once, also where sizes
     are equal by chance, and the gradients are those of plain blocks."""
+    flags = dict(more)
+    mixture = flags.pop("model", None)
     config, generator, counter = (
-        make_config(model_name=base, precision="fp32", **more),
+        make_config(model_name=tiny(mixture) if mixture else base, precision="fp32", **flags),
         torch.Generator(),
         CompileCounter(),
     )
@@ -126,6 +131,7 @@ def test_one_code_for_blocks_and_shapes(base, more):
         off_zero(load(plan(config), config, mesh=None, device=CPU, compile_block=compile_block))
         for compile_block in (Compiler(backend=counter, lengths_vary=not config.packing), None)
     )
+    load_of_experts = ExpertLoad(ready.model, device=CPU)
     for number, length in enumerate([64] * 5 if config.packing else LENGTHS):
         ids = torch.randint(0, 250, (4, length), generator=generator.manual_seed(number))
         batch = dict(input_ids=ids, labels=ids)
@@ -134,6 +140,7 @@ def test_one_code_for_blocks_and_shapes(base, more):
         for model in (ready.model.train(), plain.model.train()):
             CausalLMLoss(model, fused=ready.fused_loss)(with_targets(batch)).backward()
     assert counter.frame_count == 1
+    assert bool(load_of_experts.take()) == bool(mixture)
     for ours, theirs in zip(ready.model.parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
 

@@ -6,20 +6,24 @@ from torch import nn
 from fsdp_utils.core.processes import sum_over_processes
 from methods.quantizers.experts import is_experts
 
-_counts: dict[int, torch.Tensor] = {}  # of each layer, int64 `[experts]`: operators of compiled code take numbers
-
 
 @torch.library.custom_op("fsdp_qlora::seen_experts", mutates_args=())
-def seen_experts(chosen: torch.Tensor, layer: int) -> torch.Tensor:
-    """The experts of each token `[t, k]`, as they are; counts them beside, which no gradient and no result depends on.
+def seen_experts(chosen: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """The experts of each token `[t, k]`, as they are; adds to how often each was chosen, int64 `[experts]`, which no
+    gradient and no result depends on: torch is not told, since compiled code may change nothing that it recomputes.
 
     A recomputed block counts twice, and compiled code may run it once or twice: only shares mean something.
     """
-    _counts[layer].scatter_add_(0, chosen.flatten(), torch.ones_like(chosen, dtype=torch.int64).flatten())
+    seen.scatter_add_(0, chosen.flatten(), torch.ones_like(chosen, dtype=torch.int64).flatten())
     return chosen.clone()
 
 
-seen_experts.register_fake(lambda chosen, layer: torch.empty_like(chosen))
+seen_experts.register_fake(lambda chosen, seen: torch.empty_like(chosen))
+
+
+def _count(experts: nn.Module, args: tuple) -> tuple:
+    """Before experts run. One function for all of them: each other one would have blocks compiled again."""
+    return args[0], seen_experts(args[1], experts.seen), *args[2:]
 
 
 class ExpertLoad:
@@ -27,20 +31,16 @@ class ExpertLoad:
 
     def __init__(self, model: nn.Module, *, device: torch.device):
         self.layers = [module for module in model.modules() if is_experts(module)]
-        for number, experts in enumerate(self.layers):
-            _counts[number] = torch.zeros(experts.num_experts, dtype=torch.int64, device=device)
-            experts.register_forward_pre_hook(self._counting(number))
-
-    @staticmethod
-    def _counting(number: int):
-        return lambda module, args: (args[0], seen_experts(args[1], number), *args[2:])
+        for experts in self.layers:
+            experts.seen = torch.zeros(experts.num_experts, dtype=torch.int64, device=device)
+            experts.register_forward_pre_hook(_count)
 
     def take(self) -> dict[str, float]:
         """Of all processes, the mean over layers: `expert_load_max`, tokens of the busiest expert by those of the mean
         one (1: even), and `experts_idle`, the share of experts without a token. Collective; waits for the GPU."""
         if not self.layers:
             return {}
-        counts = [_counts[number] for number in range(len(self.layers))]
+        counts = [experts.seen for experts in self.layers]
         counted = sum_over_processes(torch.cat(counts)).double().split([len(c) for c in counts])
         for layer in counts:
             layer.zero_()

@@ -41,7 +41,8 @@ def _run(rows, ends, p0, p1, p2, spec, in_features, back):
 
 
 def _shape(rows, ends, p0, p1, p2, spec, in_features, back):
-    return rows.new_empty(len(rows), in_features if back else len(p0) // len(ends))
+    # of shapes, not len(): that is a number, and compiled code would be for this many tokens
+    return rows.new_empty(rows.shape[0], in_features if back else p0.shape[0] // ends.shape[0])
 
 
 # as in adapted.py
@@ -108,7 +109,7 @@ _library.define("grouped_matmul_backward(Tensor grad, Tensor rows, Tensor stack,
 _library.impl("grouped_matmul", _trained, "CompositeExplicitAutograd")
 _library.impl("grouped_matmul_backward", _trained_backward, "CompositeExplicitAutograd")
 torch.library.register_fake(
-    "fsdp_qlora::grouped_matmul", lambda rows, stack, ends: rows.new_empty(len(rows), stack.shape[1]), lib=_library
+    "fsdp_qlora::grouped_matmul", lambda rows, stack, ends: rows.new_empty(rows.shape[0], stack.shape[1]), lib=_library
 )
 torch.library.register_fake(
     "fsdp_qlora::grouped_matmul_backward",
