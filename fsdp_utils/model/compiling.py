@@ -15,6 +15,7 @@ from fsdp_utils.core.ranks import say
 # rows begin; positions; hidden states and rotations `[rows, tokens, features]`; masks `[rows, 1, tokens, tokens]`
 BOUNDARIES = {1: (0,)}
 VARYING = {**BOUNDARIES, 2: (1,), 3: (1,), 4: (2, 3)}
+MOST_LENGTHS = 8  # with code of their own, which takes seconds each
 CACHE = "TORCHINDUCTOR_CACHE_DIR"  # also of what Triton makes
 # attention that is run again in backward: torch before 2.13 keeps no code that has it, and compiles it at each start
 ATTENTION_AGAIN = "torch.ops.higher_order.graphsafe_run_with_rng_state"
@@ -43,12 +44,12 @@ class Compiler:
 
     Args:
         lengths_vary: code is for rows of any number of tokens, so that no later batch waits for code of its own. Where
-            torch cannot make it, that is said, and each length gets its own.
+            torch cannot make it, that is said, and the first lengths get their own.
         options: of torch.compile.
     """
 
     def __init__(self, *, lengths_vary: bool = True, **options):
-        self.lengths_vary, self.options, self.failed = lengths_vary, options, False
+        self.lengths_vary, self.options, self.failed, self.sizes = lengths_vary, options, False, set()
         # all blocks share one code object; what differs between them, as new blocks of Llama-Pro, takes code of its own
         torch._dynamo.config.recompile_limit = 64
 
@@ -64,11 +65,21 @@ class Compiler:
                     if not self.lengths_vary:
                         raise
                     self.failed = True
-                    say(f"note: code for all lengths of rows failed ({cause(error)}); each gets its own")
+                    each = f"the first {MOST_LENGTHS} get their own, blocks run plain with others"
+                    say(f"note: code for all lengths of rows failed ({cause(error)}); {each}")
+            if not self._has_own((args, kwargs)):
+                return forward(*args, **kwargs)
             args, kwargs = tree_map_only(torch.Tensor, unmarked, (args, kwargs))
             return code_of_a_length(*args, **kwargs)
 
         return run
+
+    def _has_own(self, inputs) -> bool:
+        """Whether inputs of these sizes have code of their own, or get it now."""
+        sizes = tuple(tensor.shape for tensor in tree_leaves(inputs) if isinstance(tensor, torch.Tensor))
+        if len(self.sizes) < MOST_LENGTHS:
+            self.sizes.add(sizes)
+        return sizes in self.sizes
 
 
 def mark(inputs, varying: dict[int, tuple[int, ...]]) -> None:
