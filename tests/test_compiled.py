@@ -1,12 +1,14 @@
 """Blocks as they are compiled for a GPU, without the code generator: traced, split into forward and backward by what a
 policy keeps, and run operator by operator. What is saved between the two, and how it lies in memory, shows here too."""
 
+import gc
 from functools import partial
 
 import pytest
 import torch
 from real_run import make_config, off_zero, plan
 from torch._dynamo.testing import CompileCounter
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fsdp_utils.data.batches import with_targets
 from fsdp_utils.model import assemble, compiling
@@ -63,6 +65,22 @@ def test_compiled_blocks_equal_plain_ones(base, hostly, monkeypatch, train_type,
     tensors = {None: 0, "full": 1, "adapters": 1, "narrow": 4, "products": 4}[policy]
     tensors += train_type.endswith("dora") and policy not in ("full", None)
     assert sum(copy.nbytes for copy in hostly.sent) == (BLOCKS - 1) * tensors * state
+
+
+def test_embedded_tokens_are_not_kept(base, hostly, monkeypatch):
+    """The input of the first compiled block leaves like every other."""
+    monkeypatch.setattr(offload, "InputOffloader", lambda: hostly)
+    monkeypatch.setattr(assemble, "offloads", lambda config, device: True)
+    config = make_config(model_name=base, train_type="custom_qlora")
+    ready = off_zero(load(plan(config), config, mesh=None, device=CPU, compile_block=Compiler(backend="eager")))
+    embedded, ids = [], torch.zeros((2, TOKENS), dtype=torch.long)
+    keep = lambda module, args, out: embedded.append(StorageWeakRef(out.untyped_storage()))
+    ready.model.train().get_input_embeddings().register_forward_hook(keep)
+    loss = CausalLMLoss(ready.model, fused=True)(with_targets(dict(input_ids=ids, labels=ids)))
+    hostly._let_go(before=BLOCKS)
+    gc.collect()
+    assert embedded[0].expired()
+    loss.backward()
 
 
 @pytest.mark.parametrize(

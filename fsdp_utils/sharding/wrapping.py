@@ -79,6 +79,19 @@ def require_input_gradients(model: nn.Module) -> None:
             module.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
 
 
+class _AskedFor(torch.autograd.Function):
+    """A tensor as it is, whose gradient is computed and dropped. A leaf would stay for as long as the graph, and its
+    gradient too: each a gigabyte of 131,072 tokens."""
+
+    @staticmethod
+    def forward(ctx, tensor, _):
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, None
+
+
 def with_gradient(forward: Forward) -> Forward:
     """Asks for the gradient of a block's input also where nobody needs it, as behind a frozen embedding: compiled code
     is made for one or the other, so the first block would have code of its own, and take as long to compile as all
@@ -86,7 +99,7 @@ def with_gradient(forward: Forward) -> Forward:
 
     def run(*args, **kwargs):
         if args and torch.is_grad_enabled() and not args[0].requires_grad:
-            args = (args[0].detach().requires_grad_(True), *args[1:])
+            args = (_AskedFor.apply(args[0], torch.empty(0, requires_grad=True)), *args[1:])
         return forward(*args, **kwargs)
 
     return run
