@@ -19,7 +19,7 @@ from methods.base import Seen
 from methods.closest import changed, closest
 from methods.quantizers.linear import QuantizedWeight
 
-ROWS = 2048  # whose rounding is worked out at a time: fitting it takes many times their memory
+ROWS = 512  # whose rounding is worked out at a time: fitting it takes ten times their memory
 
 
 def _error(base: QuantizedWeight, weight: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:

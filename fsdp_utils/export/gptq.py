@@ -143,7 +143,8 @@ class Calibrated:
 
     def _through(self, number: int, sample: int) -> Tensor:
         """What a block makes of a sample's state."""
-        return through(self.blocks[number][1], self.states[sample], self.samples[sample][number])
+        block, given = self.blocks[number][1], self.samples[sample][number]
+        return through(block, self.states[sample], given, device=self.trained.device)
 
     def _hessians(self, number: int, linears: dict[str, nn.Module]) -> dict[str, Tensor]:
         """`X X^T` of each linear's inputs over all samples, fp32 `[in, in]`."""

@@ -25,8 +25,8 @@ class _Recorded(Exception):
 
 @torch.no_grad()
 def record(run: Callable[[Tensor], None], blocks: list[nn.Module], rows: Iterable[Tensor]) -> list[dict]:
-    """For each sample the state that the first block gets, under `state`, and what else each block is given, under its
-    number: positions and masks, which a family may make for each block anew.
+    """For each sample the state that the first block gets, on the CPU, under `state`, and what else each block is given,
+    under its number: positions and masks, which a family may make for each block anew.
 
     Args:
         run: passes ids `[1, tokens]` through the model. Only the first block computes; the others pass theirs on.
@@ -39,7 +39,7 @@ def record(run: Callable[[Tensor], None], blocks: list[nn.Module], rows: Iterabl
 
     def keep(module, args, kwargs, *, number):
         if number == 0:
-            found[-1]["state"] = args[0]
+            found[-1]["state"] = args[0].cpu()  # 128 samples of 2,048 tokens of an 8B are 2 GiB
         elif not args or args[0] is not handed["state"]:
             raise UserError(f"{type(module).__name__}: its inputs are not what the block before it gives")
         found[-1][number] = args[1:], kwargs
@@ -70,10 +70,10 @@ def record(run: Callable[[Tensor], None], blocks: list[nn.Module], rows: Iterabl
     return found
 
 
-def through(block: Callable, state: Tensor, given: tuple[tuple, dict]) -> Tensor:
-    """What a block makes of a sample's state, with what else `record` found that it is given."""
+def through(block: Callable, state: Tensor, given: tuple[tuple, dict], *, device: torch.device) -> Tensor:
+    """What a block makes of a sample's state, with what else `record` found that it is given; both on the CPU."""
     args, kwargs = given
-    return _state_of(block(state, *args, **kwargs))
+    return _state_of(block(state.to(device), *args, **kwargs)).cpu()
 
 
 def _state_of(result) -> Tensor:
@@ -129,7 +129,8 @@ def linears_seen(
         filled = lambda *args, block=block, values=values, **kwargs: functional_call(block, values, args, kwargs)
         linears = {path: model.get_submodule(path) for path in paths if path.startswith(f"{prefix}.")}
         with grams(linears, device=device) as sums:
-            states = [through(filled, state, sample[number]) for state, sample in zip(states, samples, strict=True)]
+            pairs = zip(states, samples, strict=True)
+            states = [through(filled, state, sample[number], device=device) for state, sample in pairs]
         yield [Seen(path, stored[f"{path}.weight"], sum_over_processes(gram)) for path, gram in sums.items()]
 
 
