@@ -5,7 +5,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -112,12 +112,12 @@ def seconds(fn, *, device: torch.device, repeat: int = 10, warmup: int = 3, at_l
     return (time.perf_counter() - start) / calls
 
 
-def matrices_of(config: PreTrainedConfig) -> Counter[tuple[int, ...]]:
-    """How often the blocks of a model have a matrix `[out, in]`, or a stack `[experts, out, in]`, of a shape."""
+def matrices_of_blocks(config: PreTrainedConfig) -> Counter[tuple[torch.Size, ...]]:
+    """The matrices `[out, in]` and stacks `[experts, out, in]` of a block, and how many blocks have the same."""
     with torch.device("meta"):
         blocks = AutoModelForCausalLM.from_config(config).model.layers
-    weights = [p for name, p in blocks.named_parameters() if not name.endswith("bias")]
-    return Counter(tuple(weight.shape) for weight in weights if weight.dim() > 1)
+    weights = lambda block: [p for name, p in block.named_parameters() if not name.endswith("bias")]
+    return Counter(tuple(p.shape for p in weights(block) if p.dim() > 1) for block in blocks)
 
 
 def floor_seconds(
@@ -140,19 +140,29 @@ def floor_seconds(
     new = lambda *shape: torch.randn(*shape, device=device, dtype=torch.bfloat16)
     timed = partial(seconds, device=device, at_least=at_least)
     forwards = 2 if checkpointing else 1
+    chosen = tokens * getattr(config, "num_experts_per_tok", 1)
+    values = cache(new)  # one of a size is enough
+    ends_of = cache(lambda n: torch.arange(1, n + 1, device=device, dtype=torch.int32) * (chosen // n))
 
-    def product(*shape) -> float:
-        """Of all tokens with a matrix `[out, in]`."""
-        weight, inputs, grads = new(*shape), new(tokens, shape[1]), new(tokens, shape[0])
-        return forwards * timed(lambda: inputs @ weight.T) + timed(lambda: grads @ weight)
+    def multiply(weight: torch.Tensor) -> None:
+        """All tokens with a matrix, or each with its matrices of a stack."""
+        if weight.dim() == 2:
+            values(tokens, len(weight)) @ weight
+        else:
+            torch._grouped_mm(values(chosen, weight.shape[1]), weight, offs=ends_of(len(weight)))
 
-    def grouped(experts, *shape) -> float:
-        """Of each token with its matrices of a stack `[experts, out, in]`."""
-        chosen = tokens * config.num_experts_per_tok
-        stack, inputs, grads = new(experts, *shape), new(chosen, shape[1]), new(chosen, shape[0])
-        ends = torch.arange(1, experts + 1, device=device, dtype=torch.int32) * (chosen // experts)
-        multiply = lambda rows, weight: timed(lambda: torch._grouped_mm(rows, weight, offs=ends))
-        return forwards * multiply(inputs, stack.transpose(1, 2)) + multiply(grads, stack)
+    def products(shapes: tuple[torch.Size, ...]) -> float:
+        """Of a block."""
+        weights = [new(*shape) for shape in shapes]
+
+        def all_of_them():
+            for _ in range(forwards):
+                for weight in weights:
+                    multiply(weight.mT)
+            for weight in weights:
+                multiply(weight)
+
+        return timed(all_of_them)
 
     q, k, v = (new(batch, n, length, size).requires_grad_() for n in (heads, kv, kv))
 
@@ -161,11 +171,9 @@ def floor_seconds(
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         out.backward(out.detach())
 
-    of_blocks = (
-        (product if len(shape) == 2 else grouped)(*shape) * count for shape, count in matrices_of(config).items()
-    )
+    of_blocks = sum(products(shapes) * count for shapes, count in matrices_of_blocks(config).items())
     states, head = new(tokens, hidden), new(config.vocab_size, hidden)
-    return sum(of_blocks) + config.num_hidden_layers * timed(attention) + timed(lambda: (states @ head.T) @ head)
+    return of_blocks + config.num_hidden_layers * timed(attention) + timed(lambda: (states @ head.T) @ head)
 
 
 def median_step(

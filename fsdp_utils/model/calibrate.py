@@ -25,7 +25,7 @@ class _Recorded(Exception):
 
 @torch.no_grad()
 def record(run: Callable[[Tensor], None], blocks: list[nn.Module], rows: Iterable[Tensor]) -> list[dict]:
-    """For each sample the state that the first block gets, on the CPU, under `state`, and what else each block is given,
+    """For each sample the state that the first block gets, on the CPU, under `state`, and what else a block is given,
     under its number: positions and masks, which a family may make for each block anew.
 
     Args:
