@@ -53,7 +53,7 @@ def test_compiled_blocks_equal_plain_ones(base, hostly, monkeypatch, train_type,
     torch._dynamo.reset()
     flags = dict(model_name=base, train_type=train_type)
     plain = gradients({**flags, "use_gradient_checkpointing": False}, compile_block=None)
-    monkeypatch.setattr(offload, "InputOffloader", lambda: hostly)
+    monkeypatch.setattr(offload, "InputOffloader", lambda **_: hostly)
     monkeypatch.setattr(assemble, "offloads", lambda config, device: config.use_activation_cpu_offload)
     how = dict(checkpoint_policy=policy, use_activation_cpu_offload=True)
     how = how if policy else dict(use_gradient_checkpointing=False)
@@ -69,7 +69,7 @@ def test_compiled_blocks_equal_plain_ones(base, hostly, monkeypatch, train_type,
 
 def test_embedded_tokens_are_not_kept(base, hostly, monkeypatch):
     """The input of the first compiled block leaves like every other."""
-    monkeypatch.setattr(offload, "InputOffloader", lambda: hostly)
+    monkeypatch.setattr(offload, "InputOffloader", lambda **_: hostly)
     monkeypatch.setattr(assemble, "offloads", lambda config, device: True)
     config = make_config(model_name=base, train_type="custom_qlora")
     ready = off_zero(load(plan(config), config, mesh=None, device=CPU, compile_block=Compiler(backend="eager")))

@@ -99,7 +99,7 @@ def measured(config):
 def test_host_memory_of_activations(tiny, hostly, monkeypatch, policy):
     """What is said to go to the host is what a compiled step sends there: of all blocks but one."""
     torch._dynamo.reset()
-    monkeypatch.setattr(offload, "InputOffloader", lambda: hostly)
+    monkeypatch.setattr(offload, "InputOffloader", lambda **_: hostly)
     monkeypatch.setattr(assemble, "offloads", lambda config, device: True)
     flags = dict(train_type="bnb_dora", batch_size=2, context_length=96, checkpoint_policy=policy)
     base = tiny("llama", num_hidden_layers=5, intermediate_size=192)

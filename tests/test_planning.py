@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 ROWS = planning.measured()
 # some rows of each kind in every run of the tests; `python benchmarks/planning.py` does all, docs/planning.md has them
 CHOSEN = [row for row in ROWS if planning.name_of(row) == "8b" and row["gpus"] == 1][1:22:3]
-CHOSEN += [row for row in ROWS if planning.name_of(row) == "8b" and row["gpus"] > 1][::4]
+CHOSEN += [row for row in ROWS if planning.name_of(row) == "8b" and row["gpus"] > 1][::3]
 
 
 @pytest.mark.parametrize("row", CHOSEN, ids=lambda row: f"{row['gpus']} {planning.shown(row['flags'])}")

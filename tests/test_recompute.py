@@ -228,7 +228,7 @@ def test_a_model_that_cannot_be_measured(tiny, monkeypatch):
 
     planned.model.forward = looks_at_values
     settings = dict(mesh=None, device=CPU, task=CAUSAL_LM, dtype=torch.float32, autocast=None, compiled=False)
-    settings["available"] = 2**40
+    settings |= dict(available=2**40, slack=0)
     blocks = decoder_blocks(planned.model)
     decide = lambda value: lay_out(
         planned.model, blocks, make_config(use_gradient_checkpointing=value), Resident(1, 2, 3, 0), **settings

@@ -249,7 +249,9 @@ def _away(config, kept: Kept, *, compiled: bool) -> int:
     return kept.input + (kept.outputs.states - kept.outputs.idle_states if compiled else 0)
 
 
-def block_bytes(blocks: dict[str, nn.Module], kept: Kept, config, *, dtype: torch.dtype, compiled: bool) -> Block:
+def block_bytes(
+    blocks: dict[str, nn.Module], kept: Kept, config, *, dtype: torch.dtype, compiled: bool, slack: int = 0
+) -> Block:
     """Compiled, a block keeps results of products and works the rest out again; its gradients take the room of what it
     no longer needs, so that beside it are two of the hidden states and two of the widest input (docs/planning.md)."""
     outputs = kept.outputs
@@ -266,7 +268,7 @@ def block_bytes(blocks: dict[str, nn.Module], kept: Kept, config, *, dtype: torc
     weight = max((math.prod(shape) * dtype.itemsize for shape in shapes), default=0)
     whole = kept.input + needed if compiled else needed
     inside = within + 2 * weight + 2 * away
-    return Block(whole, kept.input + by_policy - away, max(needed - by_policy, 0), inside, leaving=3 * away)
+    return Block(whole, kept.input + by_policy - away, max(needed - by_policy, 0), inside, leaving=(3 + slack) * away)
 
 
 class Peak(NamedTuple):

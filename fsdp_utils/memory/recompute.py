@@ -73,6 +73,7 @@ def lay_out(
     dtype: torch.dtype,
     autocast: torch.dtype | None,
     compiled: bool,
+    slack: int,
     available: int | None,
 ) -> Layout:
     """Decides how many blocks recompute, the same in every process; with `auto` it says why. Collective.
@@ -85,6 +86,7 @@ def lay_out(
         task: knows how the model is called.
         dtype, autocast: of hidden states and of the products.
         compiled: blocks will be compiled.
+        slack: of the offloader.
         available: bytes that are free on this process's GPU; None on a CPU.
 
     Raises:
@@ -103,7 +105,7 @@ def lay_out(
         return Layout(recomputed, False, sizes(config, held, None), 0)
     activations = dict(
         blocks=len(blocks),
-        block=block_bytes(blocks, kept, config, dtype=autocast or dtype, compiled=compiled),
+        block=block_bytes(blocks, kept, config, dtype=autocast or dtype, compiled=compiled, slack=slack),
         of_head=of_head(model, held),
         at_loss=at_loss(model, config, kept, dtype=dtype, autocast=autocast),
     )

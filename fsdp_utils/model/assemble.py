@@ -272,15 +272,15 @@ def load(
     shards = peer_gather.choose(blocks, config, mesh=mesh, device=device)
     with_root = bool(shards and shards.trains_little)
     on_host = offload.whole_embedding(model, config, device=device)
-    slot_bytes = sum(shards.slot_sizes) if shards else 0
+    slot_bytes, slack = (sum(shards.slot_sizes), offload.SLACK) if shards else (0, 0)
     groups = dict(gathered_with_root=with_root)
     placed = dict(mesh=mesh, device=device, on_host=on_host, slot_bytes=slot_bytes)
     held = budget.resident(model, blocks, config, **placed, **groups)
     types = dict(dtype=dtypes.stored, autocast=dtypes.autocast)
     compiled = compile_block is not None and not config.tile_tokens  # else attention is, and what is in a tile
-    here = dict(mesh=mesh, device=device, compiled=compiled, available=recompute.free_memory(device))
+    here = dict(mesh=mesh, device=device, compiled=compiled, slack=slack, available=recompute.free_memory(device))
     layout = recompute.lay_out(model, blocks, config, held, task=planned.task, **here, **types)
-    offloader = offload.InputOffloader() if offloads(config, device) else None
+    offloader = offload.InputOffloader(slack=slack) if offloads(config, device) else None
     wrap = dict(recomputed=layout.recomputed, compiled=compile_block, offloader=offloader)
     wrapping.wrap_blocks(model, blocks, config, **wrap)
     frozen, apart = (shards.parameters if shards else set()), set(on_host.values())

@@ -90,7 +90,8 @@ def forecast(planned: Plan, config, machine: Machine) -> Forecast:
     available = None if machine.memory is None else machine.memory - CONTEXT
     types = dict(dtype=planned.dtypes.stored, autocast=planned.dtypes.autocast)
     compiled = config.compile and device.type == "cuda" and not config.tile_tokens
-    here = dict(mesh=mesh, device=device, compiled=compiled, available=available)
+    slack = offload.SLACK if with_peers else 0
+    here = dict(mesh=mesh, device=device, compiled=compiled, slack=slack, available=available)
     layout = recompute.lay_out(model, blocks, config, held, task=planned.task, **here, **types)
     host = dict(process=HOST, embedding=sum(p.nbytes for p in on_host.values()))
     if offloads(config, device):
