@@ -53,9 +53,8 @@ class QERA(Start):
         rounded = {path: layer for path, layer in layers.items() if isinstance(layer.base_layer, QuantizedWeight)}
         owners = {path: number % world_size() for number, path in enumerate(rounded)}
         for block in see(rounded):
-            for seen in block:
-                if owners[seen.path] == rank():
-                    self.whole[seen.path] = self._correction(rounded[seen.path], seen)
+            mine = lambda seen: owners[seen.path] == rank()
+            self.whole |= {seen.path: self._correction(rounded[seen.path], seen) for seen in filter(mine, block)}
         tell_all(self.whole, rounded, rank=self.rank)
         share, count = all_reduce_each([sum(self.made_up), len(self.made_up)], torch.device("cpu"))
         say(

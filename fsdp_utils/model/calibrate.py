@@ -90,6 +90,7 @@ def grams(linears: dict[str, nn.Module], *, device: torch.device) -> Iterator[di
     def add(module, args, *, path):
         nonlocal inputs, product
         if args[0] is not inputs:  # several linears in a row may be given the same
+            product = None  # is as large as the new one, a gigabyte of the widest
             inputs, rows = args[0], args[0].flatten(0, -2).float()
             product = rows.T @ rows
         sums[path] += product
@@ -106,8 +107,8 @@ def grams(linears: dict[str, nn.Module], *, device: torch.device) -> Iterator[di
 def linears_seen(
     model: nn.Module, weights, rows: list[Tensor], paths: Collection[str], *, device: torch.device
 ) -> Iterator[list[Seen]]:
-    """What the linears at these paths see of all samples, block by block. Collective: each process runs its share of
-    the samples, and reads its share of a block's weights.
+    """What the linears at these paths see of all samples: a list for each block, emptied before the next. Collective:
+    each process runs its share of the samples, and reads its share of a block's weights.
 
     Args:
         model: dense and on meta, where it stays; `device` holds the weights of one block while that runs.
@@ -131,7 +132,9 @@ def linears_seen(
         with grams(linears, device=device) as sums:
             pairs = zip(states, samples, strict=True)
             states = [through(filled, state, sample[number], device=device) for state, sample in pairs]
-        yield [Seen(path, stored[f"{path}.weight"], sum_over_processes(gram)) for path, gram in sums.items()]
+        seen = [Seen(path, stored[f"{path}.weight"], sum_over_processes(sums.pop(path))) for path in linears]
+        yield seen
+        seen.clear()  # before the next block needs as much
 
 
 def _recorded(model: nn.Module, weights, blocks: dict[str, nn.Module], rows: list[Tensor], *, device) -> list[dict]:
