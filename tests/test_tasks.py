@@ -228,9 +228,12 @@ def test_saved_is_what_stock_loads(task_flags, tmp_path, family, train_type):
 
 
 @pytest.mark.parametrize(
-    ("family", "train_type"), [("roberta", "custom_lora"), ("llama_base", "bnb_dora"), ("t5", "bnb_dora")]
+    ("family", "train_type", "infer_type"),
+    [
+        *(("roberta", "custom_lora", "merged"), ("t5", "bnb_dora", "merged")),
+        *(("llama_base", "bnb_dora", "bnb_nf4"), ("t5", "bnb_dora", "bnb_nf4")),
+    ],
 )
-@pytest.mark.parametrize("infer_type", ["merged", "bnb_nf4"])
 def test_exports(task_flags, tmp_path, family, train_type, infer_type, monkeypatch):
     """What transformers reads of a merged folder answers as the run; of a 4-bit one, nearly so."""
     import prepare_weights
@@ -264,9 +267,7 @@ def test_exports_that_are_for_language_models(task_flags, tmp_path, infer_type):
         format_of(infer_type)(trained, ExportConfig(model="", save_dir="", infer_type=infer_type))
 
 
-@pytest.mark.parametrize(
-    ("family", "train_type"), [("roberta", "bnb_dora"), ("t5", "custom_qlora"), ("llama_base", "full")]
-)
+@pytest.mark.parametrize(("family", "train_type"), [("t5", "custom_qlora"), ("llama_base", "full")])
 def test_resume(pair, task_flags, tmp_path, family, train_type):
     """In the middle of an epoch, with dropout: byte for byte."""
     flags = task_flags(family, train_type=train_type) | dict(batch_size=2, num_epochs=2)
