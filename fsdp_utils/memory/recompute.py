@@ -1,5 +1,6 @@
 """`--use_gradient_checkpointing`: how many decoder blocks recompute; with `auto`, from what is free."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from fsdp_utils.core.devices import GIB
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.processes import all_reduce
 from fsdp_utils.core.ranks import say
-from fsdp_utils.memory.activations import measure
+from fsdp_utils.memory.activations import Kept, measure
 from fsdp_utils.memory.budget import (
     Resident,
     at_loss,
@@ -75,6 +76,7 @@ def lay_out(
     compiled: bool,
     slack: int,
     available: int | None,
+    measure: Callable[..., Kept] = measure,
 ) -> Layout:
     """Decides how many blocks recompute, the same in every process; with `auto` it says why. Collective.
 
@@ -88,6 +90,7 @@ def lay_out(
         compiled: blocks will be compiled.
         slack: of the offloader.
         available: bytes that are free on this process's GPU; None on a CPU.
+        measure: as `activations.measure`.
 
     Raises:
         UserError: the model cannot be measured, and `auto` would have to know.

@@ -1,5 +1,6 @@
 """What a run takes in each process, from the configuration of a model alone."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from torch import nn
 from fsdp_utils.core.devices import GIB
 from fsdp_utils.data.batches import accumulation_for
 from fsdp_utils.memory import budget, recompute
+from fsdp_utils.memory.activations import Kept, measure
 from fsdp_utils.model.assemble import Plan, offloads
 from fsdp_utils.options import STRATEGIES
 from fsdp_utils.planning.machines import Machine
@@ -76,8 +78,9 @@ def split_for(config, machine: Machine):
     return replace(config, gradient_accumulation_steps=accumulation_for(config.global_batch_size, config, **asked))
 
 
-def forecast(planned: Plan, config, machine: Machine) -> Forecast:
-    """Of a planned model, on meta; as `model.assemble.load` decides it on the machine itself."""
+def forecast(planned: Plan, config, machine: Machine, *, measure: Callable[..., Kept] = measure) -> Forecast:
+    """Of a planned model, on meta; as `model.assemble.load` decides it on the machine itself. `measure`: as
+    `activations.measure`."""
     model, device, blocks = planned.model, machine.device, decoder_blocks(planned.model)
     mesh = mesh_of(config, machine)
     with_peers = mesh is not None and peer_gather.wanted(blocks, config, shards=mesh.shards, device=device)
@@ -92,7 +95,7 @@ def forecast(planned: Plan, config, machine: Machine) -> Forecast:
     compiled = config.compile and device.type == "cuda" and not config.tile_tokens
     slack = offload.SLACK if with_peers else 0
     here = dict(mesh=mesh, device=device, compiled=compiled, slack=slack, available=available)
-    layout = recompute.lay_out(model, blocks, config, held, task=planned.task, **here, **types)
+    layout = recompute.lay_out(model, blocks, config, held, task=planned.task, measure=measure, **here, **types)
     host = dict(process=HOST, embedding=sum(p.nbytes for p in on_host.values()))
     if offloads(config, device):
         host["activations"] = layout.host_activations

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from fsdp_utils.core.errors import DataError
 from fsdp_utils.data.parts import readers
+from fsdp_utils.memory.activations import Kept, measure
 from fsdp_utils.model.assemble import Plan
 from fsdp_utils.model.prequantized import settings_of
 from fsdp_utils.planning.forecast import Forecast, forecast, split_for
@@ -44,13 +45,20 @@ class Search:
 
     def __init__(self, config, machine: Machine):
         split_for(replace(config, batch_size=1), machine)  # refuses what no batch can make
-        self.config, self.machine, self.plans = config, machine, {}
+        self.config, self.machine, self.plans, self.kept = config, machine, {}, {}
 
     def _planned(self, flags: dict) -> Plan:
         packing = tuple(sorted((name, value) for name, value in flags.items() if name in SMALLER))
         if packing not in self.plans:
             self.plans[packing] = planned_for(replace(self.config, **flags), self.machine)
         return self.plans[packing]
+
+    def _measure(self, model, blocks: dict, config, **how) -> Kept:
+        """What only these flags of a search change is measured once: it is most of a search's time."""
+        asked = id(model), config.batch_size, config.row_tokens, config.checkpoint_policy
+        if asked not in self.kept:
+            self.kept[asked] = measure(model, blocks, config, **how)
+        return self.kept[asked]
 
     def tried(self, flags: dict, machine: Machine | None = None) -> Choice | None:
         """What these flags make of it, here or on another machine; None where it does not fit, or where no number of
@@ -61,7 +69,7 @@ class Search:
         except DataError:
             return None
         planned = self._planned(flags)
-        found = forecast(planned, config, machine)
+        found = forecast(planned, config, machine, measure=self._measure)
         if not found.fits(machine):
             return None
         seconds = seconds_a_step(planned, config, machine, found)
