@@ -385,3 +385,19 @@ def test_out_of_memory_offers_to_leave_it():
     """Adapters that stay whole are what it costs."""
     for whole in (False, True):
         assert ("--peer_gather false" in remedies(make_config(), gathered_with_root=whole)) is whole
+
+
+@pytest.mark.parametrize(("rates", "notes"), [([340.0, 310.0], 0), ([340.0, 18.0], 1)])
+def test_a_slow_link_is_said(monkeypatch, capsys, rates, notes):
+    """What each process reads a second is measured; the slowest is named where it is far behind."""
+    gather, memory = object.__new__(peer_gather.PeerGather), torch.zeros(2**20, dtype=torch.uint8)
+    gather.slots, gather.stream = [peer_gather._Slot(2**20, memory.device)], None
+    gather.copies = [[(gather.slots[0].memory, memory)]]
+    assert gather._gigabytes_a_second() > 0
+    gather.stream = object()
+    monkeypatch.setattr(peer_gather.PeerGather, "_gigabytes_a_second", lambda self: 0)
+    monkeypatch.setattr(peer_gather, "all_gather_objects", lambda mine: rates)
+    gather._say(how="once a step", processes=2)
+    said = capsys.readouterr().out
+    assert f"at {min(rates):.0f} GB/s, what trains is gathered once a step" in said
+    assert said.count("note: process 1 reads at 18 GB/s, process 0 at 340 GB/s") == notes

@@ -8,6 +8,7 @@ It takes GPUs of one host that reach each other's memory. Elsewhere FSDP2 gather
 """
 
 import socket
+import time
 from itertools import chain
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from fsdp_utils.core.devices import synchronize
 from fsdp_utils.core.errors import UserError
-from fsdp_utils.core.processes import barrier
+from fsdp_utils.core.processes import all_gather_objects, barrier
 from fsdp_utils.core.ranks import say
 from fsdp_utils.core.rows import local
 from fsdp_utils.options import STRATEGIES
@@ -221,10 +222,36 @@ class PeerGather:
             exported = [of_process[number][rank] for of_process in everyone]
             self._lay_out(number, weights, of_block, exported, rank=rank, device=device)
         self.hooks = [hook for number, block in enumerate(self.blocks) for hook in self._watch(block, number)]
-        say(
-            f"frozen weights are copied out of {dist.get_world_size(group)} processes' memory, what trains is gathered "
-            + ("once a step" if shards.trains_little else "by block")
-        )
+        self._say(how="once a step" if shards.trains_little else "by block", processes=dist.get_world_size(group))
+
+    def _say(self, *, how: str, processes: int) -> None:
+        """What is gathered in which way, and on GPUs how fast: links of one host differ by twenty times, and a step
+        takes as long as the process with the slowest."""
+        begin, end = f"frozen weights are copied out of {processes} processes' memory", f"what trains is gathered {how}"
+        if not self.stream:
+            say(f"{begin}, {end}")
+            return
+        rates = all_gather_objects(self._gigabytes_a_second() * (processes - 1) / processes)
+        slowest, fastest = (rates.index(pick(rates)) for pick in (min, max))
+        say(f"{begin} at {rates[slowest]:.0f} GB/s, {end}")
+        if rates[slowest] < rates[fastest] / 2:
+            others = f"process {fastest} at {rates[fastest]:.0f} GB/s"
+            say(
+                f"note: process {slowest} reads at {rates[slowest]:.0f} GB/s, {others}: steps wait for the slowest link"
+            )
+
+    def _gigabytes_a_second(self) -> float:
+        """Of the first block, while all processes copy theirs."""
+        slot, device, times = self._slot(0), self.slots[0].memory.device, []
+        for _ in range(3):
+            slot.holds = None
+            synchronize(device)
+            barrier()
+            start = time.perf_counter()
+            self._fetch(0)
+            synchronize(device)
+            times.append(time.perf_counter() - start)
+        return sum(target.nbytes for target, _ in self.copies[0]) / min(times) / 1e9
 
     def _slot(self, number: int) -> _Slot:
         return self.slots[number % len(self.slots)]
