@@ -5,12 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from closeness import assert_close_norm, assert_learns
+from kernel_devices import KERNEL_DEVICES
 from real_run import first_step, make_config, plan
 from torch import nn
 
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.model import assemble
-from methods.kernels import fp8
+from methods.kernels import dequantize, fp8
 from methods.kernels.adapted import LowRank, adapted_linear
 from methods.quantizers.bnb import Bnb4bit
 from methods.quantizers.hqq import HQQ
@@ -42,6 +43,16 @@ def base_of(quantizer, device=CPU):
     for parameter, values in zip(packed.packed(), quantizer.quantize(weight.bfloat16()), strict=True):
         parameter.data = values
     return packed.to(device)
+
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+@pytest.mark.parametrize("shape", [(64, 128), (1, 300), (97, 65)])
+def test_transposed(device, shape, monkeypatch):
+    """Every byte in its place, of whole tiles and of parts."""
+    monkeypatch.setattr(dequantize, "available", lambda tensor: True)
+    matrix = random(*shape).to(device).to(fp8.E4M3)
+    found = fp8.transposed(matrix)
+    assert found.is_contiguous() and torch.equal(found.float(), matrix.float().T)
 
 
 def rounded(rows: torch.Tensor) -> torch.Tensor:

@@ -118,7 +118,7 @@ class Weights(NamedTuple):
 
     def columns_in_fp8(self) -> fp8.Scaled:
         """`in_fp8` without its scale, `[in, out]`: in backward that is in the gradient (`_gradient_in_fp8`)."""
-        values = self.in_fp8().values.T.contiguous()
+        values = fp8.transposed(self.in_fp8().values)
         return fp8.Scaled(values, torch.ones(len(values), 1, dtype=torch.float32, device=values.device))
 
     def beside_b(self) -> Tensor:

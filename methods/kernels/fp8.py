@@ -10,10 +10,44 @@ from typing import NamedTuple
 
 import torch
 
+from methods.kernels import dequantize
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
 Tensor = torch.Tensor
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
 COMPUTES = torch.bfloat16  # what torch's scaled product gives where scales are of rows
+
+
+TILE = 64  # bytes of a row or column, read and written at once
+
+
+if triton is not None:
+
+    @triton.jit
+    def _transpose_kernel(matrix, out, rows, columns, TILE: tl.constexpr):
+        row = tl.program_id(0) * TILE + tl.arange(0, TILE)
+        column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+        inside = (row < rows)[:, None] & (column < columns)[None, :]
+        tile = tl.load(matrix + row[:, None].to(tl.int64) * columns + column[None, :], mask=inside)
+        place = column[:, None].to(tl.int64) * rows + row[None, :]
+        tl.store(out + place, tl.trans(tile), mask=(column < columns)[:, None] & (row < rows)[None, :])
+
+
+def transposed(matrix: Tensor) -> Tensor:
+    """A matrix `[n, k]` of e4m3 as `[k, n]`, without gaps. torch's copy of single bytes writes them far apart."""
+    if not dequantize.available(matrix):
+        return matrix.T.contiguous()
+    rows, columns = matrix.shape
+    out = torch.empty(columns, rows, dtype=matrix.dtype, device=matrix.device)
+    tiles = triton.cdiv(rows, TILE), triton.cdiv(columns, TILE)
+    _transpose_kernel[tiles](matrix.view(torch.uint8), out.view(torch.uint8), rows, columns, TILE=TILE, num_warps=4)
+    return out
 
 
 class Scaled(NamedTuple):
