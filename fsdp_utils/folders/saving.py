@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
@@ -201,6 +202,7 @@ def _lasting(name: str) -> str:
     return str(Path(name).resolve()) if name and name not in BUILT_IN and Path(name).exists() else name
 
 
+@cache
 def _version(package: str) -> str | None:
     try:
         return version(package)
