@@ -32,7 +32,7 @@ from fsdp_utils.folders.session import Session
 from fsdp_utils.folders.upload import check_upload, upload
 from fsdp_utils.memory.budget import out_of_memory
 from fsdp_utils.model.assemble import load, plan
-from fsdp_utils.model.build import read_model_config, read_tokenizer
+from fsdp_utils.model.build import read_model_config, read_tokenizer, refuse_missing_expansion
 from fsdp_utils.model.compiling import cannot_compile, compiler
 from fsdp_utils.model.prequantized import check_flags
 from fsdp_utils.planning import report as planning
@@ -60,19 +60,19 @@ def tell(config: TrainConfig, stopping: Stopping) -> None:
     device = devices.pick_device(config.device)
     if config.deterministic:
         devices.repeat_exactly()
-    metrics.check_sink(config)
-    check_upload(config.push_to_hub)
+    refuse_missing_expansion(config.llama_pro_path)
+    if not config.plan and not config.show_rows:  # which log nothing
+        metrics.check_sink(config)
+        check_upload(config.push_to_hub)
     processes.start(device, alone=config.use_cpu_offload)
-    if config.show_rows:
-        return show(config)
-    if config.plan:
-        return show_plan(config, device)
+    if config.plan or config.show_rows:
+        return look(config, device)
     if config.resume == "auto" and processes.from_main(lambda: saving.has_ended(config)):
         say(f"{config.output_dir}: this run has ended; nothing is left to do")
         return
     checkpoint = checkpoints.find(config)
     saving.check_output(config, resumes=checkpoints.is_own(checkpoint, config))
-    for note in config.notes():
+    for note in (*config.notes(), *saving.replaced(config, resumes=bool(checkpoint))):
         say(f"note: {note}")
     if config.verbose:
         say(as_dict(config))
@@ -89,7 +89,7 @@ def tell(config: TrainConfig, stopping: Stopping) -> None:
     begins = dict(stopping=stopping, checkpoint=checkpoint, validation=validation)
     session = Session(config, planned, tokenizer, batches, **begins)
     mesh = mesh_for(config, device)
-    with session.begun(), report.at_end(config):
+    with report.at_end(config), session.begun():  # a page is of a run whose end is known
         carry_out(session, mesh=mesh, device=device)
     upload(Path(config.output_dir), config.push_to_hub)
 
@@ -117,15 +117,15 @@ def read_inputs(config: TrainConfig):
     return task, model_config, tokenizer, data
 
 
-def show(config: TrainConfig) -> None:
-    """--show_rows: samples as the model sees them, instead of a run."""
+def look(config: TrainConfig, device) -> None:
+    """Instead of a run: what one would take, from the configuration alone (--plan), or samples as the model sees them
+    (--show_rows)."""
+    for note in config.notes():
+        say(f"note: {note}")
+    if config.plan:
+        return say(*planning.lines(config, machine_of(config.plan_gpus, device=device)), sep="\n")
     task, _, tokenizer, data = read_inputs(config)
     say(shown(data, tokenizer, as_learned=task.shown, count=config.show_rows, colour=in_colour()))
-
-
-def show_plan(config: TrainConfig, device) -> None:
-    """--plan: what a run would take, from the configuration alone."""
-    say(*planning.lines(config, machine_of(config.plan_gpus, device=device)), sep="\n")
 
 
 def carry_out(session: Session, *, mesh, device) -> None:

@@ -504,6 +504,8 @@ class TrainConfig:
                 ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora"),
             ),
             (self.train_for == "none", "--train_for is none", ("round_every",)),
+            (not self.plan, "--plan is false, so this is a run on the GPUs that are here", ("plan_gpus",)),
+            (self.plan and bool(self.show_rows), "--plan comes first", ("show_rows",)),
             (
                 self.lora_init not in CORRECTING or bool(self.init_adapter),
                 "--init_adapter is where it begins" if self.init_adapter else f"--lora_init is {self.lora_init}",

@@ -17,6 +17,8 @@ from fsdp_utils.config import TrainConfig
 from fsdp_utils.core.flags import flag, parse, parse_or_fail
 from methods import TRAIN_TYPES
 
+NO_PART = ("plan", "plan_gpus", "config", "save_config", "show_rows")  # of a run that is planned
+
 
 @dataclass
 class PlanConfig:
@@ -31,10 +33,13 @@ class PlanConfig:
 
     def errors(self) -> list[str]:
         wrong = [part for part in self.given if "=" not in part]
-        own = [part for part in self.given if part.partition("=")[0] in ("train_type", "context_length", "model_name")]
+        names = {part: part.partition("=")[0] for part in self.given}
+        own = [part for part, name in names.items() if name in ("train_type", "context_length", "model_name")]
+        other = [part for part, name in names.items() if name in NO_PART]
         return [
             *(f"--extra {part}: write name=value, with commas between several" for part in wrong),
             *(f"--extra {part}: has a flag of its own; see --help" for part in own),
+            *(f"--extra {part}: is no part of what a run takes; leave it away" for part in other),
         ]
 
     @property
@@ -80,8 +85,10 @@ def told(choice: Choice, machine: Machine) -> str:
 
 
 def main(config: PlanConfig) -> None:
-    machine = machine_of(config.gpus, device=torch.device("cpu"))
+    machine = machine_of(config.gpus, device=torch.device("cpu"), flag="gpus")
     flags = train_flags(config)
+    for note in flags.notes():
+        say(f"note: {note}")
     search = Search(flags, machine)
     choices = search.choices()
     if not choices:

@@ -16,17 +16,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.flags import flag, parse_or_fail
-from fsdp_utils.core.folders import refuse_file_above
+from fsdp_utils.core.folders import REPORT_FILE, refuse_file_above
 from fsdp_utils.core.ranks import fail
 from fsdp_utils.report import png
 from fsdp_utils.report.answers import evaluations_of
-from fsdp_utils.report.page import write
+from fsdp_utils.report.page import refuse_no_page, write
 from fsdp_utils.report.runs import read_runs
 
 
 @dataclass
 class Report:
-    output: str = flag("report.html", "the page that is written; replaced if it is there")
+    output: str | None = flag(None, "the page; not given: report.html in the folder of a run, of several in this one")
     evaluation: str | None = flag(None, "files that evaluate.py wrote, by comma; not given: RUN/evaluation*.json")
 
     explicit_flags: frozenset = field(default=frozenset(), init=False, repr=False)
@@ -39,8 +39,9 @@ def main(folders: list[str], config: Report) -> None:
     """Raises UserError: nothing is named, or what is named is no run or evaluation."""
     if not folders:
         raise UserError("RUN: no run is named; give the --output_dir of one, before the flags")
-    output = Path(config.output)
+    output = Path(config.output or (Path(folders[0]) if len(folders) == 1 else Path()) / REPORT_FILE)
     refuse_file_above(output, flag="output")
+    refuse_no_page(output)
     runs = read_runs(folders)
     evaluations = evaluations_of(runs, [name.strip() for name in (config.evaluation or "").split(",") if name.strip()])
     output.parent.mkdir(parents=True, exist_ok=True)

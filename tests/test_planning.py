@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +51,11 @@ def few(monkeypatch):
 
 def config_of(folder, **flags):
     return make_config(model_name=folder, precision="bf16", device="auto", **flags)
+
+
+def asked(folder, **more):
+    """What scripts/plan.py searches with."""
+    return plan_script.train_flags(plan_script.PlanConfig(model=folder, **more))
 
 
 def test_a_plan_in_lines(large):
@@ -103,7 +109,7 @@ def test_known_cards_have_a_peak():
 
 def test_found_flags_fit_and_are_sorted(large):
     """Every set is a plan that fits, with the largest batch that does, the fastest first; a larger one does not fit."""
-    config = config_of(large["1b"], train_type="custom_qlora", context_length=2048)
+    config = asked(large["1b"], train_type="custom_qlora")
     machine = machine_of("1x8", device=CPU)
     search = Search(config, machine)
     choices = search.choices()
@@ -119,7 +125,7 @@ def test_found_flags_fit_and_are_sorted(large):
 
 def test_smaller_places_come_where_nothing_fits(large, few):
     """A 1B on a card of 1.7 GiB needs host memory; on one of 1 GiB nothing helps but what is said."""
-    config = config_of(large["1b"], train_type="bnb_dora", context_length=1024)
+    config = asked(large["1b"], train_type="bnb_dora", context_length=1024)
     choices = Search(config, machine_of("1x1.7", device=CPU)).choices()
     assert choices and all(choice.flags["use_cpu_offload"] for choice in choices)
     small = machine_of("1x1", device=CPU)
@@ -185,3 +191,36 @@ def test_what_a_plan_says_beside_sizes(tmp_path, capsys):
     assert any(
         line.startswith("download: about") and "from some/model" in line for line in report._disk(planned, config)
     )
+
+
+def test_given_flags_are_kept(large, few):
+    """What --extra says is in every set as it was given, and the rest is searched."""
+    config = asked(large["1b"], train_type="custom_qlora", extra="batch_size=2,use_cpu_offload=true")
+    for choice in Search(config, machine_of("1x24", device=CPU)).choices():
+        assert not choice.flags.keys() & {"batch_size", "use_cpu_offload"}
+        assert "use_gradient_checkpointing" in choice.flags or choice.flags.keys() <= {
+            "checkpoint_policy", "use_activation_cpu_offload", "quantize_lm_head", "quant_scales"
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("extra", ["plan=true", "config=recipes/demo.yaml", "show_rows=2"])
+def test_what_is_no_part_of_a_plan(extra):
+    assert plan_script.PlanConfig(extra=extra).errors() == [
+        f"--extra {extra}: is no part of what a run takes; leave it away"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (dict(hidden_size=-512), r"builds no model"),
+        (dict(hidden_size="big"), r"hidden_size"),
+    ],
+)
+def test_configurations_that_build_nothing(large, tmp_path, wrong, said):
+    """One line, whatever transformers or torch make of them."""
+    config = json.loads((Path(large["1b"]) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | wrong))
+    with pytest.raises(UserError, match=said) as error:
+        report.planned_for(config_of(tmp_path), machine_of("1x24", device=CPU))
+    assert "\n" not in str(error.value)

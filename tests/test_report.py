@@ -17,6 +17,7 @@ from fsdp_utils.core.errors import UserError
 from fsdp_utils.folders import saving
 from fsdp_utils.report import answers, curves, page, svg
 from fsdp_utils.report.runs import Run, Series, read_runs
+from scripts import report as report_script
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 QUIET = (
@@ -191,6 +192,35 @@ def test_a_run_writes_its_page(flags, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no memory"):
         train.main(make_config(**flags, overwrite=True))
     assert not (tmp_path / "run/report.html").exists()  # of a run that took no step, over an older one
+
+
+def test_how_a_run_ended_is_on_its_page(flags, tmp_path):
+    """As planned, stopped, or diverged."""
+    ended = lambda: cells((tmp_path / "run/report.html").read_text(), "ended")
+    train.main(make_config(**flags))
+    assert ended() == [["as planned"]]
+    with pytest.raises(BaseException, match="exit code 0"):
+        train.main(make_config(**flags, overwrite=True, save_every_steps=1, stop_at_step=1))
+    assert ended()[0][0].startswith("not yet")
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(UserError, match="step 2: loss nan"):
+        train.main(make_config(**flags | dict(lr=1e30, stochastic_rounding=False)))
+    assert ended() == [["diverged after step 1 (diverged.json)"]]
+
+
+def test_what_a_page_does_not_replace(two, tmp_path):
+    """A run's record, or a folder; of one run the page goes into its folder."""
+    for place in (two[0] / "run.json", tmp_path):
+        before = place.read_bytes() if place.is_file() else None
+        with pytest.raises(UserError, match=f"--output {place}: "):
+            report_script.main(two, report_script.Report(output=str(place)))
+        assert before is None or place.read_bytes() == before
+    for _ in range(2):  # a page is replaced
+        report_script.main(two[:1], report_script.Report())
+        assert (two[0] / "report.html").read_text().count("data-run=") == 1
+    (two[0] / "run.json").write_text("<html>")
+    with pytest.raises(UserError, match=r"run\.json: cannot be read"):
+        read_runs(two)
 
 
 def test_a_page_that_cannot_be_written_fails_no_run(flags, tmp_path, monkeypatch, capsys):

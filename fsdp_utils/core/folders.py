@@ -14,6 +14,7 @@ from fsdp_utils.core.locks import exclusively
 OF_A_MODEL = ("safetensors", "json", "model", "txt", "jinja", "tiktoken", "py")  # suffixes of what is downloaded
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 RUN_FILE, METRICS_FILE, REPORT_FILE = "run.json", "metrics.jsonl", "report.html"  # of a run
+DIVERGED_FILE = "diverged.json"  # at which step, on which samples
 TEMPLATES = "additional_chat_templates"  # folder in which transformers keeps all chat templates but the default one
 
 

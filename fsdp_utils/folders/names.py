@@ -1,6 +1,6 @@
 """The names of what lies in a saved folder."""
 
-from fsdp_utils.core.folders import METRICS_FILE, REPORT_FILE, RUN_FILE, TEMPLATES
+from fsdp_utils.core.folders import DIVERGED_FILE, METRICS_FILE, REPORT_FILE, RUN_FILE, TEMPLATES
 from fsdp_utils.training.sinks import TENSORBOARD
 from methods.adapter import ADAPTER_CONFIG
 from methods.llama_pro import EXPANDED_LAYERS_FILE
@@ -18,7 +18,6 @@ TOKENIZER_FILES = (  # patterns
     *("tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", TEMPLATE),
     *("chat_template.json", "*.model", "vocab.*", "merges.txt", "*.tiktoken", "tekken.json", "tokenization_*.py"),
 )
-DIVERGED_FILE = "diverged.json"  # at which step, on which samples
 # what a run without --save_model leaves behind
 OWN_FILES = {RUN_FILE, METRICS_FILE, DIVERGED_FILE, REPORT_FILE, TENSORBOARD}
 MARKS = {RUN_FILE, ADAPTER_CONFIG, "config.json"}  # of a folder that may be overwritten

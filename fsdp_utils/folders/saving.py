@@ -92,6 +92,13 @@ def check_output(config, *, resumes: bool = False) -> None:
         )
 
 
+def replaced(config, *, resumes: bool) -> list[str]:
+    """What a run takes the place of in its output folder, where nothing had to be said to allow it."""
+    if resumes or config.overwrite or not (Path(config.output_dir) / METRICS_FILE).exists():
+        return []
+    return [f"--output_dir {config.output_dir}: the record of an earlier run, which saved no weights, is replaced"]
+
+
 def _left_behind(folder: Path, held: set[str]) -> bool:
     """Whether a folder holds only what a run leaves that was killed before its first checkpoint was whole."""
     unfinished = {SAVING, *(f".{name}" for name in (RUN_FILE, METRICS_FILE, REPORT_FILE))}

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig
 from transformers.core_model_loading import build_glob_alternation
@@ -40,10 +41,21 @@ def read_raw_config(name: str, *, trust_remote_code: bool = False):
     refuse_gguf(folder)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except StrictDataclassError as error:
+        raise UserError(f"{name}: config.json: {first_line(error.__cause__ or error)}") from None
     except (ImportError, OSError, ValueError) as error:
         refuse_cache(error, folder=folder)
         refuse_code(error, named=name)
+        if "couldn't connect" in str(error):
+            why = "no folder here, nothing in the cache, and the hub does not answer"
+            raise UserError(f"{name}: {why}; name a local folder with a config.json") from None
         raise UserError(f"{name}: {first_line(error)}") from None
+
+
+def refuse_missing_expansion(folder: str | None) -> None:
+    """Raises UserError: --llama_pro_path names none."""
+    if folder and not Path(folder).is_dir():
+        raise UserError(f"--llama_pro_path {folder}: no such folder; scripts/block_expansion.py writes it")
 
 
 def read_model_config(name: str, *, task, attn_implementation: str = "auto", trust_remote_code: bool = False):
@@ -90,7 +102,12 @@ def build_on_meta(model_config, *, task, dtype: torch.dtype, trust_remote_code: 
     """The frozen model as `from_pretrained` begins it: parameters on meta, tied as the configuration says; buffers real
     and on the CPU, with the values they have where a checkpoint holds none."""
     with no_init_weights(), init_empty_weights(include_buffers=False):
-        model = task.auto_class.from_config(model_config, dtype=dtype, trust_remote_code=trust_remote_code)
+        try:
+            model = task.auto_class.from_config(model_config, dtype=dtype, trust_remote_code=trust_remote_code)
+        except (RuntimeError, ArithmeticError, IndexError) as error:  # sizes below zero, heads that do not divide
+            raise UserError(
+                f"config.json of {model_config.model_type}: builds no model ({first_line(error)})"
+            ) from error
     _keep_in_fp32(model, dtype=dtype)
     _compute_buffers(model)
     model.tie_weights()  # no_init_weights also skips this

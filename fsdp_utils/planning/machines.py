@@ -16,6 +16,7 @@ CARDS = {
 }  # fmt: skip
 
 
+MOST = 100_000  # GPUs
 NAMES_FROM = 1000  # a 4090 is no card of so many GiB
 
 
@@ -44,8 +45,8 @@ def likely_card(gib: float) -> str:
     return min(enough, key=CARDS.get) if enough else max(CARDS, key=CARDS.get)
 
 
-def machine_of(text: str | None, *, device: torch.device) -> Machine:
-    """`2x24`: two GPUs of 24 GiB; `4xH100`: four of a known card; None: those of this run.
+def machine_of(text: str | None, *, device: torch.device, flag: str = "plan_gpus") -> Machine:
+    """`2x24`: two GPUs of 24 GiB; `4xH100`: four of a known card; None: those of this run. `flag`: where it was given.
 
     Raises:
         UserError: it is neither.
@@ -62,7 +63,7 @@ def machine_of(text: str | None, *, device: torch.device) -> Machine:
         # whole words: an L4 is no L40S
         card = next((name for name in CARDS if what.lower() in (name.lower(), name.lower().split()[-1])), None)
         gib = CARDS.get(card, 0)
-    if count < 1 or not gib:
+    if not 0 < count <= MOST or not gib:
         known = ", ".join(CARDS)
-        raise UserError(f"--plan_gpus {text}: write how many and how many GiB, as 2x24, or a card, as 4xH100 ({known})")
+        raise UserError(f"--{flag} {text}: write how many and how many GiB, as 2x24, or a card, as 4xH100 ({known})")
     return Machine(count, int(gib * GIB), torch.device("cuda", 0), card)

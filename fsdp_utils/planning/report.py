@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 from fsdp_utils.core.devices import GIB
+from fsdp_utils.core.errors import naming
 from fsdp_utils.data.parts import readers
 from fsdp_utils.memory.budget import remedies
 from fsdp_utils.model.assemble import Plan, is_local, plan_only, quantizers_report, trainable_report
@@ -21,7 +22,8 @@ def planned_for(config, machine: Machine) -> Plan:
     Raises:
         UserError: as `model.assemble.plan`.
     """
-    task = config.task if config.task != "auto" else task_of_model(read_raw_config(config.source))
+    with naming("--llama_pro_path" if config.llama_pro_path else "--model_name"):
+        task = config.task if config.task != "auto" else task_of_model(read_raw_config(config.source))
     return plan_only(config, task=named_task(task), device=machine.device)
 
 

@@ -1,10 +1,12 @@
 """Flags that fit a machine: for each way to keep activations the largest batch, the fastest first."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cached_property
 from itertools import count, islice, takewhile
 from typing import NamedTuple
+
+from tqdm import tqdm
 
 from fsdp_utils.core.errors import DataError
 from fsdp_utils.data.parts import readers
@@ -32,6 +34,15 @@ PLACES = (dict(use_cpu_offload=False), dict(use_cpu_offload=False) | SMALLER, di
 MOST_GPUS, SHORTEST = 64, 128
 
 
+def _each(found: Iterable[dict]) -> list[dict]:
+    """Once."""
+    kept = []
+    for flags in found:
+        if flags not in kept:
+            kept.append(flags)
+    return kept
+
+
 class Choice(NamedTuple):
     """`flags`: besides those that were given; `tokens_per_s`: of the whole machine, None where it is not known."""
 
@@ -41,11 +52,17 @@ class Choice(NamedTuple):
 
 
 class Search:
-    """Of one model on one machine; each placement is planned once."""
+    """Of one model on one machine; each placement is planned once. Flags that were given stay as they are."""
 
     def __init__(self, config, machine: Machine):
-        split_for(replace(config, batch_size=1), machine)  # refuses what no batch can make
         self.config, self.machine, self.plans, self.kept = config, machine, {}, {}
+        self.batches = BATCHES if self._free(dict(batch_size=1)) else (config.batch_size,)
+        self.ways = _each(self._free(way) for way in WAYS)
+        split_for(replace(config, **self._free(dict(batch_size=1))), machine)  # refuses what no batch can make
+
+    def _free(self, flags: dict) -> dict:
+        """Those that were not given."""
+        return {name: value for name, value in flags.items() if name not in self.config.explicit_flags}
 
     def _planned(self, flags: dict) -> Plan:
         packing = tuple(sorted((name, value) for name, value in flags.items() if name in SMALLER))
@@ -79,8 +96,8 @@ class Search:
     def _largest(self, flags: dict) -> Choice | None:
         """With the largest batch that fits."""
         best = None
-        for batch in BATCHES:
-            choice = self.tried(flags | dict(batch_size=batch))
+        for batch in self.batches:
+            choice = self.tried(flags | self._free(dict(batch_size=batch)))
             if choice is None:
                 return best
             best = choice
@@ -92,20 +109,20 @@ class Search:
         quantizes = self.config.quantizer != "none"
         double = self.config.takes_double_scales and not settings_of(self._planned({}).model.config)
         meant = lambda name: name not in SMALLER or (quantizes and (name != "quant_scales" or double))
-        found = [{name: value for name, value in place.items() if meant(name)} for place in PLACES]
-        return [place for number, place in enumerate(found) if place not in found[:number]]
+        return _each({name: v for name, v in self._free(place).items() if meant(name)} for place in PLACES)
 
     def choices(self) -> list[Choice]:
         """Those that fit, the fastest first; of placements the first with any."""
         for place in self.places:
-            found = [choice for way in WAYS if (choice := self._largest(place | way))]
+            ways = tqdm(self.ways, desc="trying", unit="way", leave=False, disable=None)  # long rows take seconds each
+            found = [choice for way in ways if (choice := self._largest(place | way))]
             if found:
                 return sorted(found, key=lambda choice: (-(choice.tokens_per_s or 0), choice.found.peak))
         return []
 
     def ways_out(self) -> Iterator[str]:
         """What would fit where nothing does: shorter rows, more of these cards, larger ones."""
-        smallest, machine = self.places[-1] | WAYS[-1] | dict(batch_size=1), self.machine
+        smallest, machine = self.places[-1] | self.ways[-1] | self._free(dict(batch_size=1)), self.machine
         cards = (machine_of(f"{machine.gpus}x{card}", device=machine.device) for card in sorted(CARDS, key=CARDS.get))
         lengths = takewhile(lambda n: n >= SHORTEST, (self.config.context_length // 2**k for k in count(1)))
         several = takewhile(lambda n: n <= MOST_GPUS, (machine.gpus * 2**k for k in count(1)))

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 
-from fsdp_utils.core.errors import first_line
+from fsdp_utils.core.errors import UserError, first_line
 from fsdp_utils.core.folders import METRICS_FILE, REPORT_FILE
 from fsdp_utils.core.ranks import is_main, say
 from fsdp_utils.report.answers import Evaluation, evaluations_of, samples
@@ -14,6 +14,7 @@ from fsdp_utils.report.runs import Run
 from fsdp_utils.report.svg import memory_svg, of_run, panel_svg
 
 HERE = Path(__file__).parent
+BEGINNING = "<!DOCTYPE html>"
 VERDICTS = {True: '<b class="right">✓ right</b> ', False: '<b class="wrong">✗ wrong</b> '}
 STYLE, SCRIPT = ((HERE / name).read_text() for name in ("page.css", "page.js"))
 
@@ -31,7 +32,7 @@ def page(runs: list[Run], evaluations: list[Evaluation]) -> str:
     )
     body = "".join(f"<section><h2>{name}</h2>{content}</section>" for name, content in sections)
     return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'{BEGINNING}\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         # without an icon of its own a browser asks the server for one
         f'<link rel="icon" href="data:,"><style>{STYLE}</style></head>'
@@ -115,6 +116,14 @@ def _flags(runs: list[Run]) -> str:
     note = "<p>Given on the command line; what differs is marked.</p>"
     every = f"<details><summary>All {len(names)} flags</summary>{_table(_names(runs), list(rows.values()))}</details>"
     return note + _table(_names(runs), marked) + every
+
+
+def refuse_no_page(path: Path) -> None:
+    """Raises UserError: something else than a page is there, which would be gone."""
+    if path.is_dir():
+        raise UserError(f"--output {path}: is a folder; name a file, such as {path / REPORT_FILE}")
+    if path.exists() and path.stat().st_size and not path.read_bytes().startswith(BEGINNING.encode()):
+        raise UserError(f"--output {path}: holds something else than a page, and is not replaced; name another file")
 
 
 def write(path: str | Path, runs: list[Run], evaluations: list[Evaluation]) -> None:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fsdp_utils.core.errors import UserError
-from fsdp_utils.core.folders import METRICS_FILE, RUN_FILE, read_rows
+from fsdp_utils.core.errors import UserError, first_line
+from fsdp_utils.core.folders import DIVERGED_FILE, METRICS_FILE, RUN_FILE, read_rows
 
 LAST = 20  # steps whose losses are averaged, as one alone is noise
 
@@ -39,8 +39,9 @@ class Run:
         steps = [row for row in rows if "loss" in row]
         if not steps:
             raise UserError(f"{folder}: holds no step of a run ({METRICS_FILE}); name the --output_dir of one")
-        record = json.loads((folder / RUN_FILE).read_text()) if (folder / RUN_FILE).exists() else {}
-        return cls(name or folder.resolve().name, folder, record, steps, [row for row in rows if "eval_loss" in row])
+        return cls(
+            name or folder.resolve().name, folder, _record(folder), steps, [row for row in rows if "eval_loss" in row]
+        )
 
     @property
     def flags(self) -> dict:
@@ -78,6 +79,7 @@ class Run:
             "trained parameters": _count(self.record.get("trained_parameters"), self.record.get("parameters")),
             "device": self._device(),
             "steps": f"{self.steps[-1]['step']:,} of {self.record.get('steps') or self.steps[-1]['step']:,}",
+            "ended": self._end(),
             "tokens learned": f"{sum(row['tokens'] for row in self.steps):,}",
             f"training loss, mean of the last steps, at most {LAST}": f"{fmean(last):.4f}",
             "validation loss, last": f"{self.validations[-1]['eval_loss']:.4f}" if best else None,
@@ -91,6 +93,15 @@ class Run:
         }
         return {name: str(value) for name, value in told.items() if value is not None}
 
+    def _end(self) -> str:
+        """What became of it."""
+        if self.record.get("finished"):
+            return "as planned"
+        diverged = self.folder / DIVERGED_FILE
+        if diverged.exists():
+            return f"diverged after step {self.steps[-1]['step']:,} ({DIVERGED_FILE})"
+        return "not yet: it was stopped or killed, or still runs"
+
     def _device(self) -> str | None:
         count = self.record.get("processes", 1)
         return self.record.get("device") and (f"{count} × " * (count > 1) + self.record["device"])
@@ -98,6 +109,16 @@ class Run:
     def _median(self, key: str, form: str) -> str | None:
         values = self.series(key, timed=True).values
         return form.format(np.median(values)) if len(values) else None
+
+
+def _record(folder: Path) -> dict:
+    """Content of run.json, if it is there."""
+    path = folder / RUN_FILE
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        ways = "without this file the run still makes a page"
+        raise UserError(f"{path}: cannot be read ({first_line(error)}); {ways}") from None
 
 
 def _count(trained: int | None, total: int | None) -> str | None:
