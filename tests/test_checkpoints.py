@@ -339,7 +339,7 @@ def test_resume_from_an_older_one_drops_the_newer(flags, tmp_path):
 def test_nothing_kept_is_said(flags, tmp_path, capsys):
     """The default of 2024 saves nothing."""
     run_train(output_dir=tmp_path / "run", save_model=False, max_steps=1, **flags(train_type="custom_lora"))
-    assert "nothing of this run will be kept" in capsys.readouterr().out
+    assert "no weights of this run will be kept" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------------

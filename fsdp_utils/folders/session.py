@@ -47,7 +47,7 @@ class Session:
             self._go_on_validating()
             self._check_same()
         elif not config.save_model and not checkpoints.keeps_checkpoints(config):
-            say("note: neither --save_model nor --save_every_steps is given, so nothing of this run will be kept")
+            say("note: neither --save_model nor --save_every_steps is given, so no weights of this run will be kept")
         self.adapter = self._starting_adapter()
 
     # --- before a weight is read --------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def _flags(runs: list[Run]) -> str:
     rows = {name: [f"--{name}", *(shown(name, run) for run in runs)] for name in names}
     told = [(name, row) for name, row in rows.items() if name in given | differ]
     marked = [[f"<mark>{row[0]}</mark>" if name in differ else row[0], *row[1:]] for name, row in told]
-    note = "<p>Given on the command line; what differs is marked.</p>"
+    note = "<p>Given on the command line or in a file; what differs is marked.</p>"
     every = f"<details><summary>All {len(names)} flags</summary>{_table(_names(runs), list(rows.values()))}</details>"
     return note + _table(_names(runs), marked) + every
 
