@@ -71,7 +71,8 @@ def record(run: Callable[[Tensor], None], blocks: list[nn.Module], rows: Iterabl
 
 
 def through(block: Callable, state: Tensor, given: tuple[tuple, dict], *, device: torch.device) -> Tensor:
-    """What a block makes of a sample's state, with what else `record` found that it is given; both on the CPU."""
+    """What a block makes of a sample's state, with what else `record` found that it is given; state and result are on
+    the CPU, `device` has the block."""
     args, kwargs = given
     return _state_of(block(state.to(device), *args, **kwargs)).cpu()
 

@@ -225,8 +225,8 @@ class PeerGather:
         self._say(how="once a step" if shards.trains_little else "by block", processes=dist.get_world_size(group))
 
     def _say(self, *, how: str, processes: int) -> None:
-        """What is gathered in which way, and on GPUs how fast: links of one host differ by twenty times, and a step
-        takes as long as the process with the slowest."""
+        """What is gathered in which way, and on GPUs how fast: a step takes as long as the process with the slowest
+        link."""
         begin, end = f"frozen weights are copied out of {processes} processes' memory", f"what trains is gathered {how}"
         if not self.stream:
             say(f"{begin}, {end}")
