@@ -61,18 +61,20 @@ def tell(config: TrainConfig, stopping: Stopping) -> None:
     if config.deterministic:
         devices.repeat_exactly()
     refuse_missing_expansion(config.llama_pro_path)
-    if not config.plan and not config.show_rows:  # which log nothing
+    looks = config.plan or config.show_rows
+    if not looks:  # which logs nothing
         metrics.check_sink(config)
         check_upload(config.push_to_hub)
     processes.start(device, alone=config.use_cpu_offload)
-    if config.plan or config.show_rows:
+    if looks:
         return look(config, device)
     if config.resume == "auto" and processes.from_main(lambda: saving.has_ended(config)):
         say(f"{config.output_dir}: this run has ended; nothing is left to do")
         return
     checkpoint = checkpoints.find(config)
-    saving.check_output(config, resumes=checkpoints.is_own(checkpoint, config))
-    for note in (*config.notes(), *saving.replaced(config, resumes=bool(checkpoint))):
+    goes_on = checkpoints.is_own(checkpoint, config)
+    saving.check_output(config, resumes=goes_on)
+    for note in (*config.notes(), *saving.replaced(config, resumes=goes_on)):
         say(f"note: {note}")
     if config.verbose:
         say(as_dict(config))

@@ -299,5 +299,5 @@ def test_a_process_that_raises_ends_the_run(tiny, tiny_data, tmp_path):
     done = torchrun(*words, scratch=tmp_path, PYTHONPATH=str(REPOSITORY))
     assert done.returncode != 0
     assert "RuntimeError: planted in process 1" in done.stderr and "Traceback" in done.stderr
-    assert time.perf_counter() - begun < 120  # its start included, which takes half of that on busy cores
+    assert time.perf_counter() - begun < 60
     assert json.loads((tmp_path / "out/run.json").read_text())["finished"] is False

@@ -396,7 +396,7 @@ def test_a_slow_link_is_said(monkeypatch, capsys, rates, notes):
     assert gather._gigabytes_a_second() > 0
     gather.stream = object()
     monkeypatch.setattr(peer_gather.PeerGather, "_gigabytes_a_second", lambda self: 0)
-    monkeypatch.setattr(peer_gather, "all_gather_objects", lambda mine: rates)
+    monkeypatch.setattr(peer_gather, "_exchange", lambda mine: rates)
     gather._say(how="once a step", processes=2)
     said = capsys.readouterr().out
     assert f"at {min(rates):.0f} GB/s, what trains is gathered once a step" in said

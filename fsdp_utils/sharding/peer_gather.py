@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from fsdp_utils.core.devices import synchronize
 from fsdp_utils.core.errors import UserError
-from fsdp_utils.core.processes import all_gather_objects, barrier
+from fsdp_utils.core.processes import barrier
 from fsdp_utils.core.ranks import say
 from fsdp_utils.core.rows import local
 from fsdp_utils.options import STRATEGIES
@@ -231,7 +231,7 @@ class PeerGather:
         if not self.stream:
             say(f"{begin}, {end}")
             return
-        rates = all_gather_objects(self._gigabytes_a_second() * (processes - 1) / processes)
+        rates = _exchange(self._gigabytes_a_second() * (processes - 1) / processes)
         slowest, fastest = (rates.index(pick(rates)) for pick in (min, max))
         say(f"{begin} at {rates[slowest]:.0f} GB/s, {end}")
         if rates[slowest] < rates[fastest] / 2:
