@@ -112,15 +112,16 @@ class Runs:
         """The rows of metrics.jsonl, and what was said.
 
         Raises:
-            UserError: it failed; with its last line.
+            UserError: it failed; with its error, or the end of what it said.
         """
         output = self.folder / name
         flags = self.common | dict(batch_size=2 * self.processes // processes, output_dir=output) | flags
         words = [f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in flags.items()]
         done = launched(words, processes=processes)
         if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if line.startswith("error")] or done.stderr.splitlines()
-            raise UserError(f"{name}: train.py ended with {done.returncode}: {lines[-1] if lines else 'no word'}")
+            lines = [line for line in done.stderr.splitlines() if line.strip()]
+            said = [line for line in lines if line.startswith("error")][-1:] or lines[-25:] or ["no word"]
+            raise UserError("\n".join([f"{name}: train.py ended with {done.returncode}:", *said]))
         return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()], done.stdout
 
 

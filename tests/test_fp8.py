@@ -55,6 +55,24 @@ def test_transposed(device, shape, monkeypatch):
     assert found.is_contiguous() and torch.equal(found.float(), matrix.float().T)
 
 
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("shape", [(5, 8200), (1, 14336), (3, 300), (0, 9000)])
+def test_rows_by_the_kernel(device, shape, columns):
+    """The plain version's scales and bytes; rows of zeros, and of numbers whose scale has no inverse, too."""
+    rows = (random(*shape) * torch.tensor([1.0, 1e-39, 0, 1e30, 3])[: shape[0], None]).to(device)
+    columns = torch.linspace(0.1, 2, shape[1], device=device)[None] if columns else None
+    values, scale = fp8.by_rows_kernel(rows, columns)
+    wanted = fp8.by_rows_plain(rows, columns)
+    assert torch.equal(scale, wanted.scale) and scale.isfinite().all()
+    values, expected = values.float(), wanted.values.float()
+    if device == "cuda":
+        assert torch.equal(values, expected)
+    else:  # Triton 3.6's interpreter cuts off instead of rounding, and loses the carry: 127.4 becomes 64
+        values = torch.where(torch.frexp(expected).mantissa.abs() == 0.5, expected, values)
+        assert (values - expected).norm() <= 0.01 * expected.norm()
+
+
 def rounded(rows: torch.Tensor) -> torch.Tensor:
     """What is left of rows in 8 bits, fp32."""
     scale = rows.abs().amax(1, keepdim=True).float().clamp_min(1e-30) / 448
@@ -64,10 +82,9 @@ def rounded(rows: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_no_weight_is_larger(name):
     """`row_peaks` bounds every weight, closely for codes that use all of their range."""
-    if QUANTIZERS[name] is None:
-        return
     base = base_of(QUANTIZERS[name])
-    weight, peaks = weight_rows(base, lambda p: p, dtype=torch.float32), packed_parts(base).peaks()
+    compute_in_fp8([SimpleNamespace(base_layer=base)])
+    weight, peaks = weight_rows(base, lambda p: p, dtype=torch.float32), packed_parts(base).peaks
     assert (weight.abs().amax(1) <= peaks * 1.0001).all()
     assert (weight.abs().amax(1) >= peaks * 0.45)[weight.abs().amax(1) > 0].all()
 
@@ -89,7 +106,7 @@ def test_products(name, with_adapter):
 
     c = torch.ones(OUT) if factor is None else factor.detach()
     weight = weight_rows(base, lambda p: p, dtype=torch.float32) * c[:, None]
-    scale = fp8.scale_of(packed_parts(base).peaks() * c)[:, None]
+    scale = fp8.scale_of(packed_parts(base).peaks * c)[:, None]
     in_eight = (weight / scale).to(torch.float8_e4m3fn).float()
     rows, grads = x.detach().view(-1, IN), grad.view(-1, OUT)
     low, scaled_b = rows.float() @ a.detach().float().T, b.detach().float() * 0.5 * c[:, None]

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from methods.dora import DoRALinear, row_norms, row_norms_dense
-from methods.kernels import adapted, cross_entropy, norms, swiglu
+from methods.kernels import adapted, cross_entropy, dequantize, norms, swiglu
 from methods.kernels.gated_mlps import GATED_MLPS
 from methods.kernels.reduce import column_dot_kernel, column_dot_plain
 from methods.lora import LoRALinear
@@ -82,6 +82,24 @@ def test_dequantize_kernels_give_the_same_bits(quantizer, dtype):
     factor = torch.rand(OUT, device="cuda") + 0.5
     fast = quantizer.dequantize(packed, **settings, row_factor=factor)
     assert relative(fast, plain.float() * factor[:, None]) < (1e-6 if dtype == torch.float32 else 4e-3)
+
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("wider", [0, 8])
+def test_dense_rows_give_the_same_bits(device, dtype, wider, monkeypatch):
+    """As torch multiplies them, also into some columns of a wider matrix."""
+    monkeypatch.setattr(dequantize, "available", lambda tensor: True)
+    dense = torch.randn(5, 4100, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    factor = torch.tensor([0.3, -2.7, 0, 1, 1e-3], device=device)
+    out = torch.full((5, 4100 + wider), 7, device=device, dtype=dtype)
+    dequantize.dense_rows(dense, factor, dtype=dtype, out=out[:, :4100])
+    found, wanted = out[:, :4100], (dense * factor[:, None]).to(dtype)
+    assert (out[:, 4100:] == 7).all()
+    if device == "cuda" or dtype == torch.float32:
+        assert torch.equal(found, wanted)
+    else:  # Triton's interpreter cuts off instead of rounding
+        assert relative(found, wanted) < 4e-3
 
 
 @pytest.mark.parametrize("device", DEVICES)

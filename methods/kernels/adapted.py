@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from methods.kernels import fp8, reduce
+from methods.kernels.dequantize import dense_rows
 from methods.packed import parse_quantizer
 
 Tensor = torch.Tensor
@@ -28,20 +29,15 @@ class BaseWeight(NamedTuple):
 
     p0, p1, p2: the one tensor of a dense weight or the two or three of a packed one, `out` rows each; None for no more.
     spec: how to read them: "dense", or the quantizer as `methods.packed.spec_of` writes it.
-    fp8: products with it are of 8-bit floats (`methods.kernels.fp8`).
+    peaks: where products with it are of 8-bit floats (`methods.kernels.fp8`), what no weight of a row is larger than,
+        fp32 `[out]`; else None.
     """
 
     p0: Tensor
     p1: Tensor | None
     p2: Tensor | None
     spec: str
-    fp8: bool = False
-
-    def peaks(self) -> Tensor:
-        """What no weight of a row is larger than, fp32 `[out]`."""
-        if self.spec == "dense":
-            return self.p0.abs().amax(1).float()
-        return parse_quantizer(self.spec).row_peaks(self.packed)
+    peaks: Tensor | None = None
 
     @property
     def packed(self) -> tuple[Tensor, ...]:
@@ -98,27 +94,18 @@ class Weights(NamedTuple):
         if spec == "dense":
             if factor is None:
                 return p0.to(dtype) if out is None else out.copy_(p0)
-            if dtype == fp8.E4M3:  # no product is written in 8 bits
-                return (p0 * factor.unsqueeze(1)).to(dtype)
-            out = p0.new_empty(p0.shape, dtype=dtype) if out is None else out
-            return torch.mul(p0, factor.unsqueeze(1), out=out)  # in one pass, without an fp32 weight between
+            return dense_rows(p0, factor, dtype=dtype, out=out)
         settings = dict(in_features=self.in_features, dtype=dtype, row_factor=factor, out=out)
         return parse_quantizer(spec).dequantize(self.base.packed, **settings)
 
-    def row_scale(self) -> Tensor:
-        """Of `in_fp8`, fp32 `[out, 1]`."""
-        peaks = self.base.peaks()
-        return fp8.scale_of(peaks if self.factor is None else peaks * self.factor.abs()).unsqueeze(1)
-
-    def in_fp8(self) -> fp8.Scaled:
-        """c W, `[out, in]`, which is never there in 16 bits."""
-        scale = self.row_scale()
+    def in_fp8(self, scale: Tensor) -> fp8.Scaled:
+        """c W, `[out, in]`, which is never there in 16 bits; with scales of rows, fp32 `[out, 1]`."""
         factor = 1 / scale[:, 0] if self.factor is None else self.factor / scale[:, 0]
         return fp8.Scaled(self._times(factor, dtype=fp8.E4M3), scale)
 
-    def columns_in_fp8(self) -> fp8.Scaled:
-        """`in_fp8` without its scale, `[in, out]`: in backward that is in the gradient (`_gradient_in_fp8`)."""
-        values = fp8.transposed(self.in_fp8().values)
+    def columns_in_fp8(self, scale: Tensor) -> fp8.Scaled:
+        """`in_fp8` without its scale, `[in, out]`: in backward that is in the gradient (`_backward`)."""
+        values = fp8.transposed(self.in_fp8(scale).values)
         return fp8.Scaled(values, torch.ones(len(values), 1, dtype=torch.float32, device=values.device))
 
     def beside_b(self) -> Tensor:
@@ -149,12 +136,24 @@ class Kept(NamedTuple):
     out: Tensor | None
 
 
-def forward(x: Tensor, hidden: Tensor | None, weights: Weights, eight: fp8.Scaled | None = None) -> Tensor:
+class Eight(NamedTuple):
+    """What a product of 8-bit floats takes beside the weight.
+
+    rows: x by rows, `[t, in]`; in backward the gradient `[t, out]` times the scales of W's rows, over which that
+        product sums.
+    row_scale: of c W, fp32 `[out, 1]`.
+    """
+
+    rows: fp8.Scaled
+    row_scale: Tensor
+
+
+def forward(x: Tensor, hidden: Tensor | None, weights: Weights, eight: Eight | None = None) -> Tensor:
     """`c W x + (s c B) hidden`, `[..., in] -> [..., out]`; hidden is A x `[..., r]`, or None without an adapter;
-    `eight` is x by rows `[t, in]`, where products with W are in 8 bits."""
+    `eight` where products with W are in 8 bits."""
     shape, rows = x.shape[:-1], x.reshape(-1, weights.in_features)  # [t, in]
     if eight is not None:
-        out = fp8.product(eight, weights.in_fp8())
+        out = fp8.product(eight.rows, weights.in_fp8(eight.row_scale))
         if hidden is not None:
             out.addmm_(hidden.reshape(len(out), -1), weights.scaled_b.T)
         return out.view(*shape, -1)
@@ -183,18 +182,11 @@ def _through_both(grads: Tensor, grad_hidden: Tensor, both: Tensor) -> Tensor:
     return out
 
 
-def _gradient_in_fp8(grads: Tensor, weights: Weights) -> fp8.Scaled:
-    """The gradient of the output, `[t, out]`, as `columns_in_fp8` is multiplied by: with the scales of W's rows, over
-    which that product sums."""
-    return fp8.by_rows(grads * weights.row_scale().T)
-
-
-def _gradient_of_x(grads: Tensor, weights: Weights, eight: fp8.Scaled | None) -> tuple[Tensor, Tensor | None]:
-    """`[t, in]`, with A's share if A is given, and the gradient of A x, `[t, r]`, if there is a B; `eight` is what
-    `_gradient_in_fp8` made, or None."""
+def _gradient_of_x(grads: Tensor, weights: Weights, eight: Eight | None) -> tuple[Tensor, Tensor | None]:
+    """`[t, in]`, with A's share if A is given, and the gradient of A x, `[t, r]`, if there is a B."""
     width, a = weights.in_features, weights.a
     if eight is not None:
-        grad_x = fp8.product(eight, weights.columns_in_fp8())
+        grad_x = fp8.product(eight.rows, weights.columns_in_fp8(eight.row_scale))
         grad_hidden = None if weights.scaled_b is None else grads @ weights.scaled_b
         return grad_x if a is None else grad_x.addmm_(grad_hidden, a.to(grads.dtype)), grad_hidden
     if weights.scaled_b is None:
@@ -212,7 +204,7 @@ def _gradient_of_x(grads: Tensor, weights: Weights, eight: fp8.Scaled | None) ->
 
 
 def backward(
-    grad: Tensor, kept: Kept, weights: Weights, needs_x: bool, eight: fp8.Scaled | None = None
+    grad: Tensor, kept: Kept, weights: Weights, needs_x: bool, eight: Eight | None = None
 ) -> tuple[Tensor, ...]:
     """From the gradient of the output, `[..., out]`, those of x, of A x where A is not given, of A and of s c B, and
     the sum over tokens of grad * out, fp32 `[out]`, where the output was kept; empty tensors for what is absent."""
@@ -241,7 +233,7 @@ def _without_none(like: Tensor, *results: Tensor | None) -> tuple[Tensor, ...]:
 
 
 def backward_shapes(
-    grad: Tensor, kept: Kept, weights: Weights, needs_x: bool, eight: fp8.Scaled | None = None
+    grad: Tensor, kept: Kept, weights: Weights, needs_x: bool, eight: Eight | None = None
 ) -> tuple[Tensor, ...]:
     """What `backward` returns, without values."""
     grad_x, width = None, weights.in_features
@@ -257,20 +249,20 @@ def backward_shapes(
 # A schema knows no groups: what torch.library calls takes the arguments one by one, and only groups them.
 def _flat_forward(x, hidden, p0, p1, p2, spec, a, scaled_b, factor, *eight):
     weights = Weights(BaseWeight(p0, p1, p2, spec), a, scaled_b, factor, x.shape[-1], x.dtype)
-    return forward(x, hidden, weights, _scaled(*eight))
+    return forward(x, hidden, weights, _eight(*eight))
 
 
 def _flat_forward_shape(x, hidden, p0, *others):
     return x.new_empty(*x.shape[:-1], p0.shape[0])
 
 
-def _scaled(values, scale):
-    return None if values is None else fp8.Scaled(values, scale)
+def _eight(values, scale, row_scale):
+    return None if values is None else Eight(fp8.Scaled(values, scale), row_scale)
 
 
 def _grouped(grad, x, hidden, out, p0, p1, p2, spec, a, scaled_b, factor, in_features, needs_x, *eight):
     weights = Weights(BaseWeight(p0, p1, p2, spec), a, scaled_b, factor, in_features, grad.dtype)
-    return grad, Kept(x, hidden, out), weights, needs_x, _scaled(*eight)
+    return grad, Kept(x, hidden, out), weights, needs_x, _eight(*eight)
 
 
 def _flat_backward(*arguments):
@@ -285,12 +277,12 @@ def _flat_backward_shapes(*arguments):
 _library = torch.library.Library("fsdp_qlora", "DEF")
 _library.define(
     "adapted_linear(Tensor x, Tensor? hidden, Tensor p0, Tensor? p1, Tensor? p2, str spec, Tensor? a, "
-    "Tensor? scaled_b, Tensor? factor, Tensor? eight, Tensor? scale) -> Tensor"
+    "Tensor? scaled_b, Tensor? factor, Tensor? eight, Tensor? scale, Tensor? row_scale) -> Tensor"
 )
 _library.define(
     "adapted_linear_backward(Tensor grad, Tensor? x, Tensor? hidden, Tensor? out, Tensor p0, Tensor? p1, Tensor? p2, "
     "str spec, Tensor? a, Tensor? scaled_b, Tensor? factor, SymInt in_features, bool needs_x, "
-    "Tensor? eight, Tensor? scale) "
+    "Tensor? eight, Tensor? scale, Tensor? row_scale) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 for _name, _run, _shapes in (
@@ -302,19 +294,18 @@ for _name, _run, _shapes in (
 
 
 def _keep(ctx, inputs, output):
-    x, hidden, p0, p1, p2, spec, a, scaled_b, factor, eight, _ = inputs
+    x, hidden, p0, p1, p2, spec, a, scaled_b, factor, _, _, row_scale = inputs
     # what backward does not need is not kept: x only for A, the output only for the row factor, the ninth input
     kept = Kept(x if a is not None else None, hidden, output if ctx.needs_input_grad[8] else None)
-    ctx.save_for_backward(*kept, p0, p1, p2, a, scaled_b, factor)
-    ctx.spec, ctx.in_features, ctx.needs_x, ctx.fp8 = spec, x.shape[-1], ctx.needs_input_grad[0], eight is not None
+    ctx.save_for_backward(*kept, p0, p1, p2, a, scaled_b, factor, row_scale)
+    ctx.spec, ctx.in_features, ctx.needs_x = spec, x.shape[-1], ctx.needs_input_grad[0]
 
 
 def _backward(ctx, grad):
-    x, hidden, out, p0, p1, p2, a, scaled_b, factor = ctx.saved_tensors
-    eight = (None, None)
-    if ctx.fp8 and ctx.needs_x:  # here, where the compiler makes it part of what made the gradient
-        weights = Weights(BaseWeight(p0, p1, p2, ctx.spec), a, scaled_b, factor, ctx.in_features, grad.dtype)
-        eight = _gradient_in_fp8(grad.reshape(-1, grad.shape[-1]), weights)
+    x, hidden, out, p0, p1, p2, a, scaled_b, factor, row_scale = ctx.saved_tensors
+    eight = (None, None, None)
+    if row_scale is not None and ctx.needs_x:  # here, where the compiler makes it part of what made the gradient
+        eight = (*fp8.by_rows(grad.reshape(-1, grad.shape[-1]), columns=row_scale.T), row_scale)
     grad_x, grad_hidden, grad_a, grad_b, dots = torch.ops.fsdp_qlora.adapted_linear_backward(
         grad, x, hidden, out, p0, p1, p2, ctx.spec, a, scaled_b, factor, ctx.in_features, ctx.needs_x, *eight
     )
@@ -325,8 +316,7 @@ def _backward(ctx, grad):
         grad_a if a is not None else None,
         grad_b if hidden is not None else None,
         factor_gradient(dots, factor) if out is not None else None,  # here, where the compiler sees it
-        None,
-        None,
+        *[None] * 3,
     )
 
 
@@ -343,8 +333,11 @@ def adapted_linear(
         x: `[..., in]` in the dtype to compute in.
         dropout: None where it changes nothing.
     """
-    eight = fp8.by_rows(x.detach().reshape(-1, x.shape[-1])) if base.fp8 else (None, None)
-    p0, p1, p2, spec, _ = base
+    p0, p1, p2, spec, peaks = base
+    eight = (None, None, None)
+    if peaks is not None:
+        scale = peaks if adapter is None or adapter.factor is None else peaks * adapter.factor.detach().abs()
+        eight = (*fp8.by_rows(x.detach().reshape(-1, x.shape[-1])), fp8.scale_of(scale).unsqueeze(1))
     if adapter is None:
         return torch.ops.fsdp_qlora.adapted_linear(x, None, p0, p1, p2, spec, None, None, None, *eight)
     a, b, factor, scaling = adapter

@@ -106,6 +106,14 @@ if triton is not None:
         place = start[:, None] + tl.arange(0, GROUP)[None, :]
         tl.store(out + place, values.to(out.dtype.element_ty), mask=inside[:, None])
 
+    @triton.jit
+    def _dense_kernel(weight, factors, out, columns, out_stride, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(weight + row * columns + column, mask=column < columns, other=0).to(tl.float32)
+        value *= tl.load(factors + row)
+        tl.store(out + row * out_stride + column, value.to(out.dtype.element_ty), mask=column < columns)
+
 
 def rows_by(
     plain: Callable, kernel: Callable, codes: torch.Tensor, *, in_features: int, dtype: torch.dtype, out=None
@@ -116,6 +124,21 @@ def rows_by(
         rows = plain(dtype=dtype)
         return rows if out is None else out.copy_(rows)
     return kernel(torch.empty(len(codes), in_features, dtype=dtype, device=codes.device) if out is None else out)
+
+
+def dense_rows(weight: torch.Tensor, row_factor: torch.Tensor, *, dtype: torch.dtype, out=None) -> torch.Tensor:
+    """Weights `[n, in]` times `row_factor`, fp32 `[n]`, in one pass: torch's own of 16 and 32 bits reads a number at a
+    time, and took 95 ms of a step of 773 (8B, DoRA)."""
+    plain = lambda dtype: (weight * row_factor.unsqueeze(1)).to(dtype)
+
+    def kernel(out):
+        columns = weight.shape[1]
+        _dense_kernel[(len(weight), triton.cdiv(columns, WEIGHTS_PER_PROGRAM))](
+            weight, row_factor, out, columns, out.stride(0), BLOCK=WEIGHTS_PER_PROGRAM, num_warps=4
+        )
+        return out
+
+    return rows_by(plain, kernel, weight, in_features=weight.shape[1], dtype=dtype, out=out)
 
 
 @lru_cache

@@ -6,6 +6,7 @@ random numbers comes out 3.8 % off. Written in plain operators, so that the comp
 makes the rows (a norm, an activation).
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,8 @@ COMPUTES = torch.bfloat16  # what torch's scaled product gives where scales are 
 
 
 TILE = 64  # bytes of a row or column, read and written at once
+TINY = 2 * torch.finfo(torch.float32).tiny * LARGEST  # of a row: its scale has an inverse
+WIDE, WIDEST = 8192, 32768  # the compiler reads wider rows twice from memory; a program holds no wider ones
 
 
 if triton is not None:
@@ -37,6 +40,22 @@ if triton is not None:
         tile = tl.load(matrix + row[:, None].to(tl.int64) * columns + column[None, :], mask=inside)
         place = column[:, None].to(tl.int64) * rows + row[None, :]
         tl.store(out + place, tl.trans(tile), mask=(column < columns)[:, None] & (row < rows)[None, :])
+
+    @triton.jit
+    def _rows_kernel(
+        rows, columns, values, scales, width,
+        LARGEST: tl.constexpr, TINY: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, BLOCK)
+        inside = column < width
+        value = tl.load(rows + row * width + column, mask=inside, other=0).to(tl.float32)
+        if SCALED:
+            value *= tl.load(columns + column, mask=inside, other=0)
+        scale = tl.div_rn(tl.maximum(tl.max(tl.abs(value), axis=0), TINY), LARGEST)
+        value = tl.minimum(tl.maximum(value * tl.div_rn(1.0, scale), -LARGEST), LARGEST)
+        tl.store(values + row * width + column, value.to(values.dtype.element_ty), mask=inside)
+        tl.store(scales + row, scale)
 
 
 def transposed(matrix: Tensor) -> Tensor:
@@ -63,13 +82,44 @@ class Scaled(NamedTuple):
 
 def scale_of(peak: Tensor) -> Tensor:
     """The scale of rows with these largest entries; a row of zeros has some."""
-    return peak.float().clamp_min(torch.finfo(torch.float32).tiny * LARGEST) / LARGEST
+    return peak.float().clamp_min(TINY) / LARGEST
 
 
-def by_rows(rows: Tensor) -> Scaled:
-    """`[n, k]` in any float dtype."""
+def by_rows_plain(rows: Tensor, columns: Tensor | None = None) -> Scaled:
+    """`[n, k]` in any float dtype, its columns multiplied by `columns`, fp32 `[1, k]`, if given."""
+    rows = rows if columns is None else rows * columns
     scale = scale_of(rows.abs().amax(1, keepdim=True))
-    return Scaled((rows / scale).clamp(-LARGEST, LARGEST).to(E4M3), scale)
+    return Scaled((rows * scale.reciprocal()).clamp(-LARGEST, LARGEST).to(E4M3), scale)
+
+
+def by_rows(rows: Tensor, *, columns: Tensor | None = None) -> Scaled:
+    """As `by_rows_plain`; on GPUs wide rows are read once, by a kernel that holds a whole one."""
+    if dequantize.available(rows) and WIDE < rows.shape[1] <= WIDEST:
+        return Scaled(*torch.ops.fsdp_qlora.rows_in_fp8(rows, columns))
+    return by_rows_plain(rows, columns)
+
+
+def by_rows_kernel(rows: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The two tensors of `by_rows_plain`."""
+    rows = rows.contiguous()
+    count, width = rows.shape
+    values, scale = rows.new_empty(count, width, dtype=E4M3), rows.new_empty(count, 1, dtype=torch.float32)
+    if count:
+        block = triton.next_power_of_2(width)
+        settings = dict(LARGEST=LARGEST, TINY=TINY, SCALED=columns is not None, BLOCK=block, num_warps=16)
+        _rows_kernel[(count,)](rows, columns, values, scale, width, **settings)
+    return values, scale
+
+
+# its own operator: the compiler looks into no kernel
+_library = torch.library.Library("fsdp_qlora", "FRAGMENT")
+_library.define("rows_in_fp8(Tensor rows, Tensor? columns) -> (Tensor, Tensor)")
+_library.impl("rows_in_fp8", by_rows_kernel, "CUDA")
+
+
+@partial(torch.library.register_fake, "fsdp_qlora::rows_in_fp8", lib=_library)
+def _shapes(rows, columns):
+    return rows.new_empty(rows.shape, dtype=E4M3), rows.new_empty(len(rows), 1, dtype=torch.float32)
 
 
 def product(rows: Scaled, others: Scaled) -> Tensor:

@@ -100,14 +100,17 @@ def packed_parts(base: nn.Module) -> BaseWeight:
     Raises:
         ValueError: the quantizer lays a weight out in other than two or three tensors.
     """
-    fp8 = getattr(base, "fp8", False)
+    eight = getattr(base, "fp8", False)
     if not isinstance(base, QuantizedLinear):
-        return BaseWeight(base.weight, None, None, "dense", fp8)
+        dense = base.weight
+        peaks = torch.linalg.vector_norm(dense.detach(), float("inf"), dim=1, dtype=torch.float32) if eight else None
+        return BaseWeight(dense, None, None, "dense", peaks)
     packed = base.packed()
+    peaks = base.quantizer.row_peaks(packed) if eight else None
     if len(packed) == 2:
-        return BaseWeight(*packed, None, base.spec, fp8)
+        return BaseWeight(*packed, None, base.spec, peaks)
     if len(packed) == 3:
-        return BaseWeight(*packed, base.spec, fp8)
+        return BaseWeight(*packed, base.spec, peaks)
     names = ", ".join(base.packed_names)
     raise ValueError(f"{base.quantizer} packs {len(packed)} tensors ({names}); adapted_linear takes two or three")
 
