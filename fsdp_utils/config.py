@@ -202,8 +202,8 @@ class TrainConfig:
     sharding_strategy: str = flag("full_shard", "what is sharded, over whom", choices=tuple(STRATEGIES))
     peer_gather: bool | str = flag(
         "auto",
-        "copy frozen weights out of the neighbours' memory, and keep adapters whole during a step, so that no block "
-        "waits for another process; auto: on GPUs of one host that can, without CPU offload; false: FSDP2 gathers all",
+        "copy weights and gradients out of the neighbours' memory, and keep adapters whole during a step, so that no "
+        "block waits for NCCL; auto: on GPUs of one host that can, without CPU offload; false: FSDP2 gathers all",
         choices=(True, False, "auto"),
     )
     context_parallel: int = flag(
@@ -516,7 +516,6 @@ class TrainConfig:
                 "--use_gradient_checkpointing is false",
                 ("checkpoint_policy", "reentrant_checkpointing"),
             ),
-            (self.method == "full", "--train_type full freezes nothing", ("peer_gather",)),
             (
                 STRATEGIES[self.sharding_strategy].copies == "processes",
                 "--sharding_strategy ddp shards nothing",

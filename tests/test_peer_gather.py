@@ -240,18 +240,16 @@ def test_memory_out_of_reach(pair, flags, where):
 def what_auto_does(flags: dict) -> tuple[str | None, bool]:
     """Why memory cannot be reached (it can), and whether `auto` makes anything of that on a CPU."""
     config = make_config(**flags | dict(peer_gather="auto"))
-    mesh, blocks = mesh_for(config, CPU), decoder_blocks(plan(config).model)
-    chosen = peer_gather.choose(blocks, config, mesh=mesh, device=CPU)
-    return peer_gather.unreachable(mesh, CPU), chosen is not None
+    mesh = mesh_for(config, CPU)
+    return peer_gather.unreachable(mesh, CPU), peer_gather.reached(config, mesh=mesh, device=CPU)
 
 
 def test_where_it_has_no_place(tiny):
-    """With CPU offload it is refused by name, and said to do nothing where nothing is frozen or sharded."""
+    """With CPU offload it is refused by name, and said to do nothing where nothing is sharded."""
     with pytest.raises(UserError, match=r"--peer_gather true: .* --use_cpu_offload false"):
         make_config(model_name=tiny("llama"), peer_gather=True, use_cpu_offload=True)
-    for more in (dict(train_type="full"), dict(train_type="bnb_dora", sharding_strategy="ddp")):
-        config = make_config(model_name=tiny("llama"), peer_gather=True, **more)
-        assert any("--peer_gather has no effect" in note for note in config.notes())
+    config = make_config(model_name=tiny("llama"), peer_gather=True, train_type="bnb_dora", sharding_strategy="ddp")
+    assert any("--peer_gather has no effect" in note for note in config.notes())
 
 
 def estimates(flags: dict) -> tuple[list[int], int, int]:
@@ -327,15 +325,16 @@ def test_nobody_gathers_what_is_kept_to_be_saved(pair, flags, peer_gather, more)
 def left_of_sharing(flags: dict) -> tuple[list[str], int, int]:
     """What closing does in which order; copies that a model makes; hooks on its blocks and copies after it."""
     events, ready = [], prepared(make_config(**flags))
-    copies = sum(map(len, ready.peers.copies))
+    (peers,) = ready.peers
+    copies = sum(map(len, peers.copies))
     names = ("_disconnect", "_free")
-    told = {name: partial(lambda name, original: (events.append(name), original()), name, getattr(ready.peers, name))
+    told = {name: partial(lambda name, original: (events.append(name), original()), name, getattr(peers, name))
             for name in names}  # fmt: skip
-    with patch.multiple(ready.peers, **told), patch.object(peer_gather, "barrier", lambda: events.append("barrier")):
+    with patch.multiple(peers, **told), patch.object(peer_gather, "barrier", lambda: events.append("barrier")):
         for _ in range(2):
             ready.close()
-    hooks = sum(len(block._forward_pre_hooks) + len(block._forward_hooks) for block in ready.peers.blocks)
-    return events, copies, hooks + len(ready.peers.copies)
+    hooks = sum(len(block._forward_pre_hooks) + len(block._forward_hooks) for block in peers.blocks)
+    return events, copies, hooks + len(peers.copies)
 
 
 def test_sharing_ends(pair, flags):
@@ -368,7 +367,7 @@ def sizes_and_bytes(flags: dict) -> tuple[dict[str, int], dict[str, int]]:
     model = ready.model
     rows = lambda trains: sum(local(p).nbytes for p in model.parameters() if p.requires_grad is trains)
     whole = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    slots = sum(slot.memory.nbytes for slot in ready.peers.slots)
+    slots = sum(slot.memory.nbytes for slot in ready.peers[0].slots)
     found = dict(frozen=rows(False), trained=rows(True), whole=whole, slots=slots)
     return ready.sizes, found
 
@@ -396,7 +395,7 @@ def test_a_slow_link_is_said(monkeypatch, capsys, rates, notes):
     assert gather._gigabytes_a_second() > 0
     gather.stream = object()
     monkeypatch.setattr(peer_gather.PeerGather, "_gigabytes_a_second", lambda self: 0)
-    monkeypatch.setattr(peer_gather, "_exchange", lambda mine: rates)
+    monkeypatch.setattr(peer_gather, "exchange", lambda mine: rates)
     gather._say(how="once a step", processes=2)
     said = capsys.readouterr().out
     assert f"at {min(rates):.0f} GB/s, what trains is gathered once a step" in said

@@ -18,6 +18,7 @@ from fsdp_utils.memory.activations import Kept
 from fsdp_utils.memory.graphs import graph_tokens
 from fsdp_utils.options import OPTIMIZERS, STRATEGIES
 from fsdp_utils.sharding.offload import is_shared
+from fsdp_utils.sharding.peer_collectives import buffer_bytes
 from fsdp_utils.sharding.peer_gather import frozen_weights, unread_parameters
 from fsdp_utils.sharding.prepared import Prepared
 from methods import CORRECTING
@@ -96,6 +97,7 @@ def resident(
     mesh,
     on_host: dict[str, nn.Parameter],
     gathered_with_root: bool = False,
+    reduced_by_peers: bool = False,
     slot_bytes: int = 0,
     device: torch.device,
     offloaded: bool | None = None,
@@ -106,7 +108,7 @@ def resident(
         device: of the run; it need not be here.
         offloaded: whether its rows are in host memory; None: as the flags say.
         on_host: parameters of the embedding that stay in host memory, whole.
-        gathered_with_root: as `fsdp.shard` takes it.
+        gathered_with_root, reduced_by_peers: as `fsdp.shard` takes them.
         slot_bytes: of peer gathering.
     """
     shards = 1 if mesh is None else mesh.size(mesh.ndim - 1)  # the last dimension of a mesh is the one that shards
@@ -129,11 +131,13 @@ def resident(
         by_peers = (
             {id(m._parameters[n]) for b in blocks.values() for m, n in frozen_weights(b)} if slot_bytes else set()
         )
-        groups = dict(shards=shards, gathered_with_root=gathered_with_root)
+        groups = dict(shards=shards, gathered_with_root=gathered_with_root, reduced_by_peers=reduced_by_peers)
         gathered = _gathered(model, blocks, config, away=away | by_peers, **groups)
     if gathered_with_root:  # a step holds weights and gradients whole, and at its end the rows of gradients
         extra = 2 * sum(p.nbytes for block in blocks.values() for p in block.parameters() if p.requires_grad)
         learned, gradients = trained + extra, extra // 2
+    if reduced_by_peers:
+        slot_bytes += 2 * buffer_bytes(blocks.values(), shards=shards)
     samples = _of_samples(blocks) if config.lora_init in CORRECTING else 0
     copies = 0 if config.rounds_stochastically or config.optimizer_in_backward else OPTIMIZERS[config.optimizer].copies
     return Resident(
@@ -171,7 +175,14 @@ class Gathered(NamedTuple):
 
 
 def _gathered(
-    model: nn.Module, blocks: dict, config, *, away: set[int], shards: int, gathered_with_root: bool
+    model: nn.Module,
+    blocks: dict,
+    config,
+    *,
+    away: set[int],
+    shards: int,
+    gathered_with_root: bool,
+    reduced_by_peers: bool,
 ) -> Gathered:
     away = away | {id(p) for p in unread_parameters(model)}
     groups = [] if gathered_with_root else blocks.values()
@@ -182,16 +193,17 @@ def _gathered(
     whole = lambda parameters: sum(p.nbytes for p in parameters)
     gradients = lambda parameters: sum(p.nbytes for p in parameters if p.requires_grad)
     buffers = lambda parameters: sum(4 * p.numel() for p in parameters if p.requires_grad)
+    of_block = gradients if reduced_by_peers else buffers
     largest, of_root = max(map(whole, in_blocks)), whole(root) + gradients(root)
     if STRATEGIES[config.sharding_strategy].resharded:
         running = reducing = 0
         for before, block, after in zip([[], *in_blocks], in_blocks, [*in_blocks[1:], []], strict=False):
             coming = 2 * whole(before)  # with the buffer that it arrives in
-            reduced_in = buffers(block) + buffers(block) // shards
-            running = max(running, whole(block) + coming + buffers(after))
-            reducing = max(reducing, coming + gradients(block) + max(whole(block) + buffers(after), reduced_in))
+            reduced_in = of_block(block) + of_block(block) // shards
+            running = max(running, whole(block) + coming + of_block(after))
+            reducing = max(reducing, coming + gradients(block) + max(whole(block) + of_block(after), reduced_in))
     else:
-        reducing = sum(map(whole, in_blocks)) + max(map(gradients, in_blocks)) + 2 * max(map(buffers, in_blocks))
+        reducing = sum(map(whole, in_blocks)) + max(map(gradients, in_blocks)) + 2 * max(map(of_block, in_blocks))
         running = reducing + largest
     if config.no_sync and config.gradient_accumulation_steps > 1:
         of_root += buffers(model.parameters())

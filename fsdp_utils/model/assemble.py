@@ -40,7 +40,8 @@ from fsdp_utils.model.weights import (
     whole_reader,
 )
 from fsdp_utils.options import OPTIMIZERS, PRECISIONS
-from fsdp_utils.sharding import context_parallel, fsdp, offload, peer_gather, tiles, wrapping
+from fsdp_utils.sharding import context_parallel, fsdp, offload, peer_collectives, peer_gather, tiles, wrapping
+from fsdp_utils.sharding.mesh import shard_group
 from fsdp_utils.sharding.prepared import Prepared
 from methods import CORRECTING, METHODS, bits, method_of
 from methods.base import Method
@@ -269,11 +270,15 @@ def load(
     """
     model, method, dtypes = planned.model, planned.method, planned.dtypes
     blocks = decoder_blocks(model)
-    shards = peer_gather.choose(blocks, config, mesh=mesh, device=device)
+    near = peer_gather.reached(config, mesh=mesh, device=device)
+    shards = peer_gather.choose(blocks, config, mesh=mesh) if near else None
     with_root = bool(shards and shards.trains_little)
+    reduced = (
+        near and not with_root and peer_collectives.reduces(config, copies=mesh.size() // shard_group(mesh).size())
+    )
     on_host = offload.whole_embedding(model, config, device=device)
     slot_bytes, slack = (sum(shards.slot_sizes), offload.SLACK) if shards else (0, 0)
-    groups = dict(gathered_with_root=with_root)
+    groups = dict(gathered_with_root=with_root, reduced_by_peers=reduced)
     placed = dict(mesh=mesh, device=device, on_host=on_host, slot_bytes=slot_bytes)
     held = budget.resident(model, blocks, config, **placed, **groups)
     types = dict(dtype=dtypes.stored, autocast=dtypes.autocast)
@@ -287,9 +292,12 @@ def load(
     fsdp.shard(model, blocks, config, mesh=mesh, dtype=dtypes.stored, apart=apart, frozen=frozen, **groups)
     rows_on_host = mesh is not None and config.use_cpu_offload
     _fill(planned, config, on_host=on_host, rows_on_host=rows_on_host, device=device, data=data)
-    peers = peer_gather.PeerGather(shards, device) if shards else None
-    more = dict(peers=peers, sharing=sharing(config, model, device=device), **groups, **layout._asdict())
-    return Prepared(model, method, blocks, device, mesh, dtypes.autocast, **more)
+    peers = [peer_gather.PeerGather(shards, device)] if shards else []
+    if near and not with_root:
+        how = dict(mesh=mesh, ignored=frozen, reduced=reduced, device=device)
+        peers.append(peer_collectives.PeerCollectives(model, blocks, **how))
+    more = dict(gathered_with_root=with_root, sharing=sharing(config, model, device=device), **layout._asdict())
+    return Prepared(model, method, blocks, device, mesh, dtypes.autocast, peers=tuple(peers), **more)
 
 
 def sharing(config, model: nn.Module, *, device: torch.device) -> dict:

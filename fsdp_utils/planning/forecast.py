@@ -14,7 +14,7 @@ from fsdp_utils.memory.activations import Kept, measure
 from fsdp_utils.model.assemble import Plan, offloads
 from fsdp_utils.options import STRATEGIES
 from fsdp_utils.planning.machines import Machine
-from fsdp_utils.sharding import offload, peer_gather
+from fsdp_utils.sharding import offload, peer_collectives, peer_gather
 from methods.targets import decoder_blocks
 
 # what a process takes besides what torch allocates: CUDA's context and libraries, the allocator's own gaps
@@ -83,10 +83,13 @@ def forecast(planned: Plan, config, machine: Machine, *, measure: Callable[..., 
     `activations.measure`."""
     model, device, blocks = planned.model, machine.device, decoder_blocks(planned.model)
     mesh = mesh_of(config, machine)
-    with_peers = mesh is not None and peer_gather.wanted(blocks, config, shards=mesh.shards, device=device)
+    near = mesh is not None and peer_gather.wanted(config, shards=mesh.shards, device=device)
+    with_peers = near and any(map(peer_gather.frozen_weights, blocks.values()))
     resharded = STRATEGIES[config.sharding_strategy].resharded
     slots = peer_gather.slot_sizes(list(blocks.values()), resharded=resharded) if with_peers else []
-    groups = dict(gathered_with_root=with_peers and peer_gather.trains_little(list(blocks.values())))
+    with_root = with_peers and peer_gather.trains_little(list(blocks.values()))
+    reduced = near and not with_root and peer_collectives.reduces(config, copies=mesh.replicas)
+    groups = dict(gathered_with_root=with_root, reduced_by_peers=reduced)
     on_host = offload.whole_embedding(model, config, device=device)
     placed = dict(mesh=mesh, device=device, on_host=on_host, slot_bytes=sum(slots))
     held = budget.resident(model, blocks, config, **placed, **groups)

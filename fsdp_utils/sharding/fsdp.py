@@ -21,6 +21,7 @@ def shard(
     apart: set[nn.Parameter],
     frozen: set[nn.Parameter],
     gathered_with_root: bool,
+    reduced_by_peers: bool,
 ) -> None:
     """Applies fully_shard to each block, to embedding and head, and to the rest.
 
@@ -31,6 +32,7 @@ def shard(
             What is a gigabyte to gather, and shows at the start of every step, is a few rows to read.
         frozen: the parameters of blocks that `peer_gather` gathers, or none. What no forward reads joins them.
         gathered_with_root: what else is in the blocks is one group with the rest, and whole during a step.
+        reduced_by_peers: `peer_collectives` adds up the gradients of blocks, in fp32 whatever dtype they come in.
 
     Raises:
         UserError: weights of several dtypes train, which FSDP2 does not gather together.
@@ -49,8 +51,9 @@ def shard(
         mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32 if dtype == torch.bfloat16 else None),
         offload_policy=CPUOffloadPolicy(pin_memory=pin) if config.use_cpu_offload else OffloadPolicy(),
     )
+    of_blocks = settings | (dict(mp_policy=MixedPrecisionPolicy()) if reduced_by_peers else {})
     for block in blocks.values() if not gathered_with_root else ():
-        fully_shard(block, **settings, ignored_params=frozen)
+        fully_shard(block, **of_blocks, ignored_params=frozen)
     _shard_ends(model, settings, embedding=not apart)
     whole = dict(reshard_after_forward=False) if gathered_with_root else {}
     fully_shard(model, **settings | whole, ignored_params=apart | frozen)

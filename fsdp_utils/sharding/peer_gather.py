@@ -105,7 +105,7 @@ def mapped(exported: Exported, device: torch.device) -> torch.Tensor:
     return whole[exported.start : exported.start + exported.nbytes]
 
 
-def _export_to_others(tensors: list[torch.Tensor], group) -> list[list[Exported | None]]:
+def export_to_others(tensors: list[torch.Tensor], group) -> list[list[Exported | None]]:
     """For each process of the group what it needs of each tensor; None for this process and for empty tensors."""
     mine = dist.get_rank(group)
     return [
@@ -114,7 +114,7 @@ def _export_to_others(tensors: list[torch.Tensor], group) -> list[list[Exported 
     ]
 
 
-def _exchange(mine, group=None) -> list:
+def exchange(mine, group=None) -> list:
     """What every process of the group gave, by its place in it; all processes without one."""
     everyone = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, mine, group=group)
@@ -146,15 +146,15 @@ def unreachable(mesh, device: torch.device) -> str | None:
     """
     group = shard_group(mesh)
     rank = dist.get_rank(group)
-    if len(set(_exchange(socket.gethostname(), group))) > 1:
+    if len(set(exchange(socket.gethostname(), group))) > 1:
         why = "they are on several hosts"
     else:
         sample = torch.full((1024,), rank, dtype=torch.uint8, device=device)
         synchronize(device)
-        exported = _exchange(_tried(_export_to_others, [sample], group), group)
+        exported = exchange(_tried(export_to_others, [sample], group), group)
         why = _tried(_read_all, exported, sample, rank)
         dist.barrier(group)  # nobody lets go of its sample before all have read it
-    return next(filter(None, _exchange(why)), None)
+    return next(filter(None, exchange(why)), None)
 
 
 class _Slot:
@@ -215,7 +215,7 @@ class PeerGather:
         synchronize(device)
         rank = dist.get_rank(group)
         of_blocks = [[module._parameters[name] for module, name in weights] for weights in shards.weights]
-        everyone = _exchange([_export_to_others([local(p) for p in of_block], group) for of_block in of_blocks], group)
+        everyone = exchange([export_to_others([local(p) for p in of_block], group) for of_block in of_blocks], group)
         self.wholes: list[list[_Whole]] = []  # of each block
         self.copies: list[list[tuple]] = []  # of each block, pairs of target and source
         for number, (weights, of_block) in enumerate(zip(shards.weights, of_blocks, strict=True)):
@@ -231,7 +231,7 @@ class PeerGather:
         if not self.stream:
             say(f"{begin}, {end}")
             return
-        rates = _exchange(self._gigabytes_a_second() * (processes - 1) / processes)
+        rates = exchange(self._gigabytes_a_second() * (processes - 1) / processes)
         slowest, fastest = (rates.index(pick(rates)) for pick in (min, max))
         say(f"{begin} at {rates[slowest]:.0f} GB/s, {end}")
         if rates[slowest] < rates[fastest] / 2:
@@ -351,23 +351,30 @@ class PeerGather:
                 local(p).untyped_storage().resize_(0)
 
 
-def wanted(blocks: dict[str, nn.Module], config, *, shards: int, device: torch.device) -> bool:
+def wanted(config, *, shards: int, device: torch.device) -> bool:
     """Whether `--peer_gather` asks for it, of so many processes that share a copy of the model."""
     asked = config.peer_gather is True or (config.peer_gather == "auto" and device.type == "cuda")
-    return asked and shards > 1 and not config.use_cpu_offload and any(map(frozen_weights, blocks.values()))
+    return asked and shards > 1 and not config.use_cpu_offload
 
 
-def choose(blocks: dict[str, nn.Module], config, *, mesh, device: torch.device) -> PeerShards | None:
-    """What `--peer_gather` takes away from FSDP2; None where that does it all. Collective.
+def reached(config, *, mesh, device: torch.device) -> bool:
+    """Whether processes read each other's memory in this run: `--peer_gather` asks for it, and they can. Collective.
 
     Raises:
-        UserError: it was asked for, and the processes do not reach each other's memory.
+        UserError: it was asked for, and they cannot.
     """
-    if mesh is None or not wanted(blocks, config, shards=shard_group(mesh).size(), device=device):
-        return None
-    if why := unreachable(mesh, device):
-        if config.peer_gather is True:
-            raise UserError(f"--peer_gather true: no process reads another's memory here ({why}); pass auto or false")
+    if mesh is None or not wanted(config, shards=shard_group(mesh).size(), device=device):
+        return False
+    why = unreachable(mesh, device)
+    if why and config.peer_gather is True:
+        raise UserError(f"--peer_gather true: no process reads another's memory here ({why}); pass auto or false")
+    if why:
         say(f"note: FSDP2 gathers frozen weights too: no process reads another's memory here ({why})")
+    return why is None
+
+
+def choose(blocks: dict[str, nn.Module], config, *, mesh) -> PeerShards | None:
+    """What processes that reach each other's memory take away from FSDP2; None where nothing is frozen."""
+    if not any(map(frozen_weights, blocks.values())):
         return None
     return PeerShards(blocks, mesh=mesh, resharded=STRATEGIES[config.sharding_strategy].resharded)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from fsdp_utils.sharding.peer_collectives import PeerCollectives
 from fsdp_utils.sharding.peer_gather import PeerGather
 
 
@@ -21,7 +22,7 @@ class Prepared:
         fused_loss: the head computes the loss itself.
         gathered_with_root: what trains in the blocks is one FSDP2 group with the rest of the model, and whole during a
             step; else each block is a group.
-        peers: gathers the frozen weights of blocks, or None where FSDP2 does.
+        peers: what gathers and reduces in FSDP2's place, where processes reach each other's memory.
         sharing: what attention is told where processes share rows (`model.attention.shared_attention`).
         sizes: bytes of this process's GPU memory by purpose, from `memory.budget`.
         host_activations: bytes of host memory that activations take, from the same numbers.
@@ -36,7 +37,7 @@ class Prepared:
     recomputed: int = 0
     fused_loss: bool = False
     gathered_with_root: bool = False
-    peers: PeerGather | None = None
+    peers: tuple[PeerGather | PeerCollectives, ...] = ()
     sharing: dict = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     host_activations: int = 0
@@ -44,5 +45,5 @@ class Prepared:
     def close(self) -> None:
         """Ends what is shared with other processes. Collective, at the end of a run that ends well; else processes end
         at once, and their memory with them."""
-        if self.peers:
-            self.peers.close()
+        for each in self.peers:
+            each.close()
