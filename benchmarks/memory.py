@@ -27,6 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shape", default="70b", choices=[*SHAPES, *MIXTURES])
     parser.add_argument("--train_type", default="bnb_dora")
     parser.add_argument("--cap_gib", type=float, help="memory this process may take of its GPU")
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--rows", default="2x2048")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--extra", default="")
@@ -43,7 +44,8 @@ def main(args: argparse.Namespace) -> None:
     rows = {row: parse_row(row) for row in args.rows.split(",")}
     batch, length, _ = max(rows.values(), key=lambda row: row[0] * row[1])  # what `auto` plans for
     flags = dict(train_type=args.train_type, batch_size=batch, context_length=length) | extra
-    run = Run(make_config(write_config(args.shape, tempfile.mkdtemp()), **flags))
+    fewer = dict(num_hidden_layers=args.layers) if args.layers else {}
+    run = Run(make_config(write_config(args.shape, tempfile.mkdtemp(), **fewer), **flags))
     loaded = torch.cuda.max_memory_allocated() / 2**30
     results = []
     for row, (batch, length, _) in rows.items():
