@@ -174,13 +174,21 @@ def test_embedding_on_host_changes_nothing_but_memory(flags, packed):
 
 # one GPU has no neighbour; the same gathering through shared host memory is tests/test_peer_gather.py, on CPUs
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize(("rank", "gathered"), [(2, "once a step"), (16, "by block")])
-def test_two_gpus_read_each_other(tiny, tiny_data, tmp_path, rank, gathered):
-    """A compiled run on two GPUs that copy frozen weights out of each other's memory learns what it does through
-    FSDP2's collectives, and ends without a word about memory that it shares."""
+@pytest.mark.parametrize(
+    ("train_type", "rank", "said"),
+    [
+        ("bnb_dora", 2, "what trains is gathered once a step"),
+        ("bnb_dora", 16, "what trains is gathered by block"),
+        ("full", 0, "blocks that train are gathered and reduced out of 2 processes' memory"),
+    ],
+)
+def test_two_gpus_read_each_other(tiny, tiny_data, tmp_path, train_type, rank, said):
+    """A compiled run on two GPUs that copy out of each other's memory learns what it does through FSDP2's collectives,
+    and ends without a word about memory that it shares."""
     shape = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=5)  # five blocks for two slots
-    flags = dict(model_name=tiny("llama", **shape), dataset=tiny_data, train_type="bnb_dora", lora_rank=rank)
-    flags |= dict(lora_dropout=0, use_cpu_offload=False, precision="fp32", batch_size=2, max_steps=4)
+    flags = dict(model_name=tiny("llama", **shape), dataset=tiny_data, train_type=train_type)
+    flags |= dict(lora_dropout=0, lora_rank=rank) if rank else {}
+    flags |= dict(use_cpu_offload=False, precision="fp32", batch_size=2, max_steps=4)
     flags |= dict(optimizer="sgd", lr=1e-2, save_model=True)
     found = {}
     for gather in ("auto", "false"):
@@ -189,9 +197,11 @@ def test_two_gpus_read_each_other(tiny, tiny_data, tmp_path, rank, gathered):
         done = torchrun(TRAIN, *(f"--{name}={value}" for name, value in given.items()), scratch=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "shared CUDA tensors" not in done.stderr
-        said = f"out of 2 processes' memory, what trains is gathered {gathered}"
         assert (said in done.stdout) is (gather == "auto")
-        found[gather] = losses(folder), load_file(folder / "adapter_model.safetensors")
+        found[gather] = (
+            losses(folder),
+            load_file(folder / ("adapter_model.safetensors" if rank else "model.safetensors")),
+        )
     (our_losses, ours), (their_losses, theirs) = found.values()
     assert len(our_losses) == 4 and our_losses == pytest.approx(their_losses, rel=1e-4)
     for name, tensor in theirs.items():

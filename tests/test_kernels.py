@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from methods.dora import DoRALinear, row_norms, row_norms_dense
 from methods.kernels import adapted, cross_entropy, dequantize, norms, swiglu
 from methods.kernels.gated_mlps import GATED_MLPS
-from methods.kernels.reduce import column_dot_kernel, column_dot_plain
+from methods.kernels.reduce import add_kernel, add_plain, column_dot_kernel, column_dot_plain
 from methods.lora import LoRALinear
 from methods.quantizers.bnb import Bnb4bit
 from methods.quantizers.hqq import HQQ
@@ -82,6 +82,22 @@ def test_dequantize_kernels_give_the_same_bits(quantizer, dtype):
     factor = torch.rand(OUT, device="cuda") + 0.5
     fast = quantizer.dequantize(packed, **settings, row_factor=factor)
     assert relative(fast, plain.float() * factor[:, None]) < (1e-6 if dtype == torch.float32 else 4e-3)
+
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("others", [1, 3])
+def test_sum_of_processes(device, dtype, others):
+    """In fp32 and in the same order as the plain version, rounded once."""
+    generator = torch.Generator().manual_seed(0)
+    own, *rest = torch.randn(1 + others, 5000, generator=generator).to(device, dtype)
+    rest, found, wanted = torch.stack(rest), torch.empty_like(own), torch.empty_like(own)
+    add_kernel(own, rest, 1 / (1 + others), out=found)
+    add_plain(own, rest, 1 / (1 + others), out=wanted)
+    if device == "cuda" or dtype == torch.float32:
+        assert torch.equal(found, wanted)
+    else:  # Triton's interpreter cuts off instead of rounding
+        assert relative(found, wanted) < 4e-3
 
 
 @pytest.mark.parametrize("device", KERNEL_DEVICES)

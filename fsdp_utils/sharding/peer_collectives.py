@@ -6,8 +6,8 @@ whole on two H200s. Here each process copies what it needs out of the others' me
 - Gathering reads weights where they are: only the optimizer writes them. Every forward pass begins with a barrier of
   the GPUs, behind which all have written.
 - For reducing, each process puts its gradients, in the dtype they came in, into one of two buffers that take turns. All
-  wait until all have; then each copies its rows of them and adds up in fp32, in the order of processes, rounding once:
-  what FSDP2 does with a copy in fp32, at half the bytes. A process that waits for block n - 1 knows that nobody reads
+  wait until all have; then each copies its rows of the others' and adds up in fp32, rounding once: what FSDP2 does
+  with a copy in fp32, at half the bytes. A process that waits for block n - 1 knows that nobody reads
   block n - 2 any more, in whose buffer block n goes.
 """
 
@@ -21,9 +21,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from fsdp_utils.core.devices import synchronize
 from fsdp_utils.core.processes import barrier
+from fsdp_utils.core.ranks import say
 from fsdp_utils.core.rows import local
 from fsdp_utils.sharding.mesh import shard_group
 from fsdp_utils.sharding.peer_gather import Exported, exchange, export_to_others, mapped, unread_parameters
+from methods.kernels import reduce
 
 Tensor = torch.Tensor
 
@@ -123,14 +125,13 @@ class PeerReduceScatter:
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group, op, async_op: bool = False) -> None:
         """Fills `output_tensor`, `[n]`, with the sum or mean of everyone's `input_tensor`, `[processes * n]`, there."""
         self.here()
-        mine, count, part = group.rank(), group.size(), output_tensor.nbytes
-        parts = output_tensor.new_empty(count, output_tensor.numel())
-        for shift in range(1, count + 1):
-            owner = (mine + shift) % count
-            of_owner = self.everyone[owner][self.turn][mine * part : (mine + 1) * part]
-            as_bytes(parts[owner]).copy_(of_owner, non_blocking=True)
-        # of 16-bit numbers it adds up in fp32
-        (torch.mean if op == dist.ReduceOp.AVG else torch.sum)(parts, 0, out=output_tensor)
+        mine, count = group.rank(), group.size()
+        part = slice(mine * output_tensor.nbytes, (mine + 1) * output_tensor.nbytes)
+        others = output_tensor.new_empty(count - 1, output_tensor.numel())
+        for shift, theirs in enumerate(others, 1):
+            as_bytes(theirs).copy_(self.everyone[(mine + shift) % count][self.turn][part], non_blocking=True)
+        own = self.buffers[self.turn][part].view(output_tensor.dtype)
+        reduce.add(own, others, 1 / count if op == dist.ReduceOp.AVG else 1.0, out=output_tensor)
         if output_tensor.is_cuda:
             self.done = torch.cuda.current_stream(output_tensor.device).record_event()
 
@@ -170,6 +171,8 @@ class PeerCollectives:
         # before FSDP2's own hook, which lets gathering begin behind what has been launched until then
         self.hook = model.register_forward_pre_hook(Barrier(group, device), prepend=True)
         self.device = device
+        done = "gathered and reduced" if self.reduce else "gathered"
+        say(f"blocks that train are {done} out of {group.size()} processes' memory")
 
     def close(self) -> None:
         """No process frees memory that another still maps, and none ends with it. Collective."""

@@ -52,7 +52,7 @@ if triton is not None:
         value = tl.load(rows + row * width + column, mask=inside, other=0).to(tl.float32)
         if SCALED:
             value *= tl.load(columns + column, mask=inside, other=0)
-        scale = tl.div_rn(tl.maximum(tl.max(tl.abs(value), axis=0), TINY), LARGEST)
+        scale = tl.maximum(tl.max(tl.abs(value), axis=0), TINY) * (1 / LARGEST)
         value = tl.minimum(tl.maximum(value * tl.div_rn(1.0, scale), -LARGEST), LARGEST)
         tl.store(values + row * width + column, value.to(values.dtype.element_ty), mask=inside)
         tl.store(scales + row, scale)
@@ -82,7 +82,7 @@ class Scaled(NamedTuple):
 
 def scale_of(peak: Tensor) -> Tensor:
     """The scale of rows with these largest entries; a row of zeros has some."""
-    return peak.float().clamp_min(TINY) / LARGEST
+    return peak.float().clamp_min(TINY) * (1 / LARGEST)  # torch's division by a number differs from GPU to CPU
 
 
 def by_rows_plain(rows: Tensor, columns: Tensor | None = None) -> Scaled:
