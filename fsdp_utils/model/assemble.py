@@ -277,7 +277,7 @@ def load(
         near and not with_root and peer_collectives.reduces(config, copies=mesh.size() // shard_group(mesh).size())
     )
     on_host = offload.whole_embedding(model, config, device=device)
-    slot_bytes, slack = (sum(shards.slot_sizes), offload.SLACK) if shards else (0, 0)
+    slot_bytes, slack = sum(shards.slot_sizes) if shards else 0, offload.slack_for(config, peers=bool(shards))
     groups = dict(gathered_with_root=with_root, reduced_by_peers=reduced)
     placed = dict(mesh=mesh, device=device, on_host=on_host, slot_bytes=slot_bytes)
     held = budget.resident(model, blocks, config, **placed, **groups)

@@ -96,7 +96,7 @@ def forecast(planned: Plan, config, machine: Machine, *, measure: Callable[..., 
     available = None if machine.memory is None else machine.memory - CONTEXT
     types = dict(dtype=planned.dtypes.stored, autocast=planned.dtypes.autocast)
     compiled = config.compile and device.type == "cuda" and not config.tile_tokens
-    slack = offload.SLACK if with_peers else 0
+    slack = offload.slack_for(config, peers=with_peers)
     here = dict(mesh=mesh, device=device, compiled=compiled, slack=slack, available=available)
     layout = recompute.lay_out(model, blocks, config, held, task=planned.task, measure=measure, **here, **types)
     host = dict(process=HOST, embedding=sum(p.nbytes for p in on_host.values()))

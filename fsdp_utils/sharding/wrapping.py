@@ -144,9 +144,15 @@ def wrap_blocks(
         require_input_gradients(model)
 
 
+def weighs(module: nn.Module) -> bool:
+    """Whether a part of a block has linears inside, or weights of its own."""
+    return has_linears(module) or any(True for _ in module.parameters(recurse=False))
+
+
 def _compile_parts(block: nn.Module, compiled: Callable[[Forward], Forward]) -> None:
-    """Of a block whose feed-forward layers run by tiles, which is more than one graph."""
-    for child in filter(has_linears, block.children()):
+    """Of a block whose feed-forward layers run by tiles, which is more than one graph. Norms too: one operator after
+    the other, they write hidden states in fp32, four gigabytes of 131,072 tokens at a time."""
+    for child in filter(weighs, block.children()):
         owner = child.forward if isinstance(child.forward, Tiled) else child
         owner.forward = compiled(owner.forward)
 
