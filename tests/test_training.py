@@ -33,7 +33,7 @@ from fsdp_utils.training import metrics, sinks
 from fsdp_utils.training import step as training_step
 from fsdp_utils.training.loss import CausalLMLoss
 from fsdp_utils.training.optim import LocalParameters, LossScaler, global_norm, schedule_factor, stock_optimizer
-from fsdp_utils.training.step import TrainStep
+from fsdp_utils.training.step import MicroStep, TrainStep
 
 
 def run(flags: dict, *, ends=None, **patches) -> tuple[list[dict], dict[str, torch.Tensor]]:
@@ -591,3 +591,23 @@ def test_host_memory_of_loading(pair, wide, train_type):
     for growth, shard in pair.run(loading_growth, flags):
         assert shard < checkpoint_bytes * (0.52 if train_type == "custom_lora" else 0.16)
         assert growth < shard + 8 * largest
+
+
+@pytest.mark.parametrize(("compiles", "captured_at"), [((), 1), ((0,), 2), ((0, 1), 3), ((1,), 1)])
+def test_no_graph_is_recorded_of_what_has_just_compiled(monkeypatch, compiles, captured_at):
+    """What compiled in one batch may in the next, as a second batch of fp32 did, and could not while a graph was
+    recorded. `compiles`: the batches of a shape that do; the first capture comes behind one that did not."""
+    weight, made, captured = torch.ones(2, requires_grad=True), [], []
+
+    def loss_of(batch):
+        made.extend([None] * (len(calls) in compiles))
+        return (weight * batch["input_ids"]).sum()
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(MicroStep, "_capture", lambda self, key, batch: captured.append(len(calls)))
+    run = MicroStep(loss_of, device=torch.device("cpu"), graph_tokens=10, made=lambda: len(made))
+    calls = []
+    for _ in range(5):
+        run(dict(input_ids=torch.ones(1, 2)), 1.0)
+        calls.append(None)
+    assert captured[0] == captured_at

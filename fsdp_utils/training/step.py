@@ -50,13 +50,14 @@ class _Captured(NamedTuple):
 class MicroStep:
     """Adds `weight * d loss_sum / d p` to the gradient of every trained parameter.
 
-    With graphs, the first batch of a shape runs as it is (kernels are compiled then), the second is captured, and
-    from then on the shape is replayed. Gradients must then be zeroed in place, never dropped.
+    With graphs, batches of a shape run as they are until one of them compiled nothing, the next is captured, and from
+    then on the shape is replayed. Gradients must then be zeroed in place, never dropped.
 
     Args:
         loss_of: a batch to its summed loss, a scalar with a graph.
         autocast: dtype or None.
         graph_tokens: the most tokens of a batch that is captured; 0 for none.
+        made: how often something was compiled so far.
 
     Attributes:
         before_backward: is shown the summed loss between forward and backward; None: nobody asks.
@@ -69,9 +70,11 @@ class MicroStep:
         device: torch.device,
         autocast: torch.dtype | None = None,
         graph_tokens: int = 0,
+        made: Callable[[], int] = int,
     ):
         self.before_backward: Callable[[torch.Tensor], None] | None = None
         self.loss_of, self.device, self.autocast, self.graph_tokens = loss_of, device, autocast, graph_tokens
+        self.made = made
         self.captured: dict[tuple, _Captured] = {}
         self.seen: set[tuple] = set()
         self.run = 0  # micro-batches that no graph ran
@@ -104,8 +107,11 @@ class MicroStep:
         small = batch["input_ids"].numel() <= self.graph_tokens and len(self.captured) < self.affordable
         if small and key in self.seen:
             return self._capture(key, batch)
-        self.seen.add(key)
-        return self._run(batch)
+        made = self.made()
+        loss = self._run(batch)
+        if self.made() == made:  # nothing can be compiled while a graph is recorded
+            self.seen.add(key)
+        return loss
 
     def moved(self, batch: Batch) -> Batch:
         """The batch on the device."""
@@ -185,12 +191,14 @@ class TrainStep:
     def __init__(self, prepared: Prepared, config, *, task):
         fsdp.leave_sharded(prepared)  # a forward pass without backward may have left it whole
         self.prepared, self.model, self.device = prepared, prepared.model.train(), prepared.device
+        self.compiling, self.expert_load = Compiling(), ExpertLoad(self.model, device=self.device)
         self.micro_step = MicroStep(
             task.loss(self.model, fused=prepared.fused_loss, **prepared.sharing),
             device=self.device,
             autocast=prepared.autocast,
             # a mask of padding makes transformers look at it on the host
             graph_tokens=task.causal and graph_tokens(self.model, config, mesh=prepared.mesh, device=self.device),
+            made=lambda: self.compiling.count,
         )
         self.trained = LocalParameters(self.model, keep_gradients=self.micro_step.graphs)
         self.optimizer = make_optimizer(config, self.trained)
@@ -203,7 +211,6 @@ class TrainStep:
         self.group = None if prepared.mesh is None else shard_group(prepared.mesh)
         self.clip_to = config.grad_norm if config.apply_gradient_clipping else None
         self.no_sync, self.taken, self.votes, self.task = config.no_sync, 0, [], task
-        self.compiling, self.expert_load = Compiling(), ExpertLoad(self.model, device=self.device)
 
     def __call__(self, micro_batches: list[Batch], *, lr: float, votes: Sequence[float] = ()) -> StepResult:
         """One step. Collective.
