@@ -67,6 +67,22 @@ def test_compiled_blocks_equal_plain_ones(base, hostly, monkeypatch, train_type,
     assert sum(copy.nbytes for copy in hostly.sent) == (BLOCKS - 1) * tensors * state
 
 
+def test_parts_of_blocks_that_run_by_tiles(base):
+    """Attention, a tile of the MLP and both norms, which would write hidden states in fp32; the gradients are those of
+    plain blocks."""
+    torch._dynamo.reset()
+    compiled, flags = [], dict(model_name=base, train_type="custom_qlora", tile_tokens=20)
+
+    def compile_part(forward):
+        compiled.append(type(forward.__self__).__name__)
+        return as_compiled(forward)
+
+    ours, plain = (gradients(flags, compile_block=how) for how in (compile_part, None))
+    assert sorted(compiled) == sorted(["LlamaAttention", "LlamaMLP", "LlamaRMSNorm", "LlamaRMSNorm"] * BLOCKS)
+    for got, wanted in zip(ours, plain, strict=True):
+        assert (got - wanted).norm() <= 1e-5 * wanted.norm()
+
+
 def test_embedded_tokens_are_not_kept(base, hostly, monkeypatch):
     """The input of the first compiled block leaves like every other."""
     monkeypatch.setattr(offload, "InputOffloader", lambda **_: hostly)
