@@ -275,11 +275,11 @@ def block_bytes(
         within = kept.input + outputs.fed if kept.fused_adapters else kept.block
     away = _away(config, kept, compiled=compiled)
     linears = [m for block in blocks.values() for m in block.modules() if hasattr(m, "in_features")]
-    # a stack of experts is dequantized whole
+    # a stack of experts is dequantized whole, but not copied together with an adapter
     shapes = (getattr(m, "shape", (m.out_features, m.in_features)) for m in linears)
-    weight = max((math.prod(shape) * dtype.itemsize for shape in shapes), default=0)
+    weight = max((math.prod(shape) * dtype.itemsize * (2 if len(shape) == 2 else 1) for shape in shapes), default=0)
     whole = kept.input + needed if compiled else needed
-    inside = within + 2 * weight + 2 * away
+    inside = within + weight + 2 * away
     return Block(whole, kept.input + by_policy - away, max(needed - by_policy, 0), inside, leaving=(3 + slack) * away)
 
 

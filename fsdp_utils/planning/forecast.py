@@ -88,7 +88,7 @@ def forecast(planned: Plan, config, machine: Machine, *, measure: Callable[..., 
     resharded = STRATEGIES[config.sharding_strategy].resharded
     slots = peer_gather.slot_sizes(list(blocks.values()), resharded=resharded) if with_peers else []
     with_root = with_peers and peer_gather.trains_little(list(blocks.values()))
-    reduced = near and not with_root and peer_collectives.reduces(config, copies=mesh.replicas)
+    reduced = near and not with_root and peer_collectives.reduces(blocks.values(), config, copies=mesh.replicas)
     groups = dict(gathered_with_root=with_root, reduced_by_peers=reduced)
     on_host = offload.whole_embedding(model, config, device=device)
     placed = dict(mesh=mesh, device=device, on_host=on_host, slot_bytes=sum(slots))

@@ -30,10 +30,11 @@ from methods.kernels import reduce
 Tensor = torch.Tensor
 
 
-def reduces(config, *, copies: int) -> bool:
-    """Whether gradients are reduced here: not where fp32 sums of them are kept, over micro-batches or for the reduction
-    over `copies` of the model."""
-    return copies == 1 and not (config.no_sync and config.gradient_accumulation_steps > 1)
+def reduces(blocks: Iterable[nn.Module], config, *, copies: int) -> bool:
+    """Whether gradients are reduced here: where every block trains, else the two buffers cost more than they bring; and
+    not where fp32 sums are kept, over micro-batches or for the reduction over `copies` of the model."""
+    sums = copies > 1 or (config.no_sync and config.gradient_accumulation_steps > 1)
+    return not sums and all(any(p.requires_grad for p in block.parameters()) for block in blocks)
 
 
 def buffer_bytes(blocks: Iterable[nn.Module], *, shards: int) -> int:
