@@ -109,6 +109,17 @@ def test_the_export_is_what_was_trained(given, export, tmp_path, train_type, tra
     torch.testing.assert_close(logits(stock), ours, atol=atol, rtol=0)
 
 
+@pytest.mark.parametrize(("train_type", "train_for", "other"), [TYPES[0] + ("w4a16",), TYPES[-1] + ("bnb_nf4",)])
+def test_another_rounding_is_said(given, export, tmp_path, capsys, train_type, train_for, other):
+    """It keeps part of what was learned: the way out is named."""
+    train.main(make_config(**given(train_type, train_for)))
+    export(tmp_path / "run", other, name="other", dtype="bf16")
+    said = (
+        f"--train_for {train_for}, and not on this one; use --infer_type {SERVED[train_for]}, which it was trained for"
+    )
+    assert said in capsys.readouterr().out
+
+
 def test_two_processes_learn_the_same(pair, given, tmp_path):
     """As one with twice the rows, whatever was rounded by whom."""
     for train_type, train_for in TYPES[1:3]:

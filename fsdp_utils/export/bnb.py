@@ -128,7 +128,7 @@ class BnbNF4(Bnb):
         own = trained.quantizer if isinstance(trained.quantizer, Bnb4bit) else Bnb4bit()
         self.quantizer = replace(own, scales="fp32")
         self.check_group(self.quantizer.group_size, way_out="use --infer_type merged")
-        self.exact = trained.folded and isinstance(trained.quantizer, Bnb4bit)
+        self.exact = self.holds(Bnb4bit)
         self.calibrates = not self.exact
         # under PiSSA the grid is that of the base's rest, and the merged weight lies on it no more than any other
         on_its_grid = trained.run.kind == "adapter" and not trained.method.base_recipe

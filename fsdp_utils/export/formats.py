@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.folders import write_json
+from fsdp_utils.core.ranks import say
 from fsdp_utils.core.safetensors_io import StreamingWriter
 from fsdp_utils.export.gptq import Calibrated, Grid, Rounded, round_together
 from fsdp_utils.export.trained import TrainedWeights
@@ -21,6 +22,7 @@ from fsdp_utils.folders.documents import describe_generation, describe_model, de
 from fsdp_utils.folders.names import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, GENERATION_CONFIG
 from fsdp_utils.model.checkpoint import Cut
 from fsdp_utils.options import DTYPES
+from methods import ROUNDINGS
 from methods.adapter import KEY_PREFIX, LORA_A, LORA_B, Pair
 from methods.kernels.rounding import at_random
 from methods.llama_pro import EXPANDED_LAYERS_FILE
@@ -59,8 +61,18 @@ class Format:
     @property
     def better(self) -> str:
         """The flags of a format that keeps what was learned, whatever it was."""
+        if self.trained.folded:
+            return f"--infer_type {ROUNDINGS[self.trained.run.config.train_for].infer_type}, which it was trained for"
         exact = self.trained.run.kind == "adapter" and isinstance(self.trained.quantizer, Bnb4bit)
         return "--infer_type bnb_dora, which is exact" if exact else "--infer_type merged"
+
+    def holds(self, kind: type) -> bool:
+        """Whether the base that a run learned on, rounded by quantizers of a kind, is what it stores (--train_for)."""
+        folded = self.trained.folded
+        if folded and not isinstance(self.trained.quantizer, kind):
+            asked = self.trained.run.config.train_for
+            say(f"note: it learned on the rounding of --train_for {asked}, and not on this one; use {self.better}")
+        return folded and isinstance(self.trained.quantizer, kind)
 
     def to_pack(self) -> list[str]:
         """Every linear of the decoder blocks, except in blocks that were trained in 16 bits."""

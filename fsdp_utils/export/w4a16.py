@@ -32,7 +32,7 @@ class W4A16(Format):
 
     def __init__(self, trained, options):
         super().__init__(trained, options)
-        self.exact = trained.folded and isinstance(trained.quantizer, Int4)
+        self.exact = self.holds(Int4)
         self.symmetric, self.group_size = options.symmetric or self.exact, self._fitting_group()
         self.calibrates = not self.exact
         smaller = "use a smaller --group_size" if self.group_size > 32 else "use --infer_type merged"
