@@ -41,6 +41,7 @@ from scripts.make_demo import write_jsonl
 ADAPTER_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 NEAR = ADAPTER_RATES[3:6]  # where rows of the same kind were best
 FULL_RATES = (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)  # a tenth
+EIGHT = dict(compute="fp8", precision="bf16")  # whatever the study computes in
 NF4 = " + NF4"  # of a row: the trained weights, read again through NF4
 NO_RATE = 1e-12  # one step of it leaves the model as it is
 REPORTED = 200  # answers of the test file in the report of an export
@@ -103,6 +104,9 @@ METHODS = {
     },
     "HQQ 2 bits DoRA, QERA": adapted("hqq_dora", rates=NEAR, n_bits=2, lora_init="qera"),
     "QLoRA, QERA": adapted("custom_qlora", rates=NEAR, lora_init="qera"),
+    "LoRA, 8-bit products": adapted(rates=NEAR, **EIGHT),
+    "QLoRA, 8-bit products": adapted("custom_qlora", rates=NEAR, **EIGHT),
+    "QDoRA, 8-bit products": adapted("bnb_dora", rates=NEAR, **EIGHT),
     "LoRA, o_proj too": adapted(lora_target_modules="all_linear"),
     "LoRA, rank 8": adapted(lora_rank=8),
     "LoRA, rank 256": adapted(lora_rank=256),
