@@ -7,8 +7,8 @@ whole on two H200s. Here each process copies what it needs out of the others' me
   the GPUs, behind which all have written.
 - For reducing, each process puts its gradients, in the dtype they came in, into one of two buffers that take turns. All
   wait until all have; then each copies its rows of the others' and adds up in fp32, rounding once: what FSDP2 does
-  with a copy in fp32, at half the bytes. A process that waits for block n - 1 knows that nobody reads
-  block n - 2 any more, in whose buffer block n goes.
+  with a copy in fp32, at half the bytes. A process that waits for block n - 1 knows that nobody reads block n - 2 any
+  more, in whose buffer block n goes.
 """
 
 import math
