@@ -50,10 +50,10 @@ def losses(folder) -> list[float]:
     return [json.loads(line)["loss"] for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
-def torchrun(*words, scratch: Path, **environment) -> subprocess.CompletedProcess:
-    """Two processes of the real command."""
-    command = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    return forked([*command, *words], scratch, **environment)
+def torchrun(*words, scratch: Path, anew: bool = False, **environment) -> subprocess.CompletedProcess:
+    """Two processes; `anew`: of the real command, which import everything again."""
+    command = ["-m", "torch.distributed.run"] if anew else ["torchrun"]
+    return forked([*command, "--nproc_per_node=2", f"--master_port={free_port()}", *words], scratch, **environment)
 
 
 def error_lines(stderr: str) -> list[str]:

@@ -259,7 +259,7 @@ def test_bf16_without_hardware(tiny, monkeypatch):
 
 def test_torchrun_says_it_once(tmp_path):
     """Under torchrun a wrong command line is one line for each wrong flag, from one process, and a non-zero exit."""
-    done = torchrun(TRAIN, "--lora_rank=0", "--lr=nan", f"--output_dir={tmp_path / 'out'}", scratch=tmp_path)
+    done = torchrun(TRAIN, "--lora_rank=0", "--lr=nan", f"--output_dir={tmp_path / 'out'}", scratch=tmp_path, anew=True)
     assert done.returncode != 0
     assert [line.split(":")[1] for line in error_lines(done.stderr)] == [" --lora_rank 0", " --lr nan"]
     assert not (tmp_path / "out").exists()

@@ -194,7 +194,7 @@ def test_two_gpus_read_each_other(tiny, tiny_data, tmp_path, train_type, rank, s
     for gather in ("auto", "false"):
         folder = tmp_path / gather
         given = flags | dict(peer_gather=gather, output_dir=folder)
-        done = torchrun(TRAIN, *(f"--{name}={value}" for name, value in given.items()), scratch=tmp_path)
+        done = torchrun(TRAIN, *(f"--{name}={value}" for name, value in given.items()), scratch=tmp_path, anew=True)
         assert done.returncode == 0, done.stderr
         assert "shared CUDA tensors" not in done.stderr
         assert (said in done.stdout) is (gather == "auto")
