@@ -347,17 +347,20 @@ def test_sharing_ends(pair, flags):
 
 
 def test_two_by_two(flags):
-    """Two copies of the model, each sharded over two of four processes: every process reads its own neighbour."""
+    """Two copies of the model, each sharded over two of four processes: every process reads its own neighbour, frozen
+    weights or blocks that train; the reduction over the copies stays FSDP2's."""
     four = Workers(4)
-    settings = flags(train_type="bnb_dora", sharding_strategy="hybrid_full_shard", hybrid_shard_size=2)
+    settings = dict(sharding_strategy="hybrid_full_shard", hybrid_shard_size=2)
     try:
-        run = lambda on: four.run(with_little, TOGETHER, first_step, {**settings, "batch_size": 2, "peer_gather": on})
-        theirs, ours = run(False), run(True)
+        for train_type in ("bnb_dora", "full"):
+            given = flags(train_type=train_type) | settings | dict(batch_size=2)
+            run = lambda on, given=given: four.run(with_little, TOGETHER, first_step, {**given, "peer_gather": on})
+            theirs, ours = run(False), run(True)
+            for got, want in zip(ours, theirs, strict=True):
+                assert_learns(want)
+                assert_close(got, want, relative=1e-5)
     finally:
         four.close()
-    for got, want in zip(ours, theirs, strict=True):
-        assert_learns(want)
-        assert_close(got, want, relative=1e-5)
 
 
 def sizes_and_bytes(flags: dict) -> tuple[dict[str, int], dict[str, int]]:
