@@ -170,4 +170,5 @@ SINKS = {
 EVAL_TYPES = (
     "full", "full_post_quantized", "qlora", "bnb_dora", "hqq_lora", "hqq_dora", "bnb_llama_pro", "hqq_llama_pro",
 )  # fmt: skip
+OWN_ATTENTION = "causal_or_packed"  # ours that takes no mask, in transformers' interface: `model.attention`
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}  # --dtype of evaluations and exports

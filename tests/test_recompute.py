@@ -17,8 +17,10 @@ from fsdp_utils.data.batches import with_targets
 from fsdp_utils.memory import recompute
 from fsdp_utils.memory.activations import measure
 from fsdp_utils.memory.budget import Block, Resident, at_loss, optimizer_bytes, peak_activations, remedies, resident
+from fsdp_utils.memory.graphs import graph_tokens
 from fsdp_utils.memory.recompute import blocks_to_recompute, free_memory, lay_out
 from fsdp_utils.model import attention
+from fsdp_utils.options import OWN_ATTENTION
 from fsdp_utils.sharding import offload, wrapping
 from fsdp_utils.sharding.mesh import mesh_for
 from fsdp_utils.tasks.causal_lm import CAUSAL_LM
@@ -307,6 +309,16 @@ def test_auto_says_what_it_does(tiny, monkeypatch, capsys, free, recomputed):
     (line,) = [s for s in capsys.readouterr().out.splitlines() if s.startswith("activation checkpointing")]
     assert f"{recomputed} of {BLOCKS} blocks recompute" in line
     assert ("CPU" in line) if free is None else ("4 x 64 tokens" in line and "GiB free" in line)
+
+
+@pytest.mark.parametrize(("name", "recorded"), [(OWN_ATTENTION, True), ("sdpa", False), ("eager", False)])
+def test_no_graph_of_masks_that_transformers_makes(tiny, name, recorded):
+    """Where batches need none it makes them while a graph is recorded, so that blocks would be compiled again there: on
+    GPUs runs in fp32 ended so."""
+    config = make_config(model_name=tiny("llama"), train_type="bnb_dora")
+    model = plan(config).model
+    model.config.get_text_config()._attn_implementation = name
+    assert (graph_tokens(model, config, mesh=None, device=torch.device("cuda")) > 0) is recorded
 
 
 def test_graphs_leave_less(tiny, monkeypatch):

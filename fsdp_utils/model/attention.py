@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from fsdp_utils.core.errors import UserError
+from fsdp_utils.options import OWN_ATTENTION
 from fsdp_utils.sharding.context_parallel import attend_by_heads, attend_by_keys
 from methods.quantizers.linear import compute_dtype
 from methods.targets import family_dropout
@@ -21,7 +22,7 @@ except ImportError:
     varlen_attn = None
 
 # names in transformers' attention interface: by kernels, for whole rows, and for rows that are shared; with masks
-NAME, SHARED, SHARED_MASKED = "causal_or_packed", "shared_rows", "shared_rows_masked"
+NAME, SHARED, SHARED_MASKED = OWN_ATTENTION, "shared_rows", "shared_rows_masked"
 WINDOWED = "sliding_attention"
 
 Tensor = torch.Tensor
