@@ -1,8 +1,9 @@
 """--train_for: adapters that learn on the rounded weights that an export stores."""
 
+import json
+
 import pytest
 import torch
-from commands import losses
 from real_run import logits, make_config, off_zero, planned_and_prepared, prepared
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -121,13 +122,25 @@ def test_another_rounding_is_said(given, export, tmp_path, capsys, train_type, t
 
 
 def test_two_processes_learn_the_same(pair, given, tmp_path):
-    """As one with twice the rows, whatever was rounded by whom."""
-    for train_type, train_for in TYPES[1:3]:
-        for rows, runner in ((4, lambda f, **kw: f(**kw)), (2, pair.run)):
-            more = dict(batch_size=rows, output_dir=tmp_path / f"{train_type}{rows}")
-            runner(run_main, **given(train_type, train_for, **more))
-        one, two = (losses(tmp_path / f"{train_type}{rows}") for rows in (4, 2))
-        assert two == pytest.approx(one, rel=1e-4) and len(one) == 7
+    """As one with twice the rows, whatever was rounded by whom, also where whole weights are kept from step to step."""
+    near = dict(peer_gather=True)
+    for train_type, train_for, *ways in (
+        (*TYPES[1], near, near | dict(sharding_strategy="shard_grad_op")),
+        (*TYPES[2], {}, near),
+    ):
+        run_main(**given(train_type, train_for, batch_size=4, eval_samples=4, output_dir=tmp_path / train_type))
+        one = numbers(tmp_path / train_type)
+        for i, more in enumerate(ways):
+            folder = tmp_path / f"{train_type}{i}"
+            more = dict(batch_size=2, eval_samples=4, output_dir=folder) | more
+            pair.run(run_main, **given(train_type, train_for, **more))
+            assert numbers(folder) == pytest.approx(one, rel=1e-4) and len(one) == 8
+
+
+def numbers(folder) -> list[float]:
+    """Losses of the steps and of the validation."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row[name] for row in rows for name in ("loss", "eval_loss") if name in row]
 
 
 def run_main(**flags):

@@ -360,6 +360,7 @@ def round_again(planned: Plan, prepared: Prepared) -> None:
         barrier()
 
     planned.method.fold(prepared.model, rewrite, device=prepared.device)
+    prepared.forget_frozen()
 
 
 def is_local(config) -> bool:

@@ -175,6 +175,9 @@ class PeerCollectives:
         done = "gathered and reduced" if self.reduce else "gathered"
         say(f"blocks that train are {done} out of {group.size()} processes' memory")
 
+    def forget_frozen(self) -> None:
+        """It keeps none."""
+
     def close(self) -> None:
         """No process frees memory that another still maps, and none ends with it. Collective."""
         if not self.gathers:

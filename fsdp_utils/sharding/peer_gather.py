@@ -1,8 +1,9 @@
 """Frozen weights of decoder blocks, copied straight out of the neighbours' memory while the block before them runs.
 
 A frozen weight does not change after loading, so its shards can be read at any moment: no collective, no process that
-waits for another, no kernel that takes multiprocessors from a matrix product; the GPUs' copy engines do it. FSDP2 keeps
-what trains, and where that is little it gathers and reduces it once a step: no decoder block waits for another process.
+waits for another, no kernel that takes multiprocessors from a matrix product; the GPUs' copy engines do it. Where one
+does change (--train_for), between steps, all processes wait, and what was copied is forgotten. FSDP2 keeps what trains,
+and where that is little it gathers and reduces it once a step: no decoder block waits for another process.
 
 It takes GPUs of one host that reach each other's memory. Elsewhere FSDP2 gathers everything: the reference.
 """
@@ -327,6 +328,11 @@ class PeerGather:
             for target, source in self.copies[number]:
                 target.copy_(source, non_blocking=True)
         slot.holds, slot.ready = number, self.stream and self.stream.record_event()
+
+    def forget_frozen(self) -> None:
+        """Copies every block again, also those that still are in their slots."""
+        for slot in self.slots:
+            slot.holds = None
 
     def close(self) -> None:
         """Gathers no more. No process frees memory that another still maps, and none ends with it. Collective."""

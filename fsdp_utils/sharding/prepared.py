@@ -42,6 +42,11 @@ class Prepared:
     sizes: dict[str, int] = field(default_factory=dict)
     host_activations: int = 0
 
+    def forget_frozen(self) -> None:
+        """Frozen weights are other ones from now on: whole ones that are kept from block to block are old."""
+        for each in self.peers:
+            each.forget_frozen()
+
     def close(self) -> None:
         """Ends what is shared with other processes. Collective, at the end of a run that ends well; else processes end
         at once, and their memory with them."""
