@@ -394,7 +394,9 @@ class TrainConfig:
             own = [name for name, row in TRAIN_TYPES.items() if METHODS[row.method].fused]
             found.append(f"--compute fp8: not with --train_type {self.train_type}; use one of {', '.join(own)}")
         if self.tile_tokens and self.checkpoint_policy != "full":
-            found.append(f"--tile_tokens {self.tile_tokens}: not with --checkpoint_policy {self.checkpoint_policy}")
+            found.append(
+                f"--tile_tokens {self.tile_tokens}: not with --checkpoint_policy {self.checkpoint_policy}; use full"
+            )
         if self.checkpoint_policy != "full" and self.reentrant_checkpointing:
             found.append(f"--checkpoint_policy {self.checkpoint_policy}: not with --reentrant_checkpointing true")
         if self.quantize_lm_head and self.quantizer == "none":

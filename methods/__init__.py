@@ -81,11 +81,12 @@ SCALINGS = {False: "methods.adapter:Scaling", True: "methods.rslora:RankStabiliz
 
 class Rounding(NamedTuple):
     """A value of --train_for: the quantizer whose train types can have it, that of the base in their place, whose
-    `served` takes the flags, and the --infer_type that stores it."""
+    `served` takes the flags, the --infer_type that stores it, and whether that packs experts."""
 
     quantizer: str
     target: str
     infer_type: str
+    packs_experts: bool = False
 
 
 # exports that keep what was learned because the adapter learned on their rounding (methods/folded.py)
@@ -93,7 +94,7 @@ FOLDED = "methods.folded:Folded"
 ROUNDINGS = {
     "none": None,
     "nf4": Rounding("bnb", "methods.quantizers.bnb:Bnb4bit", "bnb_nf4"),
-    "w4a16": Rounding("hqq", "methods.quantizers.int4:Int4", "w4a16"),
+    "w4a16": Rounding("hqq", "methods.quantizers.int4:Int4", "w4a16", packs_experts=True),
 }
 METHODS = {
     "full": MethodRow("methods.full:Full"),

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fsdp_utils.core.classes import load_class
 from fsdp_utils.core.errors import ConfigError, first_line
+from fsdp_utils.core.ranks import say
 from methods import GROUP_SIZES, QUANTIZERS, group_sizes_for, make_quantizer
 
 MIXED = "mixed"  # of --n_bits: a plan by where a block stands
@@ -164,6 +165,8 @@ def settle(config, blocks: list[str]) -> None:
     if config.n_bits != MIXED:
         return
     count, (more, config.n_bits) = max(round(len(blocks) * SHARE), 2), OF_MIXED
+    if count >= len(blocks):
+        say(f"note: --n_bits {MIXED}: all {len(blocks)} blocks are at an end, so all get {more} bits")
     last = max(count // 3, 1)
     chosen = dict.fromkeys(blocks[: count - last] + blocks[-last:])
     config.bits_plan = json.dumps({f"{path}.*": dict(bits=more) for path in chosen})

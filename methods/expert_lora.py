@@ -66,7 +66,11 @@ def stacks_to_adapt(model: nn.Module, config) -> list[str]:
     packed = all(isinstance(getattr(experts, name), PackedStack) for experts, name in parts)
     table = (
         (not stacks, f"{config.source} has no experts; drop the word"),
-        (not packed, "its experts are in 16 bits; they get adapters where they are quantized (custom_qlora, hqq_lora)"),
+        (
+            not packed,
+            "its experts are in 16 bits, and get adapters only where they are packed, by custom_qlora or hqq_lora from "
+            "a base in 16 bits; drop the word",
+        ),
         (config.method == "dora", "PEFT reads no DoRA of experts; use custom_qlora or hqq_lora"),
         (config.train_for != "none", "experts do not learn on the rounding of an export; drop --train_for"),
         (config.lora_init != "default", f"experts begin as by default, not with --lora_init {config.lora_init}"),
@@ -101,7 +105,8 @@ def adapters_beside_experts(layers: dict[str, nn.Module]) -> list[str]:
     said = [] if adapted else ["experts stay as they are, without adapters; add the word experts for them"]
     if confused:
         said.append(
-            f"stock PEFT takes {', '.join(confused)} of a mixture for its experts', and fails on an adapter of others; "
-            "name attention's linears only, or export with --infer_type merged"
+            f"stock PEFT takes {', '.join(confused)} of some mixtures (DeepSeek, GLM; not Qwen2-MoE) for their "
+            "experts', and reads adapters of others wrongly or not at all; name attention's linears only, or export "
+            "with --infer_type merged"
         )
     return said

@@ -45,7 +45,8 @@ class BitsConfig:
         table = (
             (not self.budget_gib, "--budget_gib: required, as 4.5"),
             (wrong, f"--bits {self.bits}: {PACKED_BY} offers {', '.join(map(str, offered))}"),
-            (Path(self.out).exists() and not self.overwrite,
+            (Path(self.out).is_dir(), f"--out {self.out}: is a folder; name a file"),
+            (Path(self.out).is_file() and not self.overwrite,
              f"--out {self.out}: is there already; choose another or pass --overwrite true"),
             (not Path(self.out).absolute().parent.is_dir(), f"--out {self.out}: is in no folder; make that first"),
         )  # fmt: skip

@@ -490,6 +490,7 @@ def test_what_is_measured_of_one_unit(measuring, flags, written):
     [
         (dict(budget_gib=0), "--budget_gib: required"),
         (dict(bits="4,5"), "--bits 4,5: hqq offers 8, 4, 3, 2, 1"),
+        (dict(out="/tmp", overwrite=True), "--out /tmp: is a folder; name a file"),
         (dict(out="/nowhere/plan.json"), "--out /nowhere/plan.json: is in no folder; make that first"),
     ],
 )

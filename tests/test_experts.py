@@ -248,6 +248,12 @@ def test_packed_for_servers(tiny, save_run, export, family, train_type, more):
         assert ((codes * scales - weight).abs() <= 0.5 * scales).float().mean() > 0.85
         assert (codes * scales - weight).norm() < 0.12 * weight.norm()
     assert left >= 2 and sum("experts.0." in name for name in packed) >= 3
+    stock, whole = (
+        dict(AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32).named_parameters())
+        for f in (target, target.with_name("merged"))
+    )
+    stacks = [name for name in whole if "experts." in name and whole[name].dim() == 3]
+    assert stacks and all((stock[name] - whole[name]).norm() < 0.12 * whole[name].norm() for name in stacks)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])

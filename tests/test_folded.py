@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from real_run import logits, make_config, off_zero, planned_and_prepared, prepared
+from real_run import logits, make_config, off_zero, plan, planned_and_prepared, prepared
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -145,6 +145,15 @@ def numbers(folder) -> list[float]:
 
 def run_main(**flags):
     train.main(make_config(**flags))
+
+
+def test_a_mixture_whose_experts_its_export_does_not_pack(tiny):
+    """Said before a weight is read, not by the export."""
+    for family, train_type, train_for in (("mixtral", "custom_qlora", "nf4"), ("gpt_oss", "hqq_lora", "w4a16")):
+        with pytest.raises(
+            UserError, match=f"--train_for {train_for}: --infer_type {SERVED[train_for]} packs no experts"
+        ):
+            plan(make_config(model_name=tiny(family), train_type=train_type, train_for=train_for))
 
 
 def test_what_is_judged_is_rounded(given, monkeypatch):

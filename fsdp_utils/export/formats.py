@@ -63,7 +63,8 @@ class Format:
         """The flags of a format that keeps what was learned, whatever it was."""
         if self.trained.folded:
             return f"--infer_type {ROUNDINGS[self.trained.run.config.train_for].infer_type}, which it was trained for"
-        exact = self.trained.run.kind == "adapter" and isinstance(self.trained.quantizer, Bnb4bit)
+        alike = isinstance(self.trained.quantizer, Bnb4bit) and not self.trained.stacks
+        exact = self.trained.run.kind == "adapter" and alike
         return "--infer_type bnb_dora, which is exact" if exact else "--infer_type merged"
 
     def holds(self, kind: type) -> bool:
@@ -87,12 +88,13 @@ class Format:
         if odd or self.trained.has_conv1d:
             kind = odd.pop() if odd else "Conv1D"
             raise UserError(f"{self.trained.run.folder}: stock loaders read no packed {kind} layers; use merged")
-        if self.trained.stacks and not self.packs_experts:  # they would stay in 16 bits, most of the model
-            raise UserError(f"{self.trained.run.folder}: its experts cannot be packed so; use merged or w4a16")
+        given = f"--infer_type {self.options.infer_type}: {self.trained.run.folder}"
         for path in self.trained.stacks:
             if len(self.trained.weights.pieces(path)) == 1:
                 stored = "its files have all matrices of its experts in one tensor, for which no packed form is read"
-                raise UserError(f"{self.trained.run.folder}: {stored}; use merged")
+                raise UserError(f"{given}: {stored}; use merged")
+        if self.trained.stacks and not self.packs_experts:  # they would stay in 16 bits, most of the model
+            raise UserError(f"{given}: its experts cannot be packed so; use merged or w4a16")
 
     def unpacked_linears(self) -> list[str]:
         """Paths of the linears, and of what chooses experts, that a stock loader must leave alone, as the base's files

@@ -80,21 +80,24 @@ class W4A16(Format):
         return self._stored(path, weight, self.grid(path, weight))
 
     def _stored(self, path, values, grid):
-        found = self._parts(path, grid.codes(values), grid.scale)
+        found = self._parts(path, grid.codes(values), grid.scale.to(self.dtype))
         if not self.symmetric:
             found[f"{path}.weight_zero_point"] = pack(grid.zero.to(torch.int8).T).T.contiguous()
         return found
 
     def _as_trained(self, path):
-        """The codes of the base that holds the adapter; scales by what training multiplies rows with."""
+        """The codes of the base that holds the adapter; scales by what training multiplies rows with. Where that is
+        nothing they stay in their dtype, in which training rounds code times scale, and so do their readers."""
         codes, scales = self.trained.packed(path)
-        return self._parts(path, numbers(codes), scales.float() * self.trained.row_factor(path).unsqueeze(1))
+        factor = self.trained.row_factor(path)
+        scaled = (scales.float() * factor.unsqueeze(1)).to(self.dtype) if (factor != 1).any() else scales
+        return self._parts(path, numbers(codes), scaled)
 
     def _parts(self, path, codes, scale):
         """What is stored of codes int8 `[out, in]` and scales `[out, in/group]`."""
         return {
             f"{path}.weight_packed": pack(codes),
-            f"{path}.weight_scale": scale.to(self.dtype),
+            f"{path}.weight_scale": scale,
             f"{path}.weight_shape": torch.tensor(codes.shape),
         }
 
@@ -107,9 +110,6 @@ class W4A16(Format):
         _, scales, zeros = self.trained.packed(path)
         factor = self.trained.row_factor(path).abs().unsqueeze(1)
         yield (scales.float() * factor).unsqueeze(-1), (zeros.float() + LOW).unsqueeze(-1)
-
-    def misread(self):
-        return "transformers reads no packed experts; vLLM does" if self.trained.stacks else None
 
     def quantization_config(self):
         weights = scheme(symmetric=self.symmetric, group_size=self.group_size)

@@ -43,7 +43,7 @@ from fsdp_utils.options import OPTIMIZERS, PRECISIONS
 from fsdp_utils.sharding import context_parallel, fsdp, offload, peer_collectives, peer_gather, tiles, wrapping
 from fsdp_utils.sharding.mesh import shard_group
 from fsdp_utils.sharding.prepared import Prepared
-from methods import CORRECTING, METHODS, bits, method_of
+from methods import CORRECTING, METHODS, ROUNDINGS, bits, method_of
 from methods.base import Method
 from methods.dropout import seed_dropout
 from methods.expert_lora import adapters_beside_experts
@@ -218,6 +218,16 @@ def check_trainable(built: Built, config, *, device: torch.device) -> None:
         model.config.get_text_config()._attn_implementation = name
 
 
+def check_rounding(built: Built, config) -> None:
+    """Raises UserError where the export that --train_for is for packs no experts like these."""
+    rounding, stacks = ROUNDINGS[config.train_for], expert_stacks(built.model)
+    if rounding is None or not stacks:
+        return
+    if not rounding.packs_experts or any(len(built.weights.pieces(path)) == 1 for path in stacks):
+        stored = f"--infer_type {rounding.infer_type} packs no experts like those of {config.source}"
+        raise UserError(f"--train_for {config.train_for}: {stored}; drop it, and export by --infer_type merged")
+
+
 def attach(built: Built, config) -> Plan:
     """Packs what is quantized and adds what trains, on meta.
 
@@ -227,6 +237,7 @@ def attach(built: Built, config) -> Plan:
     """
     model, weights = built.model, built.weights
     comes = prequantized.coming(model, weights)
+    check_rounding(built, config)
     if not comes:
         bits.settle(config, list(decoder_blocks(model)))
     method = method_of(config.train_type)(config)
