@@ -103,10 +103,11 @@ def test_the_export_is_what_was_trained(given, export, tmp_path, train_type, tra
         export(run.folder, "merged", name="merged", dtype="fp32"), dtype=torch.float32
     )
     torch.testing.assert_close(logits(merged.eval()), ours, atol=1e-4, rtol=0)
-    folder = export(run.folder, SERVED[train_for], name="served", dtype="fp32" if train_for == "nf4" else "bf16")
+    lora = train_type == "hqq_lora"
+    folder = export(run.folder, SERVED[train_for], name="served", dtype="bf16" if train_type == "hqq_dora" else "fp32")
     stock = fidelity.load_stock(describe(folder), device=CPU, dtype=torch.float32)
-    # what w4a16 does not pack is in bf16 there, and so are scales, which factors of rows do not fit
-    atol = 1e-4 if train_for == "nf4" else 5e-2
+    # with DoRA what w4a16 does not pack is in bf16 here, and so are scales, which factors of rows do not fit
+    atol = 1e-4 if train_for == "nf4" or lora else 5e-2
     torch.testing.assert_close(logits(stock), ours, atol=atol, rtol=0)
 
 

@@ -8,7 +8,7 @@ import torch
 from fsdp_utils.core.ranks import say
 from fsdp_utils.export.formats import Format
 from methods.quantizers.hqq import HQQ
-from methods.quantizers.int4 import LOW, Int4, choose, grids, numbers
+from methods.quantizers.int4 import LOW, SCALE_DTYPES, Int4, choose, grids, numbers
 
 GROUPS = (128, 64, 32)  # that vLLM's kernels know
 
@@ -35,6 +35,10 @@ class W4A16(Format):
         self.exact = self.holds(Int4)
         self.symmetric, self.group_size = options.symmetric or self.exact, self._fitting_group()
         self.calibrates = not self.exact
+        # what training rounds, code times scale, it rounds in the dtype of scales, and so do their readers; DoRA's
+        # factors, which go into the scales, it does not round
+        as_rounded = self.exact and trained.run.config.method != "dora"
+        self.scale_dtype = SCALE_DTYPES[trained.quantizer.scales] if as_rounded else self.dtype
         smaller = "use a smaller --group_size" if self.group_size > 32 else "use --infer_type merged"
         self.check_group(self.group_size, way_out=smaller)
 
@@ -58,7 +62,7 @@ class W4A16(Format):
         groups = width // self.group_size
         found = {
             f"{path}.weight_packed": (torch.int32, (out, width // 8)),
-            f"{path}.weight_scale": (self.dtype, (out, groups)),
+            f"{path}.weight_scale": (self.scale_dtype, (out, groups)),
             f"{path}.weight_shape": (torch.int64, (2,)),
         }
         if not self.symmetric:
@@ -80,24 +84,21 @@ class W4A16(Format):
         return self._stored(path, weight, self.grid(path, weight))
 
     def _stored(self, path, values, grid):
-        found = self._parts(path, grid.codes(values), grid.scale.to(self.dtype))
+        found = self._parts(path, grid.codes(values), grid.scale)
         if not self.symmetric:
             found[f"{path}.weight_zero_point"] = pack(grid.zero.to(torch.int8).T).T.contiguous()
         return found
 
     def _as_trained(self, path):
-        """The codes of the base that holds the adapter; scales by what training multiplies rows with. Where that is
-        nothing they stay in their dtype, in which training rounds code times scale, and so do their readers."""
+        """The codes of the base that holds the adapter; scales by what training multiplies rows with."""
         codes, scales = self.trained.packed(path)
-        factor = self.trained.row_factor(path)
-        scaled = (scales.float() * factor.unsqueeze(1)).to(self.dtype) if (factor != 1).any() else scales
-        return self._parts(path, numbers(codes), scaled)
+        return self._parts(path, numbers(codes), scales.float() * self.trained.row_factor(path).unsqueeze(1))
 
     def _parts(self, path, codes, scale):
         """What is stored of codes int8 `[out, in]` and scales `[out, in/group]`."""
         return {
             f"{path}.weight_packed": pack(codes),
-            f"{path}.weight_scale": scale,
+            f"{path}.weight_scale": scale.to(self.scale_dtype),
             f"{path}.weight_shape": torch.tensor(codes.shape),
         }
 
