@@ -67,8 +67,10 @@ MIXTURES = {
 }  # fmt: skip
 
 
-def write_config(shape: str, folder: str | Path, **more) -> Path:
-    """A folder with only the configuration of a Llama or a mixture of that shape; weights are dummies."""
+def write_config(shape: str, folder: str | Path, *, layers: int | None = None, **more) -> Path:
+    """A folder with only the configuration of a Llama or a mixture of that shape, or of fewer layers; weights are
+    dummies."""
+    more |= dict(num_hidden_layers=layers) if layers else {}
     if shape in MIXTURES:
         config = MIXTURES[shape]()
         config.update(more)

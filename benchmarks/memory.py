@@ -44,8 +44,7 @@ def main(args: argparse.Namespace) -> None:
     rows = {row: parse_row(row) for row in args.rows.split(",")}
     batch, length, _ = max(rows.values(), key=lambda row: row[0] * row[1])  # what `auto` plans for
     flags = dict(train_type=args.train_type, batch_size=batch, context_length=length) | extra
-    fewer = dict(num_hidden_layers=args.layers) if args.layers else {}
-    run = Run(make_config(write_config(args.shape, tempfile.mkdtemp(), **fewer), **flags))
+    run = Run(make_config(write_config(args.shape, tempfile.mkdtemp(), layers=args.layers), **flags))
     loaded = torch.cuda.max_memory_allocated() / 2**30
     results = []
     for row, (batch, length, _) in rows.items():

@@ -106,8 +106,7 @@ def main(args: argparse.Namespace) -> None:
     extra = dict(pair.split("=") for pair in args.extra.split(",") if pair)
     device = pick_device(extra.get("device", "auto"))
     peers = parse_peers(args.peer, device=device)
-    fewer = dict(num_hidden_layers=args.layers) if args.layers else {}
-    folder = write_config(args.shape, tempfile.mkdtemp(), **fewer)
+    folder = write_config(args.shape, tempfile.mkdtemp(), layers=args.layers)
     common = dict(processes=world_size(), extra=extra)
     results = []
     say(HEADER)

@@ -595,8 +595,8 @@ def test_host_memory_of_loading(pair, wide, train_type):
 
 @pytest.mark.parametrize(("compiles", "captured_at"), [((), 1), ((0,), 2), ((0, 1), 3), ((1,), 1)])
 def test_no_graph_is_recorded_of_what_has_just_compiled(monkeypatch, compiles, captured_at):
-    """What compiled in one batch may in the next, as a second batch of fp32 did, and could not while a graph was
-    recorded. `compiles`: the batches of a shape that do; the first capture comes behind one that did not."""
+    """What compiled in one batch may in the next, and could not while a graph was recorded. `compiles`: the batches of
+    a shape that do; the first capture comes behind one that did not."""
     weight, made, captured = torch.ones(2, requires_grad=True), [], []
 
     def loss_of(batch):

@@ -28,6 +28,12 @@ def row_range(tensor: torch.Tensor) -> tuple[int, int]:
     return 0, rows
 
 
+def largest_share(tensor: torch.Tensor, shards: int) -> tuple[int, int]:
+    """Elements and bytes of a whole tensor in the process that holds most of its rows; FSDP2 fills up the others'."""
+    elements = -(-tensor.shape[0] // shards) * (tensor.numel() // tensor.shape[0])
+    return elements, elements * tensor.element_size()
+
+
 def gather(tensor: torch.Tensor) -> torch.Tensor:
     """The whole tensor on every process. Collective: every process must call it."""
     if not isinstance(tensor, DTensor):

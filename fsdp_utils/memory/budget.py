@@ -14,6 +14,7 @@ from torch import nn
 from fsdp_utils.core.devices import GIB
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.ranks import world_size
+from fsdp_utils.core.rows import largest_share
 from fsdp_utils.memory.activations import Kept
 from fsdp_utils.memory.graphs import graph_tokens
 from fsdp_utils.options import OPTIMIZERS, STRATEGIES
@@ -67,19 +68,13 @@ def _gradient_bytes(model: nn.Module, blocks: dict[str, nn.Module], config, *, s
 
     Where gradients are averaged over copies of the model, FSDP2 holds what it reduced until backward ends.
     """
-    nbytes = lambda parameters: sum(_row_bytes(p, shards)[1] for p in parameters if p.requires_grad)
+    nbytes = lambda parameters: sum(largest_share(p, shards)[1] for p in parameters if p.requires_grad)
     if not config.optimizer_in_backward or STRATEGIES[config.sharding_strategy].copies != "one":
         return nbytes(model.parameters())
     ends = {id(m): m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
     groups = [list(m.parameters()) for m in (*blocks.values(), *ends.values())]
     inside = {id(p) for group in groups for p in group}
     return max(map(nbytes, [*groups, [p for p in model.parameters() if id(p) not in inside]]))
-
-
-def _row_bytes(parameter: torch.Tensor, shards: int) -> tuple[int, int]:
-    """Elements and bytes of a parameter in the process that holds most of its rows."""
-    elements = -(-parameter.shape[0] // shards) * (parameter.numel() // parameter.shape[0])
-    return elements, elements * parameter.element_size()
 
 
 def keeps_gradients(model: nn.Module, config, *, mesh, device: torch.device) -> bool:
@@ -118,7 +113,7 @@ def resident(
     inside = {id(p) for block in blocks.values() for p in block.parameters() if p.dim() == 2}
     frozen = trained = states = 0
     for p in model.parameters() if not offloaded else ():
-        elements, nbytes = _row_bytes(p, shards)
+        elements, nbytes = largest_share(p, shards)
         if p.requires_grad:
             trained += nbytes
             shape = dict(columns=p.shape[1:].numel(), in_block=id(p) in inside)

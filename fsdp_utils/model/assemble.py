@@ -284,7 +284,7 @@ def load(
     near = peer_gather.reached(config, mesh=mesh, device=device)
     shards = peer_gather.choose(blocks, config, mesh=mesh) if near else None
     with_root = bool(shards and shards.trains_little)
-    copies = mesh.size() // shard_group(mesh).size() if mesh else 1
+    copies = mesh.size() // shard_group(mesh).size() if near else 1
     reduced = near and not with_root and peer_collectives.reduces(blocks.values(), config, copies=copies)
     on_host = offload.whole_embedding(model, config, device=device)
     slot_bytes, slack = sum(shards.slot_sizes) if shards else 0, offload.slack_for(config, peers=bool(shards))

@@ -13,6 +13,7 @@ whole on two H200s. Here each process copies what it needs out of the others' me
 
 import math
 from collections.abc import Iterable, Iterator
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -22,10 +23,11 @@ from torch.distributed.fsdp import FSDPModule
 from fsdp_utils.core.devices import synchronize
 from fsdp_utils.core.processes import barrier
 from fsdp_utils.core.ranks import say
-from fsdp_utils.core.rows import local
+from fsdp_utils.core.rows import largest_share, local
 from fsdp_utils.sharding.mesh import shard_group
-from fsdp_utils.sharding.peer_gather import Exported, exchange, export_to_others, mapped, unread_parameters
+from fsdp_utils.sharding.peer_gather import exchange, export_to_others, give_back, mapped, unread_parameters
 from methods.kernels import reduce
+from methods.packed import as_bytes
 
 Tensor = torch.Tensor
 
@@ -39,14 +41,8 @@ def reduces(blocks: Iterable[nn.Module], config, *, copies: int) -> bool:
 
 def buffer_bytes(blocks: Iterable[nn.Module], *, shards: int) -> int:
     """Of one of the two buffers: the gradients of the largest block, rows of zeros included that make shards even."""
-    rows = lambda p: -(-p.shape[0] // shards) * shards * (p.numel() // max(p.shape[0], 1))
-    size = lambda block: sum(rows(p) * p.element_size() for p in block.parameters() if p.requires_grad)
-    return max(map(size, blocks), default=0)
-
-
-def as_bytes(tensor: Tensor) -> Tensor:
-    """uint8 `[nbytes]` of a tensor without gaps."""
-    return tensor.view(-1).view(torch.uint8)
+    share = lambda block: sum(largest_share(p, shards)[1] for p in block.parameters() if p.requires_grad)
+    return shards * max(map(share, blocks), default=0)
 
 
 def in_order(module: nn.Module) -> Iterator[nn.Parameter]:
@@ -82,16 +78,15 @@ class PeerAllGather:
         Raises:
             RuntimeError: FSDP2 lines parameters up in another order than `in_order`.
         """
-        rows, starts, end = [local(p) for p in self.parameters], [], 0
-        for p in self.parameters:
-            starts.append(end)
-            end += -(-p.shape[0] // group.size()) * (p.numel() // p.shape[0]) * p.element_size()
+        rows = [local(p) for p in self.parameters]
+        *starts, end = accumulate((largest_share(p, group.size())[1] for p in self.parameters), initial=0)
         alike = end == len(own) and all(
-            torch.equal(own[start : start + r.nbytes], as_bytes(r)) for start, r in zip(starts, rows, strict=True)
+            torch.equal(own[start : start + r.nbytes], as_bytes(r.view(-1)))
+            for start, r in zip(starts, rows, strict=True)
         )
         if not alike:
             raise RuntimeError("FSDP2 gathers parameters in an order that peer_collectives does not know")
-        everyone: list[list[list[Exported | None]]] = exchange(export_to_others(rows, group), group)
+        everyone = exchange(export_to_others(rows, group), group)
         of_each = [exported[group.rank()] for exported in everyone]
         self.sources = [
             [(start, mapped(e, own.device)) for start, e in zip(starts, exported, strict=True) if e is not None]
@@ -192,6 +187,4 @@ class PeerCollectives:
             self.reduce.everyone = []
         self.gathers = []
         barrier()
-        for tensor in exported:
-            if tensor.is_cuda:
-                tensor.untyped_storage().resize_(0)
+        give_back(exported)

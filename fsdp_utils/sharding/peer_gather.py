@@ -141,6 +141,13 @@ def _tried(function, *args):
         return str(error).partition("\n")[0]
 
 
+def give_back(exported: list[torch.Tensor]) -> None:
+    """Frees GPU memory that no other process maps any more, while this one still lives: torch counts what it shares."""
+    for tensor in exported:
+        if tensor.is_cuda:
+            tensor.untyped_storage().resize_(0)
+
+
 def unreachable(mesh, device: torch.device) -> str | None:
     """Why the processes that share a copy of the model cannot read each other's memory; None if they can, found out by
     reading it. Collective; the same answer in every process of the run.
@@ -351,10 +358,8 @@ class PeerGather:
         self.copies, self.hooks = [], []
 
     def _free(self) -> None:
-        """Gives back this process's shards on a GPU."""
-        for p in self.parameters:
-            if local(p).is_cuda:
-                local(p).untyped_storage().resize_(0)
+        """Gives back this process's shards."""
+        give_back([local(p) for p in self.parameters])
 
 
 def wanted(config, *, shards: int, device: torch.device) -> bool:

@@ -3,10 +3,9 @@ cores have them (Ada, Hopper, Blackwell).
 
 A row's largest entry becomes the largest number there is, 448, and 3 bits behind the leading one are left: a product of
 random numbers comes out 3.8 % off. Written in plain operators, so that the compiler makes it part of the pass that
-makes the rows (a norm, an activation).
+makes the rows (a norm, an activation); where these are wide, a kernel.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -117,7 +116,7 @@ _library.define("rows_in_fp8(Tensor rows, Tensor? columns) -> (Tensor, Tensor)")
 _library.impl("rows_in_fp8", by_rows_kernel, "CUDA")
 
 
-@partial(torch.library.register_fake, "fsdp_qlora::rows_in_fp8", lib=_library)
+@torch.library.register_fake("fsdp_qlora::rows_in_fp8", lib=_library)
 def _shapes(rows, columns):
     return rows.new_empty(rows.shape, dtype=E4M3), rows.new_empty(len(rows), 1, dtype=torch.float32)
 
