@@ -30,7 +30,8 @@ class Folded(Start):
         super().__init__(config, scaling=scaling)
         self.whole: dict[str, Pair] = {}  # what the base is being filled with, on the CPU
         self.paths: set[str] = set()
-        self.norms: dict[str, torch.Tensor] = {}  # of this process's rows of W, fp32 `[n]`
+        # of this process's rows of W, fp32 `[n]`, for each piece that is read, by its first row
+        self.norms: dict[str, dict[int, torch.Tensor]] = {}
 
     def attach(self, path, layer, *, dtype):
         self.paths.add(path)
@@ -48,8 +49,9 @@ class Folded(Start):
     def base_rows(self, path, rows, *, start):
         if path not in self.paths:
             return rows
-        if path not in self.norms:  # read again and again, W stays what it is
-            self.norms[path] = rows.float().norm(dim=1)
+        pieces = self.norms.setdefault(path, {})
+        if start not in pieces:  # read again and again, W stays what it is
+            pieces[start] = rows.float().norm(dim=1)
         if path not in self.whole:
             return rows
         a, b = (t.to(rows.device, torch.float32) for t in self.whole[path])
@@ -65,7 +67,9 @@ class Folded(Start):
             fill(folded, gather(parameter.detach()))
 
     def origin(self, path, layer):
-        return self.norms[path].to(layer.weight_norm.device)  # of the 16-bit weight: the base changes
+        pieces = self.norms[path]
+        whole = torch.cat([pieces[start] for start in sorted(pieces)])
+        return whole.to(layer.weight_norm.device)  # of the 16-bit weight: the base changes
 
     def added(self, tensors):
         """Nothing: read again, the base has it all."""

@@ -21,6 +21,7 @@ from fsdp_utils.core.errors import CheckpointError, UserError
 from fsdp_utils.core.safetensors_io import CheckpointReader
 from fsdp_utils.folders.describe import describe, tokenizer_of
 from fsdp_utils.inference.load import load_for_inference
+from fsdp_utils.model import weights as model_weights
 from fsdp_utils.model.build import build_on_meta, read_model_config, read_tokenizer
 from fsdp_utils.model.checkpoint import match
 from fsdp_utils.model.weights import load_weights, materialize
@@ -363,3 +364,19 @@ def test_weights_that_stay_in_fp32(pair, tiny):
         assert dtype == (torch.float32 if "norm" in name else torch.bfloat16)
     assert all("--precision bf16" in said for said in pair.run(kept_in_fp32, tiny(), "bf16"))
     assert set(pair.run(kept_in_fp32, tiny(), "fp32")[0].values()) == {torch.float32}
+
+
+@pytest.mark.parametrize(("family", "flags"), [
+    ("llama", dict(train_type="bnb_dora", quant_scales="double")),
+    ("llama", dict(train_type="hqq_dora", train_for="w4a16", quant_group_size=32)),
+    ("mixtral", dict(train_type="hqq_lora", n_bits=3)),
+    ("gpt_oss", dict(train_type="custom_qlora")),
+], ids=str)  # fmt: skip
+def test_read_in_pieces(tiny, monkeypatch, family, flags):
+    """What is read and quantized a few rows at a time is what is read whole: every parameter, to the bit."""
+    config = make_config(model_name=tiny(family), **flags)
+    whole = prepared(config)
+    monkeypatch.setattr(model_weights, "PIECE", 5 * 64)  # a few rows; fewer than a matrix of a stack has
+    pieces = prepared(config)
+    for (name, a), b in zip(whole.model.named_parameters(), pieces.model.parameters(), strict=True):
+        assert a.shape == b.shape and torch.equal(a.data.view(torch.uint8), b.data.view(torch.uint8)), name

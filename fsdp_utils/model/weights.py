@@ -1,6 +1,7 @@
 """Weights: where they come from, which rows of which tensor go where, and their way there, row by row."""
 
 import hashlib
+import math
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -170,14 +171,37 @@ def saved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
+PIECE = 2**25  # numbers that are read and quantized at a time: solvers take some ten times as many bytes
+
+
 class Read(NamedTuple):
-    """One tensor to read: its name in the model, where it goes, which rows."""
+    """One tensor, or a piece of it, to read: its name in the model, where it goes, which rows, and how many of this
+    process's rows come before."""
 
     name: str
     module: nn.Module
     parameter_name: str | None
     start: int
     stop: int
+    before: int = 0
+
+    def pieces(self) -> Iterator["Read"]:
+        """Of at most PIECE numbers each, if rows are no longer: a whole embedding beside itself, or the fp32 copies
+        that quantize it, would be what loading needs most memory for."""
+        packed = self.parameter_name is None
+        shape = self.module.shape if packed else getattr(self.module, self.parameter_name).shape
+        width = shape[-1] if packed else math.prod(shape[1:])
+        rows = max(PIECE // max(width, 1), 1)
+        if packed and len(shape) > 2 and rows > self.module.out_features:
+            rows -= rows % self.module.out_features  # a matrix of a stack is read whole
+        for start in range(self.start, max(self.stop, self.start + 1), rows):  # a process without rows asks too
+            stop, before = min(start + rows, self.stop), start - self.start
+            yield self._replace(start=start, stop=stop, before=before)
+
+    def place(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Where in this process's rows of a parameter they go."""
+        mine = local(parameter)
+        return mine[self.before : self.before + self.stop - self.start] if mine.dim() else mine
 
 
 def plan_reads(model: nn.Module) -> list[Read]:
@@ -217,31 +241,33 @@ def load_weights(
         only: paths of packed weights to fill again, and nothing else; None: all there is.
         readers: threads that read ahead, one tensor each, so that reading and quantizing overlap.
     """
+    path_of = lambda step: step.name.removesuffix(".weight")
     plan = plan_reads(model)
     if only is not None:
-        plan = [step for step in plan if step.parameter_name is None and step.name.removesuffix(".weight") in only]
+        plan = [step for step in plan if step.parameter_name is None and path_of(step) in only]
+
+    stored = lambda step: step.parameter_name is None and cache is not None and path_of(step) in cache
+    plan = [piece for step in plan for piece in ([step] if stored(step) else step.pieces())]
 
     def read(step: Read):
-        path = step.name.removesuffix(".weight")
-        if step.parameter_name is None and cache is not None and path in cache:
-            return cache.packed_rows(path, step.module, device=device), True
+        if stored(step):
+            return cache.packed_rows(path_of(step), step.module, device=device)
         rows = read_rows(weights, step).to(device)
-        return rows if base_rows is None else base_rows(path, rows, start=step.start), False
+        return rows if base_rows is None else base_rows(path_of(step), rows, start=step.start)
 
     with ThreadPoolExecutor(max_workers=readers) as pool:
         ahead = deque(pool.submit(read, step) for step in plan[:readers])
-        bar = dict(desc="loading", unit="tensor", disable=not is_main() or only is not None)
+        bar = dict(desc="loading", unit="part", disable=not is_main() or only is not None)
         for i, step in enumerate(tqdm(plan, **bar)):
-            rows, is_packed = ahead.popleft().result()
+            rows = ahead.popleft().result()
             if i + readers < len(plan):
                 ahead.append(pool.submit(read, plan[i + readers]))
             if step.parameter_name is not None:
-                local(getattr(step.module, step.parameter_name)).copy_(rows)
+                step.place(getattr(step.module, step.parameter_name)).copy_(rows)
                 continue
-            for parameter, packed in zip(
-                step.module.packed(), rows if is_packed else step.module.quantizer.quantize(rows), strict=True
-            ):
-                local(parameter).view(torch.uint8).copy_(packed.view(torch.uint8))
+            found = rows if stored(step) else step.module.quantizer.quantize(rows)
+            for parameter, packed in zip(step.module.packed(), found, strict=True):
+                step.place(parameter).view(torch.uint8).copy_(packed.view(torch.uint8))
     for name, buffer in saved_buffers(model).items() if only is None else ():
         if name in weights:
             buffer.copy_(weights.tensor(name))
