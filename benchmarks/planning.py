@@ -3,7 +3,8 @@
     python benchmarks/planning.py
     python benchmarks/planning.py --shapes 8b --worst 5
 
-peaks.jsonl has a line for each run of the other benchmarks on real GPUs: shape or recipe, number of GPUs, flags, GiB.
+peaks.jsonl has a line for each run of the other benchmarks on real GPUs: shape (of so many layers) or recipe, number of
+GPUs, flags, GiB.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from fsdp_utils.planning.report import planned_for
 
 ROOT = Path(__file__).resolve().parents[1]
 PEAKS = Path(__file__).parent / "peaks.jsonl"
-folder_of = cache(lambda shape: write_config(shape, tempfile.mkdtemp()))
+folder_of = cache(lambda shape, layers: write_config(shape, tempfile.mkdtemp(), layers=layers))
 
 
 def measured(shapes: list[str] | None = None) -> list[dict]:
@@ -44,10 +45,15 @@ def name_of(row: dict) -> str:
     return row.get("shape") or row["recipe"]
 
 
+def label_of(row: dict) -> str:
+    """Its name, and how many layers it was cut to."""
+    return name_of(row) + (f", {row['layers']} layers" if "layers" in row else "")
+
+
 def config_of(row: dict) -> TrainConfig:
     """The flags of a run; on the public shape of the model that its recipe names."""
     if "shape" in row:
-        return make_config(folder_of(row["shape"]), **row["flags"])
+        return make_config(folder_of(row["shape"], row.get("layers")), **row["flags"])
     path = ROOT / "recipes" / f"{row['recipe']}.yaml"
     folders = folders_of(yaml.safe_load(path.read_text()), Path(tempfile.mkdtemp()))
     given = [f"--{name}={value}" for name, value in (folders | row["flags"]).items()]
@@ -71,7 +77,7 @@ def main(args: argparse.Namespace) -> None:
     chosen = sorted(rows, key=lambda row: -abs(off(row)))[: args.worst] if args.worst else rows
     say("| shape or recipe | GPUs | flags | measured GiB | predicted | off |\n|---|---|---|---|---|---|")
     for row in chosen:
-        cells = (name_of(row), row["gpus"], shown(row["flags"]), f"{row['gib']:.2f}", f"{row['predicted']:.2f}")
+        cells = (label_of(row), row["gpus"], shown(row["flags"]), f"{row['gib']:.2f}", f"{row['predicted']:.2f}")
         say(f"| {' | '.join(map(str, cells))} | {off(row):+.1%} |")
     within = sum(abs(off(row)) <= 0.05 for row in rows)
     say(f"\n{within} of {len(rows)} within 5 %; from {min(map(off, rows)):+.1%} to {max(map(off, rows)):+.1%}")

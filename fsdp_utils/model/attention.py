@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from fsdp_utils.core.errors import UserError
+from fsdp_utils.model.sink_attention import attend_with_sinks
 from fsdp_utils.options import OWN_ATTENTION
 from fsdp_utils.sharding.context_parallel import attend_by_heads, attend_by_keys
 from methods.quantizers.linear import compute_dtype
@@ -62,10 +63,13 @@ def has_kernel(model, *, dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def supported(model, *, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether every layer is plain causal attention in 16 bits on CUDA, which is all that the kernels know, and asks
-    transformers' attention interface for it."""
-    plain = not obstacle(model, layers={"full_attention"}) and not window_of(model)
-    return plain and has_kernel(model, dtype=dtype, device=device)
+    """Whether every layer is causal attention in 16 bits on CUDA, which is all that the kernels know, and asks
+    transformers' attention interface for it. Windows are left to transformers' masks, but beside sinks, which no other
+    kernel knows."""
+    sinks = any(name.endswith(".sinks") for name, _ in model.named_parameters())
+    layers = {"full_attention", WINDOWED} if sinks else {"full_attention"}
+    known = not obstacle(model, layers=layers) and (sinks or not window_of(model))
+    return known and has_kernel(model, dtype=dtype, device=device)
 
 
 def for_shared_rows(model, config, *, dtype: torch.dtype, device: torch.device) -> str:
@@ -99,12 +103,22 @@ def _starts(boundaries: Tensor | None, *, rows: int, length: int, device: torch.
     return torch.arange(0, (rows + 1) * length, length, device=device, dtype=torch.int32)
 
 
-def _attend_flash(query, key, value, *, starts: Tensor, first: int, window: int | None, scaling: float | None):
+def _attend_flash(
+    query,
+    key,
+    value,
+    *,
+    starts: Tensor,
+    first: int,
+    window: int | None,
+    scaling: float | None,
+    sinks: Tensor | None,
+):
     """`attend` by the kernel. Of each row it is told where its samples begin among its queries and among its keys; it
     lets the last query of a sample attend to the last key, so keys end where queries do. What is left of a row are keys
     that nobody asks for."""
     rows, heads, asked, size = query.shape
-    length, settings = key.shape[2], _varlen_settings(window)
+    length, settings = key.shape[2], {} if sinks is not None else _varlen_settings(window)
     if asked == length:
         of_queries = of_keys = starts
     else:
@@ -118,12 +132,25 @@ def _attend_flash(query, key, value, *, starts: Tensor, first: int, window: int 
     flat = [t.transpose(1, 2).reshape(-1, t.shape[1], size).to(dtype) for t in (query, key, value)]
     if "enable_gqa" not in settings and flat[1].shape[1] != heads:
         flat[1:] = [t.repeat_interleave(heads // t.shape[1], dim=1) for t in flat[1:]]
+    if sinks is not None:
+        where = dict(of_queries=of_queries, of_keys=of_keys, asked=asked, length=length, window=window, scaling=scaling)
+        return attend_with_sinks(*flat, sinks, **where).view(rows, asked, heads, size)
     if scaling is not None and scaling != size**-0.5:
         flat[0] = flat[0] * (scaling * size**0.5)  # the kernel divides by sqrt(d)
     return varlen_attn(*flat, of_queries, of_keys, asked, length, **settings).view(rows, asked, heads, size)
 
 
-def _attend_masked(query, key, value, *, starts: Tensor, first: int, window: int | None, scaling: float | None):
+def _attend_masked(
+    query,
+    key,
+    value,
+    *,
+    starts: Tensor,
+    first: int,
+    window: int | None,
+    scaling: float | None,
+    sinks: Tensor | None,
+):
     """`attend` with a mask: the plain definition."""
     rows, length, asked = query.shape[0], key.shape[2], query.shape[2]
     flat = torch.arange(rows * length, device=query.device)
@@ -134,6 +161,12 @@ def _attend_masked(query, key, value, *, starts: Tensor, first: int, window: int
     seen = (sample[..., mine].transpose(2, 3) == sample) & (distance >= 0)
     if window is not None:
         seen = seen & (distance < window)
+    if sinks is not None:
+        key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
+        scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        scores = scores.masked_fill(~seen, -torch.inf)
+        beside = sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        return (torch.cat([scores, beside], dim=-1).softmax(-1)[..., :-1] @ value).transpose(1, 2)
     shared = query.shape[1] != key.shape[1]
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scaling, enable_gqa=shared)
     return out.transpose(1, 2)
@@ -148,6 +181,7 @@ def attend(
     first: int = 0,
     window: int | None = None,
     scaling: float | None = None,
+    sinks: Tensor | None = None,
     masked: bool = False,
 ) -> Tensor:
     """Causal attention over rows, or over the samples in them.
@@ -159,6 +193,7 @@ def attend(
             row is a sample.
         window: a token attends to so many, itself included; None: to all before it.
         scaling: of scores; None: 1 / sqrt(d).
+        sinks: `[heads]`, a score of each beside those of the keys, without a value.
         masked: by the plain definition, for devices and dtypes that no kernel knows.
 
     Returns:
@@ -166,27 +201,40 @@ def attend(
     """
     rows, length = key.shape[0], key.shape[2]
     window = None if window is None or window >= length else window
-    if boundaries is None and window is None and query.shape[2] == length:
+    if boundaries is None and window is None and sinks is None and query.shape[2] == length:
         shared = query.shape[1] != key.shape[1]
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=shared)
         return out.transpose(1, 2)
     starts = _starts(boundaries, rows=rows, length=length, device=query.device)
-    where = dict(starts=starts, first=first, window=window, scaling=scaling)
+    where = dict(starts=starts, first=first, window=window, scaling=scaling, sinks=sinks)
     return (_attend_masked if masked else _attend_flash)(query, key, value, **where)
 
 
-def causal_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **_):
+def causal_attention(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    cu_seq_lens_q=None,
+    sliding_window=None,
+    s_aux=None,
+    **_,
+):
     """transformers' attention interface. query `[b, heads, L, d]`, key and value `[b, kv heads, L, d]`.
 
     transformers makes no mask for a name it does not know, nor reads position ids from the GPU to see if it should.
 
     Args:
         cu_seq_lens_q: int32 `[n]`, where samples begin in packed rows, or None.
+        s_aux: the sinks of `attend`.
 
     Returns:
         `[b, L, heads, d]` and None.
     """
-    return attend(query, key, value, boundaries=cu_seq_lens_q, scaling=scaling), None
+    known = dict(boundaries=cu_seq_lens_q, window=sliding_window, scaling=scaling, sinks=s_aux)
+    return attend(query, key, value, **known), None
 
 
 def shared_attention(

@@ -375,12 +375,14 @@ def reached(config, *, mesh, device: torch.device) -> bool:
         UserError: it was asked for, and they cannot.
     """
     if mesh is None or not wanted(config, shards=shard_group(mesh).size(), device=device):
+        if config.peer_gather is True:
+            say("note: --peer_gather true: no other process holds a part of the model, so there is nothing to read")
         return False
     why = unreachable(mesh, device)
     if why and config.peer_gather is True:
         raise UserError(f"--peer_gather true: no process reads another's memory here ({why}); pass auto or false")
     if why:
-        say(f"note: FSDP2 gathers frozen weights too: no process reads another's memory here ({why})")
+        say(f"note: FSDP2 gathers all weights: no process reads another's memory here ({why})")
     return why is None
 
 
