@@ -61,9 +61,10 @@ class Format:
     @property
     def better(self) -> str:
         """The flags of a format that keeps what was learned, whatever it was."""
-        if self.trained.folded:
-            return f"--infer_type {ROUNDINGS[self.trained.run.config.train_for].infer_type}, which it was trained for"
-        alike = isinstance(self.trained.quantizer, Bnb4bit) and not self.trained.stacks
+        of_training = self.trained.folded and ROUNDINGS[self.trained.run.config.train_for].infer_type
+        if of_training and of_training != self.options.infer_type:
+            return f"--infer_type {of_training}, which it was trained for"
+        alike = isinstance(self.trained.quantizer, Bnb4bit) and not (self.trained.stacks or of_training)
         exact = self.trained.run.kind == "adapter" and alike
         return "--infer_type bnb_dora, which is exact" if exact else "--infer_type merged"
 

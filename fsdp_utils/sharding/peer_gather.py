@@ -10,6 +10,7 @@ It takes GPUs of one host that reach each other's memory. Elsewhere FSDP2 gather
 
 import socket
 import time
+from contextlib import suppress
 from itertools import chain
 from typing import NamedTuple
 
@@ -88,8 +89,16 @@ class Exported(NamedTuple):
 def export(tensor: torch.Tensor) -> Exported:
     """For one other process: torch counts readers by exports. No gaps in the tensor; a CPU's moves to shared memory."""
     storage, start = tensor.untyped_storage(), tensor.storage_offset() * tensor.element_size()
-    handle = storage._share_cuda_()[1:] if tensor.is_cuda else storage._share_filename_cpu_()
+    handle = storage._share_cuda_()[1:] if tensor.is_cuda else _share_on_host(storage)
     return Exported(start, tensor.nbytes, handle)
+
+
+def _share_on_host(storage: torch.UntypedStorage) -> tuple:
+    """Its handle. The first call starts a process, for which torch waits a second: on a busy host, too short a time."""
+    for _ in range(10):
+        with suppress(RuntimeError):
+            return storage._share_filename_cpu_()
+    return storage._share_filename_cpu_()
 
 
 def mapped(exported: Exported, device: torch.device) -> torch.Tensor:
