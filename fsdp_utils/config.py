@@ -229,7 +229,8 @@ class TrainConfig:
     use_activation_cpu_offload: bool = flag(False, "keep hidden states that checkpointed blocks save in host memory")
     compute: str = flag(
         "precision",
-        "products with frozen weights of blocks: as --precision says, or fp8, of 8-bit floats (Ada, Hopper, Blackwell)",
+        "products with frozen weights of blocks: as --precision says, or fp8, of 8-bit floats (Ada, Hopper, "
+        "Blackwell): a third faster, at the cost of a little of what is learned",
         choices=("precision", "fp8"),
     )
     tile_tokens: int = flag(

@@ -135,6 +135,34 @@ def test_smaller_places_come_where_nothing_fits(large, few):
     assert out and any(name in out[-1] for name in CARDS)
 
 
+def test_tiles_come_where_rows_are_too_long(large, few):
+    """131,072 tokens of an 8B on 24 GiB, as was measured, and no tiles where a row fits without."""
+    machine = machine_of("1x24", device=CPU)
+    for length, tiled in ((131072, True), (16384, False)):
+        (first, *_) = Search(asked(large["8b"], train_type="custom_qlora", context_length=length), machine).choices()
+        assert ("tile_tokens" in first.flags) == tiled and not replace(config_of(large["8b"]), **first.flags).errors()
+
+
+def test_flags_that_do_not_go_with_given_ones_are_not_tried(large, few):
+    """Tiles are refused beside the policies that keep products."""
+    config = asked(large["1b"], train_type="custom_qlora", extra="tile_tokens=512")
+    choices = Search(config, machine_of("1x24", device=CPU)).choices()
+    assert choices and not any(replace(config, **choice.flags).errors() for choice in choices)
+
+
+@pytest.mark.parametrize("length", [2048, 131072])
+def test_what_cannot_be_measured_is_not_said_to_fit(large, few, monkeypatch, length):
+    """It had looked as if nothing were kept for backward."""
+
+    def unmeasured(*args, **how):
+        raise UserError("cannot measure Some")
+
+    monkeypatch.setattr(search, "measure", unmeasured)
+    found = Search(asked(large["1b"], context_length=length), machine_of("1x24", device=CPU))
+    with pytest.raises(UserError, match="cannot measure Some, so what fits is not known"):
+        found.choices()
+
+
 def test_blocks_of_one_kind_answer_for_each_other(tiny):
     """Kinds are told apart by parameters and by the layer's own words."""
     planned = lambda name: report.planned_for(make_config(model_name=tiny(name)), machine_of(None, device=CPU)).model
@@ -163,7 +191,8 @@ def test_measured_rows_are_whole():
     """Every line of peaks.jsonl says what it is of."""
     assert len(ROWS) >= 20
     common = {"gpus", "flags", "gib", "card"}
-    assert all(row.keys() in (common | {"shape"}, common | {"recipe"}) and row["card"] in CARDS for row in ROWS)
+    kinds = [common | {"shape"}, common | {"shape", "layers"}, common | {"recipe"}]
+    assert all(row.keys() in kinds and row["card"] in CARDS for row in ROWS)
     assert len({json.dumps(row) for row in ROWS}) == len(ROWS)
 
 

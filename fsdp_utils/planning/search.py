@@ -1,6 +1,7 @@
 """Flags that fit a machine: for each way to keep activations the largest batch, the fastest first."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from functools import cached_property
 from itertools import count, islice, takewhile
@@ -8,7 +9,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from fsdp_utils.core.errors import DataError
+from fsdp_utils.core.errors import DataError, UserError
 from fsdp_utils.data.parts import readers
 from fsdp_utils.memory.activations import Kept, measure
 from fsdp_utils.model.assemble import Plan
@@ -28,6 +29,8 @@ WAYS = (
     dict(),
     dict(use_activation_cpu_offload=True),
 )
+# where none of these fits; of families that bear it
+TILED = dict(use_activation_cpu_offload=True, tile_tokens=8192)
 # where weights are; the next one is tried where nothing fits
 SMALLER = dict(quantize_lm_head=True, quant_scales="double")
 PLACES = (dict(use_cpu_offload=False), dict(use_cpu_offload=False) | SMALLER, dict(use_cpu_offload=True) | SMALLER)
@@ -51,6 +54,10 @@ class Choice(NamedTuple):
     tokens_per_s: float | None
 
 
+class Unmeasured(Exception):
+    """What a model keeps for backward cannot be told. Of a run, whose flags a person chose, that is only noted."""
+
+
 class Search:
     """Of one model on one machine; each placement is planned once. Flags that were given stay as they are."""
 
@@ -58,6 +65,7 @@ class Search:
         self.config, self.machine, self.plans, self.kept = config, machine, {}, {}
         self.batches = BATCHES if self._free(dict(batch_size=1)) else (config.batch_size,)
         self.ways = _each(self._free(way) for way in WAYS)
+        self.tiled = [self._free(TILED)] if config.row_tokens > TILED["tile_tokens"] else []
         split_for(replace(config, **self._free(dict(batch_size=1))), machine)  # refuses what no batch can make
 
     def _free(self, flags: dict) -> dict:
@@ -65,28 +73,39 @@ class Search:
         return {name: value for name, value in flags.items() if name not in self.config.explicit_flags}
 
     def _planned(self, flags: dict) -> Plan:
-        packing = tuple(sorted((name, value) for name, value in flags.items() if name in SMALLER))
-        if packing not in self.plans:
-            self.plans[packing] = planned_for(replace(self.config, **flags), self.machine)
-        return self.plans[packing]
+        changing = tuple(sorted((name, value) for name, value in flags.items() if name in (*SMALLER, "tile_tokens")))
+        if changing not in self.plans:
+            with redirect_stdout(None) if self.plans else nullcontext():  # what is noted of a model, once
+                self.plans[changing] = planned_for(replace(self.config, **flags), self.machine)
+        return self.plans[changing]
 
     def _measure(self, model, blocks: dict, config, **how) -> Kept:
         """What only these flags of a search change is measured once: it is most of a search's time."""
         asked = id(model), config.batch_size, config.row_tokens, config.checkpoint_policy
         if asked not in self.kept:
-            self.kept[asked] = measure(model, blocks, config, **how)
+            try:
+                self.kept[asked] = measure(model, blocks, config, **how)
+            except UserError as error:
+                raise Unmeasured(f"{self.config.source}: {error}, so what fits is not known") from error
         return self.kept[asked]
 
     def tried(self, flags: dict, machine: Machine | None = None) -> Choice | None:
-        """What these flags make of it, here or on another machine; None where it does not fit, or where no number of
-        such batches makes `--global_batch_size`."""
+        """What these flags make of it, here or on another machine; None where it does not fit, where no number of such
+        batches makes `--global_batch_size`, or where flags or family do not go with them."""
         machine = machine or self.machine
         try:
             config = split_for(replace(self.config, **flags), machine)
         except DataError:
             return None
-        planned = self._planned(flags)
-        found = forecast(planned, config, machine, measure=self._measure)
+        if config.errors():  # with flags that were given
+            return None
+        try:
+            planned = self._planned(flags)
+            found = forecast(planned, config, machine, measure=self._measure)
+        except (UserError, Unmeasured) as error:
+            if "tile_tokens" in flags:  # a family whose layers cannot be cut into tiles
+                return None
+            raise UserError(str(error)) from error
         if not found.fits(machine):
             return None
         seconds = seconds_a_step(planned, config, machine, found)
@@ -114,10 +133,11 @@ class Search:
     def choices(self) -> list[Choice]:
         """Those that fit, the fastest first; of placements the first with any."""
         for place in self.places:
-            ways = tqdm(self.ways, desc="trying", unit="way", leave=False, disable=None)  # long rows take seconds each
-            found = [choice for way in ways if (choice := self._largest(place | way))]
-            if found:
-                return sorted(found, key=lambda choice: (-(choice.tokens_per_s or 0), choice.found.peak))
+            for ways in (self.ways, self.tiled):
+                bar = tqdm(ways, desc="trying", unit="way", leave=False, disable=None)  # long rows take seconds each
+                found = [choice for way in bar if (choice := self._largest(place | way))]
+                if found:
+                    return sorted(found, key=lambda choice: (-(choice.tokens_per_s or 0), choice.found.peak))
         return []
 
     def ways_out(self) -> Iterator[str]:
@@ -132,4 +152,5 @@ class Search:
             [(f"{m.gpus} x {m.card} ({CARDS[m.card]} GiB)", {}, m) for m in cards if m.memory > machine.memory],
         )
         for ways in tries:
-            yield from islice((words for words, flags, there in ways if self.tried(smallest | flags, there)), 1)
+            fits = lambda flags, there: any(self.tried(smallest | way | flags, there) for way in ({}, *self.tiled))
+            yield from islice((words for words, flags, there in ways if fits(flags, there)), 1)
