@@ -274,7 +274,7 @@ def block_bytes(
     shapes = (getattr(m, "shape", (m.out_features, m.in_features)) for m in linears)
     weight = max((math.prod(shape) * dtype.itemsize * (2 if len(shape) == 2 else 1) for shape in shapes), default=0)
     whole = kept.input + needed if compiled else needed
-    inside = within + weight + 2 * away
+    inside = within + weight + 2 * away + (kept.input if away else 0)
     return Block(whole, kept.input + by_policy - away, max(needed - by_policy, 0), inside, leaving=(3 + slack) * away)
 
 
