@@ -122,6 +122,8 @@ def call(folder: str, script: str, argv: list[str]) -> None:
         assert done.returncode == 0, done.stderr
         return
     config, main, short = RUNS[script]
+    if {"bnb_nf4", "w4a16", "w4a16_dora"} & set(argv):
+        short = [*short, "--gptq_samples=2"]
     with chdir(folder):
         main(parse(config, [*argv, *short], prog=script))
 
