@@ -7,8 +7,9 @@ Only the model's config.json is read. Speeds are estimates, to compare with; mem
 Where nothing fits, it says what would.
 """
 
+import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -28,7 +29,8 @@ class PlanConfig:
     gpus: str = flag("1x24", "how many cards of how many GiB, as 2x24, or of which name, as 4xH100")
     context_length: int = flag(2048, "longest sample in tokens", minimum=2)
     train_type: str = flag("bnb_dora", "how the model is adapted", choices=tuple(TRAIN_TYPES))
-    extra: str = flag("", "other flags of train.py: lora_rank=16,optimizer=adamw_8bit")
+    extra: str = flag("", "other flags of train.py: lora_rank=16,lora_target_modules=all,experts")
+    host_gib: float = flag(0.0, "memory of the machine beside its GPUs; 0: as much as it takes", minimum=0.0)
     best: int = flag(5, "how many to show", minimum=1)
 
     def errors(self) -> list[str]:
@@ -44,7 +46,14 @@ class PlanConfig:
 
     @property
     def given(self) -> list[str]:
-        return [part.strip() for part in self.extra.split(",") if part.strip()]
+        """Each `name=value`; what has no name belongs to the list before it."""
+        found = []
+        for part in (part.strip() for part in self.extra.split(",") if part.strip()):
+            if "=" in part or not found:
+                found.append(part)
+            else:
+                found[-1] += f",{part}"
+        return found
 
 
 if __name__ == "__main__":  # before the libraries, which take seconds: --help and a wrong flag are answered at once
@@ -52,6 +61,7 @@ if __name__ == "__main__":  # before the libraries, which take seconds: --help a
 
 import torch
 
+from fsdp_utils.core.devices import GIB
 from fsdp_utils.core.errors import UserError
 from fsdp_utils.core.ranks import fail, say
 from fsdp_utils.planning.machines import Machine, machine_of
@@ -87,9 +97,7 @@ def told(choice: Choice, machine: Machine) -> str:
 def main(config: PlanConfig) -> None:
     machine = machine_of(config.gpus, device=torch.device("cpu"), flag="gpus")
     flags = train_flags(config)
-    for note in flags.notes():
-        say(f"note: {note}")
-    search = Search(flags, machine)
+    search = Search(flags, machine, host=config.host_gib * GIB or math.inf)
     choices = search.choices()
     if not choices:
         out = list(search.ways_out())
@@ -97,6 +105,10 @@ def main(config: PlanConfig) -> None:
             f"--gpus {config.gpus}: nothing fits with rows of {config.context_length} tokens; would fit: "
             + ("; ".join(out) if out else f"none of the known cards up to {machine.gpus} x 180 GiB")
         )
+    for note in replace(flags, **choices[0].flags).notes():
+        say(f"note: {note}")
+    if choices[0].tokens_per_s is None:
+        say("note: no speeds are estimated for such a model; those with more room for activations come first")
     for number, choice in enumerate(choices[: config.best], 1):
         say(f"{number}. {told(choice, machine)}", f"   {command(choice, config, machine)}", sep="\n")
 

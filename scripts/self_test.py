@@ -38,7 +38,10 @@ class SelfTest:
 
     def errors(self) -> list[str]:
         pro = TRAIN_TYPES[self.train_type].method == "llama_pro"
-        return [f"--train_type {self.train_type}: needs an expanded model; try custom_qlora or full"] if pro else []
+        return [
+            *([f"--train_type {self.train_type}: needs an expanded model; try custom_qlora or full"] if pro else []),
+            *(["--processes 1: one is compared with several; pass 2 or more, or 0"] if self.processes == 1 else []),
+        ]
 
 
 if __name__ == "__main__":  # before the libraries, which take seconds: --help and a wrong flag are answered at once
@@ -54,7 +57,8 @@ from fsdp_utils.core.processes import command
 from fsdp_utils.core.ranks import fail, say
 from fsdp_utils.core.safetensors_io import CheckpointReader
 from fsdp_utils.folders.opening import PLANNED
-from fsdp_utils.model.build import resolve_model
+from fsdp_utils.model.build import read_raw_config, resolve_model
+from fsdp_utils.tasks import named_task, task_of_model
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, TOLERANCE = 4, 1e-4
@@ -71,20 +75,25 @@ class Check(NamedTuple):
 
 
 def cut(model: str, blocks: int, folder: Path) -> Path:
-    """A folder with the first blocks of a model, with its embedding, head and tokenizer.
+    """A folder with the first blocks of a model, with its embedding, head and tokenizer. Nothing is dropped in it:
+    processes draw numbers of their own.
 
     Raises:
-        UserError: no weights are there.
+        UserError: no weights are there, or it is a classifier.
     """
     source = model_folder(resolve_model(model))
     if not any(source.glob("*.safetensors")):
         raise UserError(f"--model {model}: has no safetensors to test with; name a model with weights, or demo")
+    task = task_of_model(read_raw_config(str(source)))
+    if not named_task(task).writes:
+        raise UserError(f"--model {model}: is for {task}, and what is tried here are models that write")
     shutil.copytree(
         source, folder, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin*", "*.pth", "*.gguf", ".git")
     )
     config = json.loads((folder / "config.json").read_text())
     for shape in (config, config.get("text_config") or {}):
         shape.update({name: min(shape[name], blocks) for name in COUNTS if shape.get(name)})
+        shape.update({name: 0.0 for name, value in shape.items() if "drop" in name and isinstance(value, float)})
         if shape.get("layer_types"):
             shape["layer_types"] = shape["layer_types"][:blocks]
     (folder / "config.json").write_text(json.dumps(config, indent=2))
@@ -121,8 +130,8 @@ class Runs:
         done = launched(words, processes=processes)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if line.strip()]
-            said = [line for line in lines if line.startswith("error")][-1:] or lines[-25:] or ["no word"]
-            raise UserError("\n".join([f"{name}: train.py ended with {done.returncode}:", *said]))
+            said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")][-1:]
+            raise UserError(f"{name}: train.py ended with {done.returncode}: " + "\n".join(said or lines[-25:]))
         return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()], done.stdout
 
 

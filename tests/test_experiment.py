@@ -2,6 +2,7 @@
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
@@ -114,22 +115,27 @@ def test_pretraining_is_another_task():
     assert sum(not re.search(r"\d", text) for text in texts) > 60  # plain sentences
 
 
+def pretrained(folder):
+    """Two steps; a thread draws the problems, where a process of its own would take seconds to start."""
+    flags = dict(scale="small", steps=2, train_samples=40, test_samples=6, validation_samples=4, device="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "ProcessPoolExecutor", lambda workers, mp_context=None: ThreadPoolExecutor(workers))
+        pretrain.main(pretrain.Pretrain(output_dir=str(folder), **flags))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A barely pre-trained small model with its problems."""
-    folder = tmp_path_factory.mktemp("mini") / "base"
-    flags = dict(scale="small", steps=2, train_samples=40, test_samples=6, validation_samples=4, device="cpu")
-    pretrain.main(pretrain.Pretrain(output_dir=str(folder), **flags))
-    return folder
+    return pretrained(tmp_path_factory.mktemp("mini") / "base")
 
 
 def test_pretraining_is_repeatable(base, tmp_path):
     """The same seed gives the same files; every row of weights holds whole groups of 64."""
-    flags = dict(scale="small", steps=2, train_samples=40, test_samples=6, validation_samples=4, device="cpu")
-    pretrain.main(pretrain.Pretrain(output_dir=str(tmp_path / "again"), **flags))
-    first, second = (load_file(folder / "model" / "model.safetensors") for folder in (base, tmp_path / "again"))
+    again = pretrained(tmp_path / "again")
+    first, second = (load_file(folder / "model" / "model.safetensors") for folder in (base, again))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert all((base / f"{s}.jsonl").read_bytes() == (tmp_path / f"again/{s}.jsonl").read_bytes() for s in run.SPLITS)
+    assert all((base / f"{s}.jsonl").read_bytes() == (again / f"{s}.jsonl").read_bytes() for s in run.SPLITS)
     assert all(weight.shape[1] % 64 == 0 for weight in first.values() if weight.dim() == 2)
 
 

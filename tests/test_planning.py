@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from commands import forked
 from real_run import make_config
+from transformers import BertConfig, MambaConfig, T5Config
 
 from benchmarks import planning
 from benchmarks.common import write_config
@@ -136,11 +138,11 @@ def test_smaller_places_come_where_nothing_fits(large, few):
 
 
 def test_tiles_come_where_rows_are_too_long(large, few):
-    """131,072 tokens of an 8B on 24 GiB, as was measured, and no tiles where a row fits without."""
-    machine = machine_of("1x24", device=CPU)
-    for length, tiled in ((131072, True), (16384, False)):
-        (first, *_) = Search(asked(large["8b"], train_type="custom_qlora", context_length=length), machine).choices()
-        assert ("tile_tokens" in first.flags) == tiled and not replace(config_of(large["8b"]), **first.flags).errors()
+    """32,768 tokens of a 1B on 4 GiB, and no tiles where a row fits without."""
+    machine = machine_of("1x4", device=CPU)
+    for length, tiled in ((32768, True), (2048, False)):
+        (first, *_) = Search(asked(large["1b"], train_type="custom_qlora", context_length=length), machine).choices()
+        assert ("tile_tokens" in first.flags) == tiled and not replace(config_of(large["1b"]), **first.flags).errors()
 
 
 def test_flags_that_do_not_go_with_given_ones_are_not_tried(large, few):
@@ -161,6 +163,74 @@ def test_what_cannot_be_measured_is_not_said_to_fit(large, few, monkeypatch, len
     found = Search(asked(large["1b"], context_length=length), machine_of("1x24", device=CPU))
     with pytest.raises(UserError, match="cannot measure Some, so what fits is not known"):
         found.choices()
+
+
+def test_speed_is_of_all_tokens_of_a_step(large, few):
+    """Accumulation makes a step longer, and no slower."""
+    machine = machine_of("1x24", device=CPU)
+    once, often = (
+        Search(asked(large["1b"], extra=f"gradient_accumulation_steps={n}"), machine).choices()[0] for n in (1, 8)
+    )
+    assert often.tokens_per_s == pytest.approx(once.tokens_per_s, rel=0.05)
+
+
+def test_host_memory_is_a_limit(large, few):
+    """Sets that keep more than the machine has beside its GPUs are left out."""
+    config, machine = asked(large["8b"]), machine_of("2x8", device=CPU)
+    needs = lambda choices: [sum(choice.found.host.values()) * 2 for choice in choices]
+    free, limited = (needs(Search(config, machine, host=host).choices()) for host in (float("inf"), 8 * GIB))
+    assert max(free) > 8 * GIB >= max(limited)
+
+
+def test_policies_that_a_family_does_not_bear_are_not_tried(tmp_path, few):
+    """What drops attention weights is not replayed by a policy that keeps attention."""
+    BertConfig(architectures=["BertForSequenceClassification"], num_hidden_layers=2).save_pretrained(tmp_path)
+    choices = Search(
+        asked(str(tmp_path), train_type="full", context_length=512), machine_of("1x8", device=CPU)
+    ).choices()
+    assert choices and not any("checkpoint_policy" in choice.flags for choice in choices)
+
+
+@pytest.mark.parametrize(("machine", "flags", "said"), [
+    ("16x24", dict(sharding_strategy="hybrid_full_shard", hybrid_shard_size=3), "does not divide 16 processes"),
+    ("1xA100", dict(compute="fp8"), "an A100 has no products of 8-bit floats"),
+])  # fmt: skip
+def test_what_a_run_refuses_is_not_planned(large, machine, flags, said):
+    """Instead of a plan that fits."""
+    with pytest.raises(UserError, match=said):
+        report.lines(config_of(large["1b"], train_type="bnb_dora", **flags), machine_of(machine, device=CPU))
+
+
+def test_tasks_refuse_in_a_plan_too(tmp_path):
+    """As they do in a run."""
+    T5Config(architectures=["T5ForConditionalGeneration"], num_layers=2).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="an encoder sees all samples of a row"):
+        report.lines(config_of(tmp_path, train_type="full", packing=True), machine_of("1x24", device=CPU))
+
+
+def test_what_is_not_measured_is_not_known_to_fit(large, monkeypatch):
+    """A plan says so."""
+
+    def unmeasured(*args, **how):
+        raise UserError("cannot measure Some")
+
+    monkeypatch.setattr(report, "forecast", partial(forecast, measure=unmeasured))
+    found = report.lines(config_of(large["1b"], train_type="bnb_dora"), machine_of("1x24", device=CPU))
+    assert any("NOT KNOWN" in line for line in found) and not any(": it fits" in line for line in found)
+
+
+def test_a_model_without_heads(tmp_path):
+    """Mamba attends to nothing."""
+    MambaConfig(architectures=["MambaForCausalLM"], num_hidden_layers=2, hidden_size=64).save_pretrained(tmp_path)
+    found = report.lines(config_of(tmp_path, train_type="full", context_length=8), machine_of("1x24", device=CPU))
+    assert any("time: about" in line for line in found)
+
+
+def test_extra_takes_lists():
+    """A part without a name belongs to the list before it."""
+    config = plan_script.PlanConfig(extra="lora_target_modules=all,experts, lora_rank=8")
+    assert config.given == ["lora_target_modules=all,experts", "lora_rank=8"] and not config.errors()
+    assert plan_script.PlanConfig(extra="8,lora_rank=8").errors()
 
 
 def test_blocks_of_one_kind_answer_for_each_other(tiny):

@@ -130,6 +130,15 @@ def test_odd_runs(tmp_path):
     assert "No plan was written" in html and "None: no evaluation was named" in html
 
 
+def test_rows_that_are_no_numbers_are_not_drawn(tmp_path):
+    """Words, NaN and lists in a file that others wrote."""
+    folder = written(tmp_path / "run")
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": "x", "loss": null}\n[1, 2]\n{"loss": NaN, "step": 61}\n{"step": 62, "loss": "low"}\n')
+    assert 'id="panel-loss"' in page.page([Run.read(folder)], [])
+    assert len(Run.read(folder).steps) == 60
+
+
 def test_wrong_names(two, tmp_path):
     """One line each, with the way out."""
     with pytest.raises(UserError, match=r"nowhere: holds no step of a run \(metrics.jsonl\); name the --output_dir"):

@@ -1,10 +1,13 @@
 """scripts/self_test.py: it passes where all is right, and says so where something is not."""
 
+import json
 import subprocess
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_tasks import make_task_model
+from transformers import BertConfig
 
 import train
 from fsdp_utils.config import TrainConfig
@@ -70,3 +73,27 @@ def test_without_weights_there_is_nothing_to_test(tmp_path):
     (tmp_path / "model" / "config.json").write_text("{}")
     with pytest.raises(UserError, match="has no safetensors"):
         self_test.cut(str(tmp_path / "model"), 1, tmp_path / "cut")
+
+
+def test_nothing_is_dropped_in_a_cut_model(tmp_path):
+    """Processes draw numbers of their own: with T5's dropout two of them differed from one on a healthy machine."""
+    folder = self_test.cut(str(make_task_model(tmp_path / "t5", "t5")), 1, tmp_path / "cut")
+    assert json.loads((folder / "config.json").read_text())["dropout_rate"] == 0.0
+
+
+@pytest.mark.parametrize(("config", "said"), [
+    (dict(processes=1), "--processes 1: one is compared with several"),
+    (dict(train_type="bnb_llama_pro"), "needs an expanded model"),
+])  # fmt: skip
+def test_what_cannot_be_compared(config, said):
+    """A line before anything runs."""
+    (found,) = self_test.SelfTest(**config).errors()
+    assert said in found
+
+
+def test_a_classifier_is_not_tried(tmp_path):
+    """The demo's questions are not for it."""
+    BertConfig(architectures=["BertForSequenceClassification"]).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UserError, match="is for sequence_classification"):
+        self_test.cut(str(tmp_path), 1, tmp_path / "cut")

@@ -15,6 +15,7 @@ from fsdp_utils.model.assemble import Plan, offloads
 from fsdp_utils.options import STRATEGIES
 from fsdp_utils.planning.machines import Machine
 from fsdp_utils.sharding import offload, peer_collectives, peer_gather
+from fsdp_utils.sharding.mesh import no_divisor
 from methods.targets import decoder_blocks
 
 # what a process takes besides what torch allocates: CUDA's context and libraries, the allocator's own gaps
@@ -53,6 +54,11 @@ class Forecast(NamedTuple):
         """Bytes that torch allocates at the worst moment."""
         return sum(self.sizes.values())
 
+    @property
+    def measured(self) -> bool:
+        """Whether it is known what blocks keep for backward."""
+        return "activations" in self.sizes
+
     def fits(self, machine: Machine) -> bool:
         return machine.memory is None or self.peak + CONTEXT <= machine.memory
 
@@ -63,6 +69,8 @@ def mesh_of(config, machine: Machine) -> Shards | None:
     if total == 1 and not config.use_cpu_offload:
         return None
     whole = dict(one=total, processes=1, nodes=config.hybrid_shard_size if config.hybrid_shard_size > 0 else total)
+    if total % whole[copies]:
+        raise no_divisor(whole[copies], total)
     return Shards(total // whole[copies], whole[copies])
 
 

@@ -16,6 +16,7 @@ CARDS = {
 }  # fmt: skip
 
 
+WITHOUT_FP8 = ("A100", "RTX A6000", "A40", "A10", "A10G", "RTX 3090", "T4")  # products of 8-bit floats
 MOST = 100_000  # GPUs
 NAMES_FROM = 1000  # a 4090 is no card of so many GiB
 

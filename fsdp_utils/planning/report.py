@@ -4,14 +4,14 @@ import math
 from pathlib import Path
 
 from fsdp_utils.core.devices import GIB
-from fsdp_utils.core.errors import naming
+from fsdp_utils.core.errors import UserError, naming
 from fsdp_utils.data.parts import readers
 from fsdp_utils.memory.budget import remedies
 from fsdp_utils.model.assemble import Plan, is_local, plan_only, quantizers_report, trainable_report
 from fsdp_utils.model.build import read_raw_config
 from fsdp_utils.model.prequantized import settings_of
 from fsdp_utils.planning.forecast import CONTEXT, Forecast, forecast, split_for
-from fsdp_utils.planning.machines import Machine
+from fsdp_utils.planning.machines import WITHOUT_FP8, Machine
 from fsdp_utils.planning.seconds import seconds_a_step
 from fsdp_utils.tasks import named_task, task_of_model
 
@@ -20,11 +20,15 @@ def planned_for(config, machine: Machine) -> Plan:
     """A model on meta, from its configuration alone.
 
     Raises:
-        UserError: as `model.assemble.plan`.
+        UserError: as `model.assemble.plan`; and for what a task or a card refuses.
     """
     with naming("--llama_pro_path" if config.llama_pro_path else "--model_name"):
-        task = config.task if config.task != "auto" else task_of_model(read_raw_config(config.source))
-    return plan_only(config, task=named_task(task), device=machine.device)
+        model_config = read_raw_config(config.source)
+    task = named_task(config.task if config.task != "auto" else task_of_model(model_config))
+    task.check(config, model_config)
+    if config.compute == "fp8" and machine.card in WITHOUT_FP8:
+        raise UserError(f"--compute fp8: an {machine.card} has no products of 8-bit floats; drop it")
+    return plan_only(config, task=task, device=machine.device)
 
 
 def lines(config, machine: Machine) -> list[str]:
@@ -57,6 +61,8 @@ def _memory(planned: Plan, found: Forecast, config, machine: Machine) -> str:
     if machine.memory is None:
         return f"memory: {held}{again}"
     said = f"GPU memory: {held} and about {gib(CONTEXT)} for CUDA, of {gib(machine.memory)}{again}: "
+    if found.fits(machine) and not found.measured:
+        return said + "whether it fits is NOT KNOWN, as activations are not counted"
     helpful = "; ".join(remedies(config, planned.model.config))
     return said + ("it fits" if found.fits(machine) else f"TOO MUCH. Would help, in order: {helpful}")
 

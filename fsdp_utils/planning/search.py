@@ -1,5 +1,6 @@
 """Flags that fit a machine: for each way to keep activations the largest batch, the fastest first."""
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
@@ -18,6 +19,7 @@ from fsdp_utils.planning.forecast import Forecast, forecast, split_for
 from fsdp_utils.planning.machines import CARDS, Machine, machine_of
 from fsdp_utils.planning.report import planned_for
 from fsdp_utils.planning.seconds import seconds_a_step
+from fsdp_utils.sharding.wrapping import check_policy
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 # how activations are kept, the fastest first where there is room
@@ -59,10 +61,14 @@ class Unmeasured(Exception):
 
 
 class Search:
-    """Of one model on one machine; each placement is planned once. Flags that were given stay as they are."""
+    """Of one model on one machine; each placement is planned once. Flags that were given stay as they are.
 
-    def __init__(self, config, machine: Machine):
-        self.config, self.machine, self.plans, self.kept = config, machine, {}, {}
+    Args:
+        host: bytes of memory that the machine has beside its GPUs.
+    """
+
+    def __init__(self, config, machine: Machine, *, host: float = math.inf):
+        self.config, self.machine, self.host, self.plans, self.kept = config, machine, host, {}, {}
         self.batches = BATCHES if self._free(dict(batch_size=1)) else (config.batch_size,)
         self.ways = _each(self._free(way) for way in WAYS)
         self.tiled = [self._free(TILED)] if config.row_tokens > TILED["tile_tokens"] else []
@@ -101,15 +107,21 @@ class Search:
             return None
         try:
             planned = self._planned(flags)
-            found = forecast(planned, config, machine, measure=self._measure)
+            with redirect_stdout(None):  # what `auto` decides in each
+                found = forecast(planned, config, machine, measure=self._measure)
         except (UserError, Unmeasured) as error:
             if "tile_tokens" in flags:  # a family whose layers cannot be cut into tiles
                 return None
             raise UserError(str(error)) from error
-        if not found.fits(machine):
+        if not found.fits(machine) or sum(found.host.values()) * machine.gpus > self.host:
+            return None
+        try:
+            check_policy(planned.model, config, device=machine.device)
+        except UserError:
             return None
         seconds = seconds_a_step(planned, config, machine, found)
-        tokens = config.batch_size * config.context_length * readers(config, machine.gpus)
+        rows = config.batch_size * config.gradient_accumulation_steps * readers(config, machine.gpus)
+        tokens = rows * config.context_length
         return Choice(flags, found, seconds and tokens / seconds)
 
     def _largest(self, flags: dict) -> Choice | None:
@@ -137,7 +149,9 @@ class Search:
                 bar = tqdm(ways, desc="trying", unit="way", leave=False, disable=None)  # long rows take seconds each
                 found = [choice for way in bar if (choice := self._largest(place | way))]
                 if found:
-                    return sorted(found, key=lambda choice: (-(choice.tokens_per_s or 0), choice.found.peak))
+                    # where speeds are not known, as ways are listed
+                    order = lambda choice: (-choice.tokens_per_s, choice.found.peak) if choice.tokens_per_s else (0, 0)
+                    return sorted(found, key=order)
         return []
 
     def ways_out(self) -> Iterator[str]:

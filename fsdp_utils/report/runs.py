@@ -1,6 +1,7 @@
 """What a run's folder tells of it."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -21,6 +22,11 @@ class Series(NamedTuple):
     values: np.ndarray
 
 
+def _number(value) -> bool:
+    """Whether it can be drawn: a file that others wrote may hold words, or NaN."""
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
 @dataclass(frozen=True)
 class Run:
     """A run. `record`: content of run.json; `steps`, `validations`: rows of metrics.jsonl."""
@@ -35,12 +41,16 @@ class Run:
     def read(cls, folder: str | Path, *, name: str = "") -> "Run":
         """Raises UserError: no step was logged there."""
         folder = Path(folder)
-        rows = read_rows(folder / METRICS_FILE)
-        steps = [row for row in rows if "loss" in row]
+        rows = [row for row in read_rows(folder / METRICS_FILE) if isinstance(row, dict) and _number(row.get("step"))]
+        steps = [row for row in rows if _number(row.get("loss"))]
         if not steps:
             raise UserError(f"{folder}: holds no step of a run ({METRICS_FILE}); name the --output_dir of one")
         return cls(
-            name or folder.resolve().name, folder, _record(folder), steps, [row for row in rows if "eval_loss" in row]
+            name or folder.resolve().name,
+            folder,
+            _record(folder),
+            steps,
+            [row for row in rows if _number(row.get("eval_loss"))],
         )
 
     @property
@@ -65,7 +75,7 @@ class Run:
     def series(self, key: str, *, timed: bool = False) -> Series:
         """What was logged under this name, where it was a number."""
         rows = self.validations if key.startswith("eval_") else self.timed if timed else self.steps
-        known = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), (int, float))]
+        known = [(row["step"], row[key]) for row in rows if _number(row.get(key))]
         return Series(*np.array(known, dtype=float).reshape(-1, 2).T)
 
     def facts(self) -> dict[str, str]:

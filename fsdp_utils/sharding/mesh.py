@@ -10,6 +10,11 @@ from fsdp_utils.core.ranks import world_size
 from fsdp_utils.options import STRATEGIES
 
 
+def no_divisor(size: int, processes: int) -> UserError:
+    """The error of nodes of another size."""
+    return UserError(f"--hybrid_shard_size {size}: does not divide {processes} processes")
+
+
 def make_mesh(strategy: str, device: torch.device, *, hybrid_shard_size: int = -1) -> DeviceMesh:
     """The mesh to shard over: 1-D where there is one copy of the model, (replicas, shards) where there are several.
 
@@ -25,7 +30,7 @@ def make_mesh(strategy: str, device: torch.device, *, hybrid_shard_size: int = -
     if copies == "nodes":
         size = hybrid_shard_size if hybrid_shard_size > 0 else int(os.environ.get("LOCAL_WORLD_SIZE", total))
     if total % size:
-        raise UserError(f"--hybrid_shard_size {size}: does not divide {total} processes")
+        raise no_divisor(size, total)
     return init_device_mesh(device.type, (total // size, size), mesh_dim_names=("replicate", "shard"))
 
 

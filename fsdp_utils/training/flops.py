@@ -90,9 +90,9 @@ def _both_ways(modules: Iterable[nn.Module]) -> int:
 
 
 def _attention(config) -> int:
-    """Width of all heads."""
-    heads = config.num_attention_heads
-    return heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    """Width of all heads; 0 where there are none (Mamba)."""
+    heads = getattr(config, "num_attention_heads", 0)
+    return heads and heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 
 def _attending(config, blocks: int) -> int:
