@@ -230,7 +230,7 @@ class TrainConfig:
     compute: str = flag(
         "precision",
         "products with frozen weights of blocks: as --precision says, or fp8, of 8-bit floats (Ada, Hopper, "
-        "Blackwell): a third faster, at the cost of a little of what is learned",
+        "Blackwell): a third faster, and a little less exact",
         choices=("precision", "fp8"),
     )
     tile_tokens: int = flag(

@@ -109,6 +109,16 @@ def test_what_becomes_of_exports_is_reported(sums, tmp_path, monkeypatch, capsys
     assert "| QLoRA for NF4 | bnb_nf4 |" in capsys.readouterr().out
 
 
+def test_eight_bits_are_judged_in_sixteen_too(sums, tmp_path, monkeypatch):
+    """An adapter that was trained in 8 bits is used without them."""
+    name = "QLoRA, 8-bit products"
+    monkeypatch.setitem(gsm8k.METHODS, name, replace(gsm8k.METHODS[name], rates=(4e-3, 8e-3)))
+    out = tmp_path / "out"
+    gsm8k.main(study_of(sums, out, only=name))
+    (row,) = [row for row in read_rows(out / "results.jsonl") if row["seed"]]
+    assert row["eval_loss"] != row["eval_loss_in_16_bits"] == pytest.approx(row["eval_loss"], rel=0.02)
+
+
 def test_seeds_wait_for_all_rates():
     """A rate that diverged is not chosen; while one is missing, none is."""
     rates = gsm8k.METHODS["LoRA"].rates

@@ -235,6 +235,10 @@ def outcome(job: Job, study: Study) -> list[dict]:
     if not job.seed:
         return [row]
     folder = Path(flags["output_dir"])
+    if "compute" in flags:  # the last validation computed as training did, and those who use the adapter do not
+        plain = {name: value for name, value in flags.items() if name != "compute"}
+        plain |= dict(init_adapter=folder, lr=NO_RATE, max_steps=1, save_model=False, output_dir=folder / "again")
+        row["eval_loss_in_16_bits"] = train_once(train_flags(plain), device)["eval_loss"]
     if method.exports:
         row["exported"] = {name: exported(folder, study, device, infer_type=name) for name in method.exports}
     rows = [row | exam(folder, study, device)]
