@@ -508,6 +508,7 @@ class TrainConfig:
             ),
             (self.train_for == "none", "--train_for is none", ("round_every",)),
             (not self.plan, "--plan is false, so this is a run on the GPUs that are here", ("plan_gpus",)),
+            (self.plan and self.plan_gpus, "--plan_gpus says what to plan for", ("world_size", "device")),
             (self.plan and bool(self.show_rows), "--plan comes first", ("show_rows",)),
             (
                 self.lora_init not in CORRECTING or bool(self.init_adapter),
