@@ -131,7 +131,9 @@ class Runs:
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if line.strip()]
             said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")][-1:]
-            raise UserError(f"{name}: train.py ended with {done.returncode}: " + "\n".join(said or lines[-25:]))
+            raise UserError(
+                f"{name}: train.py ended with {done.returncode}: " + "\n".join(said or lines[-25:] or ["no word"])
+            )
         return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()], done.stdout
 
 

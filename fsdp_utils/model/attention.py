@@ -5,6 +5,7 @@ not run, with masks of our own for shared rows, and with transformers' for other
 
 import inspect
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -103,20 +104,21 @@ def _starts(boundaries: Tensor | None, *, rows: int, length: int, device: torch.
     return torch.arange(0, (rows + 1) * length, length, device=device, dtype=torch.int32)
 
 
-def _attend_flash(
-    query,
-    key,
-    value,
-    *,
-    starts: Tensor,
-    first: int,
-    window: int | None,
-    scaling: float | None,
-    sinks: Tensor | None,
-):
+class _Where(NamedTuple):
+    """Which keys a query meets, and how: as of `attend`, with `starts` for its boundaries."""
+
+    starts: Tensor
+    first: int
+    window: int | None
+    scaling: float | None
+    sinks: Tensor | None
+
+
+def _attend_flash(query, key, value, where: _Where):
     """`attend` by the kernel. Of each row it is told where its samples begin among its queries and among its keys; it
     lets the last query of a sample attend to the last key, so keys end where queries do. What is left of a row are keys
     that nobody asks for."""
+    starts, first, window, scaling, sinks = where
     rows, heads, asked, size = query.shape
     length, settings = key.shape[2], {} if sinks is not None else _varlen_settings(window)
     if asked == length:
@@ -133,25 +135,16 @@ def _attend_flash(
     if "enable_gqa" not in settings and flat[1].shape[1] != heads:
         flat[1:] = [t.repeat_interleave(heads // t.shape[1], dim=1) for t in flat[1:]]
     if sinks is not None:
-        where = dict(of_queries=of_queries, of_keys=of_keys, asked=asked, length=length, window=window, scaling=scaling)
-        return attend_with_sinks(*flat, sinks, **where).view(rows, asked, heads, size)
+        known = dict(of_queries=of_queries, of_keys=of_keys, asked=asked, length=length, window=window, scaling=scaling)
+        return attend_with_sinks(*flat, sinks, **known).view(rows, asked, heads, size)
     if scaling is not None and scaling != size**-0.5:
         flat[0] = flat[0] * (scaling * size**0.5)  # the kernel divides by sqrt(d)
     return varlen_attn(*flat, of_queries, of_keys, asked, length, **settings).view(rows, asked, heads, size)
 
 
-def _attend_masked(
-    query,
-    key,
-    value,
-    *,
-    starts: Tensor,
-    first: int,
-    window: int | None,
-    scaling: float | None,
-    sinks: Tensor | None,
-):
+def _attend_masked(query, key, value, where: _Where):
     """`attend` with a mask: the plain definition."""
+    starts, first, window, scaling, sinks = where
     rows, length, asked = query.shape[0], key.shape[2], query.shape[2]
     flat = torch.arange(rows * length, device=query.device)
     sample = torch.searchsorted(starts, flat.to(starts.dtype), right=True).view(rows, 1, 1, length)
@@ -206,8 +199,8 @@ def attend(
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=shared)
         return out.transpose(1, 2)
     starts = _starts(boundaries, rows=rows, length=length, device=query.device)
-    where = dict(starts=starts, first=first, window=window, scaling=scaling, sinks=sinks)
-    return (_attend_masked if masked else _attend_flash)(query, key, value, **where)
+    where = _Where(starts, first, window, scaling, sinks)
+    return (_attend_masked if masked else _attend_flash)(query, key, value, where)
 
 
 def causal_attention(
